@@ -1,0 +1,124 @@
+"""The structured inputs of the model: boxes and captions, batched and validated once, where they enter.
+
+Shape letters: B batch, N boxes (max), T text tokens, C text channels, n boxes of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Category:
+    """An object class of a dataset. A category list is sorted by `id`; the contiguous index is the position in it."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The boxes of one image.
+
+    boxes_xyxy: [n, 4] float32, normalised to [0, 1], x0 < x1 and y0 < y1. categories: [n] int64, contiguous index.
+    Raises ValueError on any other shape, dtype or range.
+    """
+
+    boxes_xyxy: Tensor
+    categories: Tensor
+
+    def __post_init__(self) -> None:
+        boxes, categories = self.boxes_xyxy, self.categories
+        if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.dtype != torch.float32:
+            raise ValueError(f"boxes_xyxy must be float32 [n, 4], got {boxes.dtype} {tuple(boxes.shape)}")
+        if categories.shape != boxes.shape[:1] or categories.dtype != torch.int64:
+            raise ValueError(f"categories must be int64 [{boxes.shape[0]}], got {categories.dtype} {tuple(categories.shape)}")
+        if boxes.numel() == 0:
+            return
+        if not bool(torch.isfinite(boxes).all()) or boxes.min() < 0 or boxes.max() > 1:
+            raise ValueError(f"boxes_xyxy must lie in [0, 1], got {boxes.tolist()}")
+        if not bool((boxes[:, 2:] > boxes[:, :2]).all()):
+            raise ValueError(f"boxes_xyxy must have x0 < x1 and y0 < y1, got {boxes.tolist()}")
+        if categories.min() < 0:
+            raise ValueError(f"categories must be non-negative indices, got {categories.tolist()}")
+
+    def __len__(self) -> int:
+        return self.boxes_xyxy.shape[0]
+
+
+@dataclass(frozen=True)
+class LayoutBatch:
+    """The boxes of a batch, padded to N slots; valid slots come first.
+
+    boxes_xyxy: [B, N, 4] float32 in [0, 1]. categories: [B, N] int64, 0 in padding. valid: [B, N] bool.
+    An image without any valid slot has no layout at all (dropped, or nothing to place).
+    """
+
+    boxes_xyxy: Tensor
+    categories: Tensor
+    valid: Tensor
+
+    @staticmethod
+    def collate(layouts: Sequence[Layout], max_objects: int) -> LayoutBatch:
+        """Pads to `max_objects` slots. Raises ValueError if an image has more boxes than that."""
+        boxes = torch.zeros(len(layouts), max_objects, 4)
+        categories = torch.zeros(len(layouts), max_objects, dtype=torch.int64)
+        valid = torch.zeros(len(layouts), max_objects, dtype=torch.bool)
+        for row, layout in enumerate(layouts):
+            count = len(layout)
+            if count > max_objects:
+                raise ValueError(f"layout {row} has {count} boxes, more than max_objects={max_objects}")
+            boxes[row, :count] = layout.boxes_xyxy
+            categories[row, :count] = layout.categories
+            valid[row, :count] = True
+        return LayoutBatch(boxes, categories, valid)
+
+    def to(self, device: torch.device | str) -> LayoutBatch:
+        return LayoutBatch(self.boxes_xyxy.to(device), self.categories.to(device), self.valid.to(device))
+
+    def dropped(self, drop: Tensor) -> LayoutBatch:
+        """drop: [B] bool. The rows that are True lose their layout."""
+        return LayoutBatch(self.boxes_xyxy, self.categories, self.valid & ~drop[:, None])
+
+    def __len__(self) -> int:
+        return self.valid.shape[0]
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Encoded captions.
+
+    tokens: [B, T, C] float. valid: [B, T] bool. pooled: [B, C], the mean over valid tokens (zeros where there is none).
+    An image without any valid token has no text at all.
+    """
+
+    tokens: Tensor
+    valid: Tensor
+    pooled: Tensor
+
+    @staticmethod
+    def collate(states: Sequence[Tensor]) -> TextContext:
+        """states: one [t, C] per caption, t >= 1. Pads to the longest."""
+        length = max(state.shape[0] for state in states)
+        tokens = states[0].new_zeros(len(states), length, states[0].shape[1])
+        valid = torch.zeros(len(states), length, dtype=torch.bool, device=tokens.device)
+        for row, state in enumerate(states):
+            tokens[row, : state.shape[0]] = state
+            valid[row, : state.shape[0]] = True
+        pooled = torch.stack([state.float().mean(0) for state in states]).to(tokens.dtype)
+        return TextContext(tokens, valid, pooled)
+
+    def to(self, device: torch.device | str) -> TextContext:
+        return TextContext(self.tokens.to(device), self.valid.to(device), self.pooled.to(device))
+
+    def dropped(self, drop: Tensor) -> TextContext:
+        """drop: [B] bool. The rows that are True lose their text."""
+        kept = ~drop
+        return TextContext(self.tokens, self.valid & kept[:, None], self.pooled * kept[:, None].to(self.pooled.dtype))
+
+    def __len__(self) -> int:
+        return self.valid.shape[0]
