@@ -1,0 +1,151 @@
+"""Command line > YAML file > parser default.
+
+A config file is a flat mapping from argument names (as they appear in the parsed namespace: `batch_size`, not
+`--batch_size`) to values. It is checked against the parser as strictly as the command line is, and what `dump_yaml`
+writes for a run can be given back as `--config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG_FLAG = "--config"
+_SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
+
+
+class ConfigError(ValueError):
+    """A config file that does not fit the parser. The message names the file, the key and the value."""
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses `argv` (default: sys.argv[1:]), taking defaults from the YAML file named by --config, if one is named.
+
+    --config is added to the parser if it has none. The parser itself is left as it was. As for every other mistake on
+    the command line, a bad file ends the program with status 2 and one message (`parser.error`).
+    """
+    parser = copy.deepcopy(parser)
+    if CONFIG_FLAG not in parser._option_string_actions:
+        parser.add_argument(CONFIG_FLAG, metavar="YAML", help="file with defaults; the command line wins")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(CONFIG_FLAG)
+    path = finder.parse_known_args(argv)[0].config
+    if path is not None:
+        try:
+            _set_defaults(parser, path)
+        except ConfigError as error:
+            parser.error(str(error))
+    return parser.parse_args(argv)
+
+
+def resolved_dict(args: argparse.Namespace) -> dict[str, Any]:
+    """Every argument's final value by name, without `config` (its values are in). ValueError if one is not plain."""
+    values = {name: value for name, value in sorted(vars(args).items()) if name != "config"}
+    for name, value in values.items():
+        entries = value if isinstance(value, list) else [value]
+        if not all(type(entry) in (type(None), bool, int, float, str) for entry in entries):
+            raise ValueError(f"argument {name} is not a plain value: {value!r}")
+    return values
+
+
+def dump_yaml(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes plain values as YAML, in the mapping's order. Missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file ({} for an empty one). Raises ConfigError for anything else, and for repeated keys."""
+    if not Path(path).is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_UniqueKeyLoader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path} must be a mapping of argument names, it is a {type(values).__name__}")
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if str(key) in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key} is there twice", problem_mark=key_node.start_mark)
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    del actions["config"]
+    actions.pop("help", None)
+    for key, value in load_yaml(path).items():
+        if key == "config":
+            raise ConfigError(f"config file {path}: config files do not include one another (config: {value!r})")
+        if key not in actions:
+            close = difflib.get_close_matches(str(key), list(actions), n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"config file {path}: unknown key {key} (value {value!r}){hint}")
+        try:
+            converted = _convert(actions[key], value)
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            raise ConfigError(f"config file {path}: {key}: {value!r}: {error}") from error
+        parser.set_defaults(**{key: converted})
+        actions[key].required = False
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    """`value` as the action would have stored it. Raises TypeError or ValueError saying what was expected."""
+    if value is None and action.default is None:
+        return None
+    if isinstance(action, _SWITCHES):
+        if not isinstance(value, bool):
+            raise TypeError("expected true or false")
+        return value
+    if not isinstance(action, argparse._StoreAction):
+        raise TypeError("can only be given on the command line")
+    if action.nargs in (None, "?"):
+        return _convert_scalar(action, value)
+    if not isinstance(value, list):
+        raise TypeError("expected a list")
+    if (action.nargs == "+" and not value) or (isinstance(action.nargs, int) and len(value) != action.nargs):
+        raise ValueError(f"expected {'at least one' if action.nargs == '+' else action.nargs} values, got {len(value)}")
+    return [_convert_scalar(action, entry) for entry in value]
+
+
+def _convert_scalar(action: argparse.Action, value: Any) -> Any:
+    converter: Any = action.type
+    converted: Any
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"expected a {_type_name(converter)}, got {type(value).__name__}")
+    if converter in (None, str):
+        if not isinstance(value, str):
+            raise TypeError(f"expected a string, got {type(value).__name__} (quote it)")
+        converted = value
+    elif converter is int:
+        if not isinstance(value, int):
+            raise TypeError(f"expected an int, got {type(value).__name__}")
+        converted = value
+    else:  # float also reads "1e-4", which YAML takes for a string
+        converted = converter(value if converter is float else str(value))
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
+    return converted
+
+
+def _type_name(converter: Any) -> str:
+    return "string" if converter is None else getattr(converter, "__name__", "value")
