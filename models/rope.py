@@ -1,0 +1,40 @@
+"""2D rotary position embedding of image tokens (RoFormer, arXiv:2104.09864, once per axis).
+
+A head's channels split in two halves: the first rotates with x (column), the second with y (row). Within a half, the
+interleaved pair i turns by `position * 10000^(-2i / (d_h / 2))`. A learnable strength multiplies the angles: 0 is the
+identity, 1 the full rotation. Buffer tokens stand nowhere in the image, so their angles are 0.
+
+Shape letters: B batch, H heads, n tokens, d head width, L image tokens, K buffer slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_angles_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Tensor:
+    """Angles in radians of every token of an (h, w) grid in raster order: [h * w, head_dim / 2] float32."""
+    if head_dim % 4:
+        raise ValueError(f"2D RoPE needs a head width divisible by 4, got {head_dim}")
+    height, width = grid
+    pairs = head_dim // 4
+    frequencies = base ** (-2 * torch.arange(pairs, dtype=torch.float32) / (head_dim / 2))  # [d/4]
+    columns = torch.arange(width, dtype=torch.float32).repeat(height)  # [L]
+    rows = torch.arange(height, dtype=torch.float32).repeat_interleave(width)  # [L]
+    return torch.cat([columns[:, None] * frequencies, rows[:, None] * frequencies], dim=-1)  # [L, d/2]
+
+
+def with_buffer(angles: Tensor, buffer_size: int) -> Tensor:
+    """Puts the buffer tokens, which do not rotate, in front. [..., n, d/2] -> [..., K + n, d/2]."""
+    still = angles.new_zeros(*angles.shape[:-2], buffer_size, angles.shape[-1])  # [..., K, d/2]
+    return torch.cat([still, angles], dim=-2)  # [..., K + n, d/2]
+
+
+def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns each interleaved channel pair by its angle. x: [B, H, n, d]; angles: [B or 1, n, d/2]; gives [B, H, n, d]."""
+    cos = angles.cos().to(x.dtype)[:, None]  # [B, 1, n, d/2]
+    sin = angles.sin().to(x.dtype)[:, None]  # [B, 1, n, d/2]
+    even, odd = x[..., 0::2], x[..., 1::2]  # [B, H, n, d/2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)  # [B, H, n, d/2, 2]
+    return turned.flatten(-2)  # [B, H, n, d]

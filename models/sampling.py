@@ -1,0 +1,238 @@
+"""Sampling: uncover tokens in random order, each drawn by the diffusion head, with guidance by text and layout.
+
+Per iteration: one pass of the backbone per guidance branch, then the reverse process of the tokens to uncover. Guidance
+combines the branches' noise predictions,
+
+    eps = eps_0 + w_text (eps_text - eps_0) + w_layout (eps_text+layout - eps_text),
+
+of which only the branches with a weight are computed. Every image draws from its own generator, so that it does not
+depend on its batch. The first reverse step always runs in float32 (see `models/diffusion.py` for why).
+
+Shape letters: B images, G guidance branches, L image tokens, K buffer slots, D width, C token channels,
+S reverse steps, r rows (tokens), p tokens uncovered in one iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from models.conditioning import Conditions
+from models.diffusion import ReverseStep, reverse_steps
+from models.masking import cosine_masked_counts, sample_orders
+from models.structmar import StructMAR, gather_tokens
+from util.types import LayoutBatch, TextContext
+
+CFG_SCHEDULES = ("linear", "constant")
+NoiseSource = Callable[[int, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """num_iter: backbone passes. num_sampling_steps: reverse steps per token. cfg_text scales the caption (or the class
+    label), cfg_layout the boxes; 1 is no guidance. cfg_schedule: `linear` grows guidance with the share of uncovered
+    tokens. clip_x0: bound of predicted tokens. t_max: timesteps above it are clipped."""
+
+    num_iter: int = 64
+    num_sampling_steps: int = 100
+    cfg_text: float = 1.0
+    cfg_layout: float = 1.0
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+    clip_x0: float | None = None
+    t_max: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_iter < 1:
+            raise ValueError(f"num_iter must be at least 1, got {self.num_iter}")
+        if self.cfg_schedule not in CFG_SCHEDULES:
+            raise ValueError(f"cfg_schedule must be one of {CFG_SCHEDULES}, got {self.cfg_schedule!r}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if self.clip_x0 is not None and self.clip_x0 <= 0:
+            raise ValueError(f"clip_x0 must be positive, got {self.clip_x0}")
+        reverse_steps(self.num_sampling_steps, self.t_max)  # raises on a bad number of steps or t_max
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """latents: [B, C, h, w], scaled. orders: [B, L], each image's order (uncovered from its end)."""
+
+    latents: Tensor
+    orders: Tensor
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The guidance branches' conditions, stacked branch by branch along the batch, and how to combine them.
+
+    names: which of full, text, null are there, in that order.
+    """
+
+    names: tuple[str, ...]
+    conditions: Conditions
+
+    def combine(self, eps: Tensor, w_text: float, w_layout: float) -> Tensor:
+        """eps: [G, r, C], a prediction per branch; returns the guided [r, C]."""
+        by_name = dict(zip(self.names, eps.unbind(0), strict=True))
+        full = by_name["full"]  # [r, C]
+        if len(self.names) == 1:
+            return full
+        if "text" not in by_name:
+            return by_name["null"] + w_text * (full - by_name["null"])  # [r, C]
+        text = by_name["text"]  # [r, C]
+        guided = w_layout * (full - text)  # [r, C]
+        if "null" not in by_name:
+            return text + guided  # [r, C]
+        return by_name["null"] + w_text * (text - by_name["null"]) + guided  # [r, C]
+
+
+def embed_branches(
+    model: StructMAR,
+    config: SamplingConfig,
+    batch_size: int,
+    text: TextContext | None,
+    layout: LayoutBatch | None,
+    labels: Tensor | None,
+) -> tuple[Branches, SamplingConfig]:
+    """The branches that have a weight, and the config with the scale of an absent condition set to the other's."""
+    has_text = text is not None or labels is not None
+    if layout is None:
+        config = replace(config, cfg_layout=config.cfg_text)
+    elif not has_text:
+        config = replace(config, cfg_text=config.cfg_layout)
+    parts = {"full": model.embed_conditions(batch_size, labels, text, layout)}
+    if config.cfg_text != config.cfg_layout:
+        parts["text"] = model.embed_conditions(batch_size, labels, text, None)
+    if config.cfg_text != 1.0:
+        parts["null"] = model.embed_conditions(batch_size)
+    return Branches(tuple(parts), stack_conditions(list(parts.values()))), config
+
+
+def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
+    """Concatenates along the batch; shorter texts are padded, missing biases are zero."""
+    first = parts[0]
+    bias = None
+    if any(part.layout_bias is not None for part in parts):
+        known = next(part.layout_bias for part in parts if part.layout_bias is not None)
+        bias = torch.cat([torch.zeros_like(known) if p.layout_bias is None else p.layout_bias for p in parts])
+    text = text_valid = None
+    if first.text is not None and first.text_valid is not None:
+        length = max(part.text.shape[1] for part in parts if part.text is not None)
+        text = torch.cat([_pad_rows(part.text, length) for part in parts if part.text is not None])
+        text_valid = torch.cat([_pad_rows(part.text_valid, length) for part in parts if part.text_valid is not None])
+    tokens = None
+    if first.layout_tokens is not None:
+        tokens = torch.cat([part.layout_tokens for part in parts if part.layout_tokens is not None])
+    return Conditions(torch.cat([part.base for part in parts]), tokens, bias, text, text_valid)
+
+
+def _pad_rows(x: Tensor, length: int) -> Tensor:
+    """Pads dimension 1 with zeros (False)."""
+    return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], dim=1)
+
+
+def guidance(scale: float, config: SamplingConfig, num_tokens: int, next_masked: int) -> float:
+    """The scale of one iteration, after which `next_masked` tokens stay hidden (at least 1 is counted, as MAR does)."""
+    if config.cfg_schedule == "constant":
+        return scale
+    return 1 + (scale - 1) * (num_tokens - max(1, next_masked)) / num_tokens
+
+
+def reverse_process(
+    model: StructMAR,
+    z: Tensor,
+    branches: Branches,
+    scales: tuple[float, float],
+    noise: Tensor,
+    config: SamplingConfig,
+) -> Tensor:
+    """Draws r tokens. z: [G, r, D]; noise: [S + 1, r, C], the start and one per reverse step; gives [r, C] float32."""
+    num_branches = z.shape[0]
+    flat_z = z.flatten(0, 1)  # [G * r, D]
+    steps = reverse_steps(config.num_sampling_steps, config.t_max)
+    x = noise[0]  # [r, C]
+    for index, step in enumerate(steps):
+        if index == 0:
+            with torch.autocast(x.device.type, enabled=False):
+                output = _head(model, x, step, flat_z.float(), num_branches)  # [G, r, 2C]
+        else:
+            output = _head(model, x, step, flat_z, num_branches)  # [G, r, 2C]
+        eps, fraction = output.float().chunk(2, dim=-1)  # each [G, r, C]
+        guided = branches.combine(eps, *scales)  # [r, C]
+        x = step(x, guided, fraction[0], noise[index + 1], config.temperature, config.clip_x0)  # [r, C]
+    return x
+
+
+def _head(model: StructMAR, x: Tensor, step: ReverseStep, flat_z: Tensor, num_branches: int) -> Tensor:
+    timesteps = torch.full((flat_z.shape[0],), step.timestep, device=x.device)  # [G * r]
+    return model.diffloss.net(x.repeat(num_branches, 1), timesteps, flat_z).unflatten(0, (num_branches, -1))
+
+
+def uncover(
+    model: StructMAR,
+    branches: Branches,
+    orders: Tensor,
+    noise: NoiseSource,
+    config: SamplingConfig,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+) -> Tensor:
+    """The loop. orders: [B, L]; noise(iteration, S + 1, p) gives [S + 1, B, p, C]; returns tokens [B, L, C] float32."""
+    batch_size, num_tokens = orders.shape
+    num_branches = len(branches.names)
+    counts = cosine_masked_counts(num_tokens, config.num_iter)
+    num_steps = len(reverse_steps(config.num_sampling_steps, config.t_max))
+    tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
+    iterations: Iterable[int] = range(config.num_iter)
+    for iteration in iterations if progress is None else progress(iterations):
+        now, after = counts[iteration], counts[iteration + 1]
+        kept_ids = orders[:, now:].sort(dim=1).values  # [B, L - now]
+        target_ids = orders[:, after:now].sort(dim=1).values  # [B, p]
+        z = model.predict(
+            tokens.repeat(num_branches, 1, 1), kept_ids.repeat(num_branches, 1), branches.conditions
+        )  # [G * B, L, D]
+        z = gather_tokens(z, target_ids.repeat(num_branches, 1))  # [G * B, p, D]
+        z = z.unflatten(0, (num_branches, batch_size)).flatten(1, 2)  # [G, B * p, D]
+        draws = noise(iteration, num_steps + 1, now - after).flatten(1, 2)  # [S + 1, B * p, C]
+        scales = (
+            guidance(config.cfg_text, config, num_tokens, after),
+            guidance(config.cfg_layout, config, num_tokens, after),
+        )
+        drawn = reverse_process(model, z, branches, scales, draws, config)  # [B * p, C]
+        drawn = drawn.unflatten(0, (batch_size, -1))  # [B, p, C]
+        tokens = tokens.scatter(1, target_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
+    return tokens
+
+
+@torch.no_grad()
+def sample(
+    model: StructMAR,
+    config: SamplingConfig,
+    generators: Sequence[torch.Generator],
+    text: TextContext | None = None,
+    layout: LayoutBatch | None = None,
+    labels: Tensor | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+) -> SampleOutput:
+    """Samples one image per generator. The model must be in eval mode; conditions lie on its device, [B, ...].
+
+    Raises ValueError if the number of images disagrees, or num_iter exceeds the number of tokens.
+    """
+    batch_size = len(generators)
+    for name, given in (("text", text), ("layout", layout), ("labels", labels)):
+        if given is not None and len(given) != batch_size:
+            raise ValueError(f"{name} is for {len(given)} images, but there are {batch_size} generators")
+    assert not model.training, "sampling needs model.eval()"
+    device = model.fake_latent.device
+    orders = sample_orders(batch_size, model.config.num_tokens, generators).to(device)  # [B, L]
+
+    def noise(_iteration: int, num_draws: int, num_tokens: int) -> Tensor:
+        shape = (num_draws, num_tokens, model.config.token_dim)
+        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators], dim=1).to(device)
+
+    branches, config = embed_branches(model, config, batch_size, text, layout, labels)
+    tokens = uncover(model, branches, orders, noise, config, progress)  # [B, L, C]
+    return SampleOutput(model.unpatchify(tokens), orders)
