@@ -13,10 +13,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from engine.data import make_layout
+from util.boxes import plan_center_crop
+from util.coco import CocoIndex
 from util.types import Category, Layout
 
 ENTRY_KEYS = ("prompt", "objects")
@@ -44,22 +47,6 @@ class Scene:
         ]  # shortest exact decimals
         objects = [{"label": name, "bbox": box} for name, box in zip(self.names, boxes, strict=True)]
         return {"prompt": self.prompt, "objects": objects}
-
-
-class LabelledSample(Protocol):
-    """What `scenes_from_dataset` needs of a dataset's item."""
-
-    @property
-    def caption(self) -> str: ...
-
-    @property
-    def layout(self) -> Layout: ...
-
-
-class SceneDataset(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> LabelledSample: ...
 
 
 def empty_layout() -> Layout:
@@ -97,15 +84,19 @@ def read_layout_file(
     ]
 
 
-def scenes_from_dataset(dataset: SceneDataset, categories: Sequence[Category], num_scenes: int) -> list[Scene]:
-    """The captions and boxes of the first `num_scenes` items of a dataset. Raises ValueError if it has fewer."""
-    if num_scenes > len(dataset):
-        raise ValueError(f"{num_scenes} scenes were asked for, but the dataset has {len(dataset)} images")
+def scenes_from_dataset(index: CocoIndex, img_size: int, num_scenes: int) -> list[Scene]:
+    """The first `num_scenes` images of a split that keep a box in the centre crop, each with its first caption.
+
+    Only the split's jsons are needed, not its images. Raises ValueError if it has fewer such images.
+    """
     scenes = []
-    for index in range(num_scenes):
-        sample = dataset[index]
-        names = [categories[int(category)].name for category in sample.layout.categories]
-        scenes.append(Scene(sample.caption, sample.layout, names))
+    for image in index.images:
+        layout = make_layout(image, plan_center_crop(image.width, image.height, img_size), False, index.filters)
+        if len(scenes) < num_scenes and len(layout) > 0:
+            names = [index.categories[int(category)].name for category in layout.categories]
+            scenes.append(Scene(image.captions[0], layout, names))
+    if len(scenes) < num_scenes:
+        raise ValueError(f"{num_scenes} scenes were asked for, but {index.split} has {len(scenes)} images with boxes")
     return scenes
 
 

@@ -74,7 +74,7 @@ def training_schedule() -> DiffusionSchedule:
     steps = np.arange(NUM_TRAIN_STEPS) / NUM_TRAIN_STEPS
     ratios = [alpha_bar(t + 1 / NUM_TRAIN_STEPS) / alpha_bar(t) for t in steps.tolist()]
     betas = np.minimum(1 - np.array(ratios, dtype=np.float64), MAX_BETA)
-    return DiffusionSchedule(tuple(range(NUM_TRAIN_STEPS)), np.cumprod(1.0 - betas))
+    return DiffusionSchedule(tuple(range(NUM_TRAIN_STEPS)), np.cumprod(1.0 - betas, dtype=np.float64))
 
 
 @lru_cache

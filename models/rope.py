@@ -32,7 +32,7 @@ def with_buffer(angles: Tensor, buffer_size: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns each interleaved channel pair by its angle. x: [B, H, n, d]; angles: [B or 1, n, d/2]; gives [B, H, n, d]."""
+    """Turns each interleaved channel pair by its angle. x: [B, H, n, d]; angles: [B or 1, n, d/2]; as x."""
     cos = angles.cos().to(x.dtype)[:, None]  # [B, 1, n, d/2]
     sin = angles.sin().to(x.dtype)[:, None]  # [B, 1, n, d/2]
     even, odd = x[..., 0::2], x[..., 1::2]  # [B, H, n, d/2]

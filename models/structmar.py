@@ -124,7 +124,7 @@ def _sizes(width: int, depth: int, heads: int, head_depth: int, head_width: int)
 
 PRESETS: dict[str, dict[str, int]] = {
     "mar_mini": _sizes(128, 4, 4, 4, 256)
-    | {"img_size": 64, "vae_stride": 8, "buffer_size": 16, "max_objects": 8, "class_num": 10},
+    | {"img_size": 64, "vae_stride": 8, "buffer_size": 16, "max_objects": 8, "class_num": 12},
     "mar_base": _sizes(768, 12, 12, 6, 1024),
     "mar_large": _sizes(1024, 16, 16, 8, 1280),
     "mar_huge": _sizes(1280, 20, 16, 12, 1536),

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, deterministic kernels, a fixed global seed, the optional folder of large fixtures."""
+"""For all tests: one thread, deterministic kernels, a fixed global seed, the optional folder of large fixtures."""
 
 from __future__ import annotations
 

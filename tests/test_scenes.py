@@ -1,13 +1,13 @@
 """Layout files: what a good one gives, and the one line every kind of bad one gets."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.scenes import Scene, empty_layout, read_layout_file, scenes_from_dataset
+from util.coco import CocoIndex
 from util.types import Category, Layout
 
 CATEGORIES = [Category(1, "person"), Category(18, "dog"), Category(37, "sports ball")]
@@ -119,22 +119,31 @@ def test_missing_and_binary_files(tmp_path):
         read_layout_file(tmp_path / "image.json", CATEGORIES, 4)
 
 
-@dataclass
-class Item:
-    caption: str
-    layout: Layout
-
-
-def test_scenes_from_dataset():
-    items = [
-        Item("a dog", Layout(torch.tensor([[0.0, 0.0, 0.5, 0.5]]), torch.tensor([1]))),
-        Item("nothing", empty_layout()),
+def write_coco(root: Path) -> None:
+    """Three images of 200x100: one with a dog, one without boxes, one whose boxes are a person and a ball."""
+    (root / "annotations").mkdir(parents=True)
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 200, "height": 100} for i in (1, 2, 3)]
+    boxes = [(1, 18, [50, 0, 50, 100]), (3, 1, [100, 50, 50, 50]), (3, 37, [60, 10, 80, 80])]
+    annotations = [
+        {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for i, (image, category, box) in enumerate(boxes)
     ]
-    scenes = scenes_from_dataset(items, CATEGORIES, 2)
-    assert [scene.prompt for scene in scenes] == ["a dog", "nothing"]
-    assert [scene.names for scene in scenes] == [["dog"], []]
-    with pytest.raises(ValueError, match="3 scenes were asked for, but the dataset has 2"):
-        scenes_from_dataset(items, CATEGORIES, 3)
+    captions = [{"id": 10 * i + k, "image_id": i, "caption": f"caption {k} of {i}"} for i in (1, 2, 3) for k in (0, 1)]
+    names = [{"id": category.id, "name": category.name} for category in CATEGORIES]
+    instances = {"images": images, "annotations": annotations, "categories": names}
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(instances))
+    (root / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": captions}))
+
+
+def test_scenes_from_dataset(tmp_path):
+    write_coco(tmp_path)
+    index = CocoIndex.load(tmp_path, "val2017")
+    scenes = scenes_from_dataset(index, 64, 2)
+    assert [scene.prompt for scene in scenes] == ["caption 0 of 1", "caption 0 of 3"]
+    assert [scene.names for scene in scenes] == [["dog"], ["sports ball", "person"]]  # largest first
+    torch.testing.assert_close(scenes[0].layout.boxes_xyxy, torch.tensor([[0.0, 0.0, 0.5, 1.0]]))  # centre crop
+    with pytest.raises(ValueError, match="3 scenes were asked for, but val2017 has 2 images with boxes"):
+        scenes_from_dataset(index, 64, 3)
 
 
 def test_scene_needs_a_name_per_box():

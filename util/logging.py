@@ -70,7 +70,7 @@ def progress(
     rank: int = 0,
 ) -> tqdm[T]:
     """A tqdm bar with rate and ETA on rank 0, none on other ranks. Where stderr is a file it reports twice a minute."""
-    bar: tqdm[T] = tqdm(
+    bar: Any = tqdm(  # its type is a union without need where `iterable` is None
         iterable,
         total=total,
         initial=initial,

@@ -36,7 +36,9 @@ class Layout:
         if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.dtype != torch.float32:
             raise ValueError(f"boxes_xyxy must be float32 [n, 4], got {boxes.dtype} {tuple(boxes.shape)}")
         if categories.shape != boxes.shape[:1] or categories.dtype != torch.int64:
-            raise ValueError(f"categories must be int64 [{boxes.shape[0]}], got {categories.dtype} {tuple(categories.shape)}")
+            raise ValueError(
+                f"categories must be int64 [{boxes.shape[0]}], got {categories.dtype} {tuple(categories.shape)}"
+            )
         if boxes.numel() == 0:
             return
         if not bool(torch.isfinite(boxes).all()) or boxes.min() < 0 or boxes.max() > 1:

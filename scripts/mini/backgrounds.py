@@ -69,7 +69,10 @@ def _bricks(size: int, rng: np.random.Generator) -> Array:
     column = x * rows / 2.2 + 0.5 * (row % 2) + rng.uniform(0, 1)
     tones = rng.random((rows + 1, rows + 2), dtype=np.float32)
     tone = tones[row.astype(int), np.floor(column).astype(int) % (rows + 2)]
-    brick = mix((0.66, 0.46, 0.40), (0.79, 0.60, 0.51), tone) * (0.93 + 0.14 * smooth_noise(rng, size, size, 48, 48))[..., None]
+    brick = (
+        mix((0.66, 0.46, 0.40), (0.79, 0.60, 0.51), tone)
+        * (0.93 + 0.14 * smooth_noise(rng, size, size, 48, 48))[..., None]
+    )
     gap_y = np.minimum(y * rows - row, 1 - (y * rows - row))
     gap_x = np.minimum(column - np.floor(column), 1 - (column - np.floor(column))) * 2.2
     return mix((0.82, 0.78, 0.73), brick, np.clip((np.minimum(gap_x, gap_y) - 0.05) * 24, 0, 1))
@@ -81,7 +84,9 @@ def _planks(size: int, rng: np.random.Generator) -> Array:
     plank = np.floor(y * count)
     tone = rng.random(count + 1, dtype=np.float32)[plank.astype(int)]
     grain = smooth_noise(rng, size, size, 56, 5)
-    dark, pale = [((0.60, 0.43, 0.28), (0.76, 0.59, 0.41)), ((0.72, 0.58, 0.42), (0.86, 0.74, 0.58))][int(rng.integers(2))]
+    dark, pale = [((0.60, 0.43, 0.28), (0.76, 0.59, 0.41)), ((0.72, 0.58, 0.42), (0.86, 0.74, 0.58))][
+        int(rng.integers(2))
+    ]
     picture = mix(dark, pale, np.clip(0.55 * tone + 0.5 * grain, 0, 1))
     gap = np.minimum(y * count - plank, 1 - (y * count - plank))
     return picture * (0.72 + 0.28 * np.clip(gap * 26, 0, 1))[..., None]
@@ -91,9 +96,13 @@ def _tiles(size: int, rng: np.random.Generator) -> Array:
     x, y = _axes(size)
     count = int(rng.integers(4, 7))
     column, row = np.floor(x * count), np.floor(y * count)
-    pale, dark = [((0.93, 0.93, 0.91), (0.74, 0.79, 0.83)), ((0.92, 0.90, 0.86), (0.80, 0.74, 0.68))][int(rng.integers(2))]
+    pale, dark = [((0.93, 0.93, 0.91), (0.74, 0.79, 0.83)), ((0.92, 0.90, 0.86), (0.80, 0.74, 0.68))][
+        int(rng.integers(2))
+    ]
     picture = mix(pale, dark, (column + row) % 2)
-    gap = np.minimum(np.minimum(x * count - column, 1 - (x * count - column)), np.minimum(y * count - row, 1 - (y * count - row)))
+    gap = np.minimum(
+        np.minimum(x * count - column, 1 - (x * count - column)), np.minimum(y * count - row, 1 - (y * count - row))
+    )
     picture = mix((0.66, 0.66, 0.66), picture, np.clip((gap - 0.012) * 40, 0, 1))
     return picture * (1.03 - 0.14 * (x + y) / 2 + 0.03 * smooth_noise(rng, size, size, 12, 12))[..., None]
 

@@ -52,7 +52,7 @@ def _count(names: Sequence[str]) -> list[str]:
 
 
 def _relation(first: Named, second: Named, rng: np.random.Generator, sideways: bool) -> str | None:
-    """"a red kite to the left of a clock", or None where the two are not clearly apart in that direction."""
+    """ "a red kite to the left of a clock", or None where the two are not clearly apart in that direction."""
     axis = 0 if sideways else 1
     gap = first.centre[axis] - second.centre[axis]
     if abs(gap) < _CLEAR_GAP:
@@ -80,11 +80,14 @@ def write_captions(objects: Sequence[Named], place: str, rng: np.random.Generato
     listed, listed_again = join(count_phrases(objects)), join(count_phrases(shuffled))
     plain = [f"{listed} {place}", listed_again]
     total = f"{_NUMBERS[len(objects)]} objects: {listed}" if len(objects) > 1 else f"one {objects[0].words} {place}"
-    openings = [f"a picture of {listed} {place}", f"there is {listed_again} {place}", total]
-    captions = plain + [openings[int(rng.integers(len(openings)))]]
+    verb = "there is" if listed_again[:2] in ("a ", "an") else "there are"
+    openings = [f"a picture of {listed} {place}", f"{verb} {listed_again} {place}", total]
+    captions = [*plain, openings[int(rng.integers(len(openings)))]]
     sized = f"{join(sized_phrases(shuffled))} {place}"
     if len(objects) == 1:
-        return captions + [sized, f"{listed} alone {place}"]
+        return [*captions, sized, f"{listed} alone {place}"]
     for sideways in (False, True):
-        captions.append(_pair_caption(objects, place, rng, sideways) or (sized if sideways else f"{listed_again} {place}"))
+        captions.append(
+            _pair_caption(objects, place, rng, sideways) or (sized if sideways else f"{listed_again} {place}")
+        )
     return captions

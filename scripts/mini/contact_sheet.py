@@ -26,7 +26,9 @@ def draw_cell(scene: Scene, cell: int, show_boxes: bool) -> NDArray[np.uint8]:
         x, y, width, height = (value * scale for value in item.bbox)
         corners = (int(round(x)), int(round(y))), (int(round(x + width)) - 1, int(round(y + height)) - 1)
         cv2.rectangle(picture, corners[0], corners[1], (255, 0, 255), 1)
-        cv2.putText(picture, item.name, (corners[0][0] + 2, corners[0][1] + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1)
+        cv2.putText(
+            picture, item.name, (corners[0][0] + 2, corners[0][1] + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1
+        )
     strip = np.full((_CAPTION_HEIGHT, cell, 3), 255, dtype=np.uint8)
     letters = max(cell // 6, 1)
     words = scene.captions[-1]
@@ -50,10 +52,16 @@ def main() -> None:
     scenes = []
     for index in range(args.num_scenes):
         rng = np.random.default_rng((args.seed, index))
-        scenes.append(render_single(rng, CLASSES[index % len(CLASSES)].id, args.size) if args.single else render_scene(rng, args.size))
+        scenes.append(
+            render_single(rng, CLASSES[index % len(CLASSES)].id, args.size)
+            if args.single
+            else render_scene(rng, args.size)
+        )
     cells = [draw_cell(scene, args.cell, not args.no_boxes) for scene in scenes]
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % args.columns)
-    sheet = np.concatenate([np.concatenate(cells[i : i + args.columns], axis=1) for i in range(0, len(cells), args.columns)])
+    sheet = np.concatenate(
+        [np.concatenate(cells[i : i + args.columns], axis=1) for i in range(0, len(cells), args.columns)]
+    )
     if not cv2.imwrite(str(args.output), sheet[..., ::-1]):
         raise OSError(f"could not write {args.output}")
     print(f"wrote {args.output}")

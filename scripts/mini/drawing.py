@@ -51,7 +51,10 @@ def draw_stop_sign(pen: Pen, rng: np.random.Generator, colour: Rgb) -> None:
     letter_s = [(x[0] + wide, top + 0.06), (x[0] + 0.16, top), (x[0] + 0.03, top + 0.06), (x[0], top + 0.16)]
     letter_s += [(x[0] + 0.04, -0.05), (x[0] + wide - 0.04, 0.05), (x[0] + wide, bottom - 0.16)]
     letter_s += [(x[0] + wide - 0.03, bottom - 0.06), (x[0] + 0.12, bottom), (x[0] - 0.01, bottom - 0.06)]
-    letter_t = [[(x[1] - 0.08, top), (x[1] + wide + 0.02, top)], [(x[1] + wide / 2 - 0.03, top), (x[1] + wide / 2 - 0.03, bottom)]]
+    letter_t = [
+        [(x[1] - 0.08, top), (x[1] + wide + 0.02, top)],
+        [(x[1] + wide / 2 - 0.03, top), (x[1] + wide / 2 - 0.03, bottom)],
+    ]
     letter_o = arc((x[2] + 0.09, 0.0), (0.14, bottom), points=24)
     bowl = arc((x[3] + 0.02 - 0.08, top / 2), (0.21, -top / 2), -90, 90, 14)
     letter_p = [[(x[3] - 0.12, top), (x[3] - 0.12, bottom)], [(x[3] - 0.12, top), *bowl.tolist(), (x[3] - 0.12, 0.0)]]
@@ -103,7 +106,10 @@ def draw_orange(pen: Pen, rng: np.random.Generator, colour: Rgb) -> None:
     pen.rgb = np.clip(pen.rgb * (1 + 0.13 * pores[..., None]), 0, 1)
     navel = (float(rng.uniform(-0.25, 0.25)), -0.66)
     pen.tint(mask * pen.glow(pen.to_screen(navel), 0.22), _darker(colour, 0.62), 0.6)
-    star = [(navel[0] + r * np.cos(a), navel[1] + 0.8 * r * np.sin(a)) for a, r in zip(np.arange(10) * np.pi / 5, [0.16, 0.07] * 5, strict=True)]
+    star = [
+        (navel[0] + r * np.cos(a), navel[1] + 0.8 * r * np.sin(a))
+        for a, r in zip(np.arange(10) * np.pi / 5, [0.16, 0.07] * 5, strict=True)
+    ]
     pen.paint(pen.polygon(star), (0.24, 0.36, 0.12))
     if rng.random() < 0.35:
         leaf = [navel, (navel[0] + 0.16, -0.86), (navel[0] + 0.52, -0.86), (navel[0] + 0.34, -0.68)]
@@ -114,7 +120,9 @@ def draw_apple(pen: Pen, rng: np.random.Generator, colour: Rgb) -> None:
     turn = np.linspace(0, 2 * np.pi, 72)
     radius = 0.90 * (1 - 0.20 * np.exp(-((np.angle(np.exp(1j * (turn + np.pi / 2)))) ** 2) / 0.10))
     radius *= 1 - 0.09 * np.exp(-((np.angle(np.exp(1j * (turn - np.pi / 2)))) ** 2) / 0.06)
-    outline = np.stack([radius * np.cos(turn) * (1.02 - 0.07 * np.sin(turn)), 0.12 + radius * np.sin(turn) * 0.96], axis=1)
+    outline = np.stack(
+        [radius * np.cos(turn) * (1.02 - 0.07 * np.sin(turn)), 0.12 + radius * np.sin(turn) * 0.96], axis=1
+    )
     mask = pen.polygon(outline)
     pen.round_body(mask, colour, gloss=0.62)
     blush: Rgb = (0.96, 0.78, 0.22) if colour[0] > 0.6 and colour[1] < 0.5 else _lighter(colour, 0.35)
@@ -123,7 +131,9 @@ def draw_apple(pen: Pen, rng: np.random.Generator, colour: Rgb) -> None:
     pen.tint(mask * np.exp(-(pen.u**2) / 0.06 - ((pen.v + 0.60) ** 2) / 0.012), _darker(colour, 0.35), 0.75)
     pen.paint(pen.stroke(0.10, [(0.0, -0.58), (0.03, -0.80), (0.12, -0.98)]), (0.30, 0.19, 0.09))
     if rng.random() < 0.6:
-        leaf = np.concatenate([arc((0.30, -0.62), (0.30, 0.26), 190, 290, 10), arc((0.26, -0.95), (0.26, 0.22), 20, 120, 10)])
+        leaf = np.concatenate(
+            [arc((0.30, -0.62), (0.30, 0.26), 190, 290, 10), arc((0.26, -0.95), (0.26, 0.22), 20, 120, 10)]
+        )
         pen.paint(pen.polygon(leaf), (0.26, 0.56, 0.17))
 
 
@@ -138,8 +148,16 @@ def _banana(pen: Pen, offset: float, colour: Rgb, bend: float) -> None:
     inner, outer = spine + normal * width[:, None], spine - normal * width[:, None]
     body = pen.polygon(np.concatenate([inner, outer[::-1]]))
     pen.paint(body, _darker(colour, 0.62))
-    pen.paint(pen.polygon(np.concatenate([inner * 0.985, (spine - normal * width[:, None] * 0.86)[::-1]])), _darker(colour, 0.88))
-    pen.paint(pen.polygon(np.concatenate([spine + normal * width[:, None] * 0.92, (spine - normal * width[:, None] * 0.30)[::-1]])), colour)
+    pen.paint(
+        pen.polygon(np.concatenate([inner * 0.985, (spine - normal * width[:, None] * 0.86)[::-1]])),
+        _darker(colour, 0.88),
+    )
+    pen.paint(
+        pen.polygon(
+            np.concatenate([spine + normal * width[:, None] * 0.92, (spine - normal * width[:, None] * 0.30)[::-1]])
+        ),
+        colour,
+    )
     pen.tint(pen.stroke(0.06, (spine + normal * width[:, None] * 0.45)[8:32]), _lighter(colour, 0.6), 0.7)
     pen.paint(pen.stroke(0.13, spine[:4] + np.array([0.0, -0.04])), (0.44, 0.38, 0.12))
     pen.paint(pen.stroke(0.10, spine[-2:]), (0.20, 0.14, 0.08))
@@ -186,7 +204,9 @@ def draw_sports_ball(pen: Pen, rng: np.random.Generator, colour: Rgb) -> None:
     is_white = min(colour) > 0.8
     if is_white or rng.random() < 0.4:  # football: five-cornered patches
         patch: Rgb = _DARK if is_white else _WHITE
-        centres = [(0.0, 0.0, 0.29)] + [(0.84 * np.cos(a), 0.84 * np.sin(a), 0.25) for a in np.deg2rad(np.arange(5) * 72 - 90)]
+        centres = [(0.0, 0.0, 0.29)] + [
+            (0.84 * np.cos(a), 0.84 * np.sin(a), 0.25) for a in np.deg2rad(np.arange(5) * 72 - 90)
+        ]
         seams = []
         for index, (cx, cy, radius) in enumerate(centres):
             base = np.deg2rad(np.arange(5) * 72 - 90) + (0 if index == 0 else np.pi)
@@ -242,7 +262,10 @@ def draw_umbrella(pen: Pen, rng: np.random.Generator, colour: Rgb) -> None:
         right = np.stack([b * lower, 0.06 - 0.92 * upper], axis=1)
         slices.append(np.concatenate([left, right[::-1]]))
     pen.tint(mask * pen.polygon(*slices), np.clip(np.asarray(second) * (0.62 + 0.48 * light)[..., None], 0, 1))
-    ribs = [np.stack([e * np.sin(np.linspace(0, 1.57, 14)), 0.06 - 0.92 * np.cos(np.linspace(0, 1.57, 14))], axis=1) for e in (-0.5, 0.0, 0.5)]
+    ribs = [
+        np.stack([e * np.sin(np.linspace(0, 1.57, 14)), 0.06 - 0.92 * np.cos(np.linspace(0, 1.57, 14))], axis=1)
+        for e in (-0.5, 0.0, 0.5)
+    ]
     pen.tint(mask * pen.stroke(0.03, *ribs), _darker(colour, 0.5), 0.8)
     pen.paint(pen.stroke(0.07, [(0.0, -0.97), (0.0, -0.84)]), (0.20, 0.17, 0.16))
 
@@ -315,7 +338,16 @@ CLASSES: tuple[ObjectClass, ...] = (
     ObjectClass(10, "traffic light", "outdoor", draw_traffic_light, ("green",), 4, (0.9, 1.1), True),
     ObjectClass(13, "stop sign", "outdoor", draw_stop_sign, ("red",), 8, (0.9, 1.0), True),
     ObjectClass(28, "umbrella", "accessory", draw_umbrella, _BRIGHT, 20, (0.9, 1.1), True),
-    ObjectClass(37, "sports ball", "sports", draw_sports_ball, ("red", "orange", "yellow", "green", "blue", "white"), 180, (1.0, 1.0), True),
+    ObjectClass(
+        37,
+        "sports ball",
+        "sports",
+        draw_sports_ball,
+        ("red", "orange", "yellow", "green", "blue", "white"),
+        180,
+        (1.0, 1.0),
+        True,
+    ),
     ObjectClass(38, "kite", "sports", draw_kite, _BRIGHT, 35, (0.9, 1.15), True),
     ObjectClass(52, "banana", "food", draw_banana, ("yellow",), 60, (0.95, 1.05), False),
     ObjectClass(53, "apple", "food", draw_apple, ("red", "green", "yellow"), 18, (0.95, 1.05), False),

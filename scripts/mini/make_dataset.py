@@ -70,10 +70,17 @@ def instance_records(scene: Scene) -> list[dict[str, Any]]:
     return records
 
 
-def _write_scene(index: int, folder: Path, split: str, size: int, seed: int) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+def _write_scene(
+    index: int, folder: Path, split: str, size: int, seed: int
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     scene = render_scene(scene_generator(seed, split, index), size)
     path = folder / f"{index + 1:012d}.jpg"
-    options = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    options = [
+        cv2.IMWRITE_JPEG_QUALITY,
+        _JPEG_QUALITY,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    ]
     if not cv2.imwrite(str(path), scene.image[..., ::-1], options):
         raise OSError(f"could not write {path}")
     return instance_records(scene), scene.captions
@@ -94,11 +101,18 @@ def _write_split(folder: Path, split: str, count: int, settings: DatasetSettings
         for image_id, (records, texts) in enumerate(tqdm(results, total=count, desc=split), start=1):
             name = f"{image_id:012d}.jpg"
             images.append({"id": image_id, "file_name": name, "width": settings.size, "height": settings.size})
-            instances += [{"id": len(instances) + 1 + k, "image_id": image_id, **record} for k, record in enumerate(records)]
-            captions += [{"id": len(captions) + 1 + k, "image_id": image_id, "caption": text} for k, text in enumerate(texts)]
+            instances += [
+                {"id": len(instances) + 1 + k, "image_id": image_id, **record} for k, record in enumerate(records)
+            ]
+            captions += [
+                {"id": len(captions) + 1 + k, "image_id": image_id, "caption": text} for k, text in enumerate(texts)
+            ]
     info = {"description": "StructMAR mini world", **asdict(settings)}
     content = {"info": info, "images": images}
-    _write_json({**content, "annotations": instances, "categories": categories()}, folder / "annotations" / f"instances_{split}.json")
+    _write_json(
+        {**content, "annotations": instances, "categories": categories()},
+        folder / "annotations" / f"instances_{split}.json",
+    )
     _write_json({**content, "annotations": captions}, folder / "annotations" / f"captions_{split}.json")
 
 
@@ -109,7 +123,9 @@ def is_finished(folder: Path, settings: DatasetSettings) -> bool:
         return False
     found, wanted = json.loads(path.read_text(encoding="utf-8")), asdict(settings)
     if found != wanted:
-        raise ValueError(f"{path} describes another dataset: found {found}, asked for {wanted}; choose another --output_dir or remove it")
+        raise ValueError(
+            f"{path} describes another dataset: found {found}, asked for {wanted}; choose another --output_dir or remove it"
+        )
     return True
 
 

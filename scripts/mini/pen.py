@@ -28,7 +28,9 @@ def arc(
 ) -> Array:
     """Points [points, 2] on an ellipse's arc; degrees, clockwise from +u (v points down)."""
     angles = np.deg2rad(np.linspace(start, stop, points))
-    return np.stack([centre[0] + radii[0] * np.cos(angles), centre[1] + radii[1] * np.sin(angles)], axis=1).astype(np.float32)
+    return np.stack([centre[0] + radii[0] * np.cos(angles), centre[1] + radii[1] * np.sin(angles)], axis=1).astype(
+        np.float32
+    )
 
 
 def rounded_box(x0: float, y0: float, x1: float, y1: float, radius: float) -> Array:

@@ -97,7 +97,10 @@ def per_class_ap(truth: COCO, detections: Sequence[dict[str, Any]]) -> dict[int,
         evaluation = COCOeval(truth, truth.loadRes(list(detections)), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    precision, recall = evaluation.eval["precision"][..., 0, -1], evaluation.eval["recall"][..., 0, -1]  # all areas, 100 boxes
+    precision, recall = (
+        evaluation.eval["precision"][..., 0, -1],
+        evaluation.eval["recall"][..., 0, -1],
+    )  # all areas, 100 boxes
     rows = {}
     for index, category_id in enumerate(evaluation.params.catIds):
         values = precision[:, :, index].mean(), precision[0, :, index].mean(), recall[0, index]
@@ -122,7 +125,9 @@ def main() -> None:
         found = detect(net, scene.image, args.input_size, [entry.id for entry in CLASSES])
         detections += [{"image_id": image_id, **item} for item in found]
     rows = per_class_ap(truth, detections)
-    print(f"{args.detector.name} on {args.num_scenes} scenes of {args.size} px\n{'class':<14} {'boxes':>5} {'AP':>6} {'AP50':>6} {'rec50':>6}")
+    print(
+        f"{args.detector.name} on {args.num_scenes} scenes of {args.size} px\n{'class':<14} {'boxes':>5} {'AP':>6} {'AP50':>6} {'rec50':>6}"
+    )
     for entry in CLASSES:
         count = len(truth.getAnnIds(catIds=[entry.id]))
         print(f"{entry.name:<14} {count:>5} " + " ".join(f"{value:>6.3f}" for value in rows[entry.id]))
