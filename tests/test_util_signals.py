@@ -1,0 +1,46 @@
+"""Stopping on request."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from util.signals import StopRequest
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_noted_and_the_block_goes_on(number: int, code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert not stop.is_set and stop.signum is None and stop.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert stop.is_set and stop.signum == number and stop.exit_code == code
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert stop.exit_code == code  # still known afterwards
+    assert signal.Signals(number).name in capfd.readouterr().err
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest(repeat_after_s=0.0) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before and stop.signum == signal.SIGINT
+
+
+def test_the_same_ctrl_c_twice_is_one_request() -> None:
+    with StopRequest(repeat_after_s=60.0) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signum == signal.SIGINT
+
+
+def test_handlers_come_back_after_an_exception() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="loss"), StopRequest():
+        raise ValueError("loss is not finite")
+    assert signal.getsignal(signal.SIGTERM) == before
