@@ -1,4 +1,4 @@
-"""Textured backgrounds of the mini world. Each takes the canvas size and a generator and returns RGB [size, size, 3] in [0, 1].
+"""Textured backgrounds of the mini world: canvas size and generator in, RGB [size, size, 3] in [0, 1] out.
 
 They are paler and less saturated than the objects; the same generator gives the same picture at any size.
 """
@@ -79,7 +79,7 @@ def _bricks(size: int, rng: np.random.Generator) -> Array:
 
 
 def _planks(size: int, rng: np.random.Generator) -> Array:
-    x, y = _axes(size)
+    _, y = _axes(size)
     count = int(rng.integers(4, 7))
     plank = np.floor(y * count)
     tone = rng.random(count + 1, dtype=np.float32)[plank.astype(int)]
@@ -113,7 +113,7 @@ def _cloth(size: int, rng: np.random.Generator) -> Array:
     tone = [(0.55, 0.66, 0.78), (0.78, 0.60, 0.60), (0.62, 0.72, 0.58)][int(rng.integers(3))]
     stripes = 0.5 * (np.floor(x * count * 2) % 2) + 0.5 * (np.floor(y * count * 2) % 2)
     folds = 0.95 + 0.10 * smooth_noise(rng, size, size, 4, 6)
-    return mix((0.95, 0.94, 0.91), tone, 0.75 * stripes) * folds[..., None]
+    return mix((0.95, 0.94, 0.91), tone, np.float32(0.75) * stripes.astype(np.float32)) * folds[..., None]
 
 
 @dataclass(frozen=True)
@@ -142,4 +142,4 @@ BACKGROUNDS: tuple[Background, ...] = (
 def draw_background(index: int, size: int, rng: np.random.Generator) -> Array:
     """Background `index` of BACKGROUNDS as RGB [size, size, 3] in [0, 1]."""
     picture = np.clip(BACKGROUNDS[index].draw(size, rng), 0.0, 1.0).astype(np.float32)
-    return cv2.GaussianBlur(picture, (0, 0), size / 400)
+    return np.asarray(cv2.GaussianBlur(picture, (0, 0), size / 400), dtype=np.float32)

@@ -15,10 +15,10 @@ NUM_CAPTIONS = 5
 
 @dataclass(frozen=True)
 class Named:
-    """What a caption needs to know of an object: noun, colour where it is named, centre and length (relative to the image)."""
+    """What a caption needs to know of an object; centre and length are relative to the image."""
 
     noun: str
-    colour: str | None
+    colour: str | None  # where captions name it
     centre: tuple[float, float]
     length: float
 

@@ -19,12 +19,12 @@ _CAPTION_HEIGHT = 34
 
 
 def draw_cell(scene: Scene, cell: int, show_boxes: bool) -> NDArray[np.uint8]:
-    """A scene enlarged to `cell` pixels, with boxes if wanted, and its last caption below: [cell + 34, cell, 3] uint8 RGB."""
+    """A scene enlarged to `cell` pixels, with its last caption below: [cell + 34, cell, 3] uint8 RGB."""
     scale = cell / scene.image.shape[0]
     picture = cv2.resize(scene.image, (cell, cell), interpolation=cv2.INTER_NEAREST)
     for item in scene.objects if show_boxes else ():
         x, y, width, height = (value * scale for value in item.bbox)
-        corners = (int(round(x)), int(round(y))), (int(round(x + width)) - 1, int(round(y + height)) - 1)
+        corners = (round(x), round(y)), (round(x + width) - 1, round(y + height) - 1)
         cv2.rectangle(picture, corners[0], corners[1], (255, 0, 255), 1)
         cv2.putText(
             picture, item.name, (corners[0][0] + 2, corners[0][1] + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1

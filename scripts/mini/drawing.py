@@ -1,4 +1,7 @@
-"""How each class of the mini world is drawn. A drawer gets a Pen, its own generator and the object's colour (RGB in [0, 1])."""
+"""How each class of the mini world is drawn.
+
+A drawer gets a Pen, its own generator and the object's colour (RGB in [0, 1]).
+"""
 
 from __future__ import annotations
 
@@ -219,7 +222,8 @@ def draw_sports_ball(pen: Pen, rng: np.random.Generator, colour: Rgb) -> None:
     else:  # seams of a basket ball (dark) or a tennis ball (white)
         seam: Rgb = _WHITE if colour[1] > 0.7 or colour[2] > 0.4 or colour[1] > colour[0] else (0.16, 0.09, 0.06)
         sides = [arc((-1.28, 0.0), (0.80, 0.95), -75, 75), arc((1.28, 0.0), (0.80, 0.95), 105, 255)]
-        cross = [[(0.0, -1.0), (0.0, 1.0)], arc((0.0, -1.2), (1.6, 1.2), 20, 160)] if seam[0] < 0.5 else []
+        spine = np.array([(0.0, -1.0), (0.0, 1.0)], dtype=np.float32)
+        cross = [spine, arc((0.0, -1.2), (1.6, 1.2), 20, 160)] if seam[0] < 0.5 else []
         pen.tint(pen.stroke(0.07, *sides, *cross) * mask, seam, 0.9)
     rim = np.clip((np.sqrt(pen.x**2 + pen.y**2) - 0.86) * 6, 0, 1)
     pen.tint(mask * rim, (0.05, 0.05, 0.06), 0.35)
@@ -363,7 +367,8 @@ CLASS_BY_ID: dict[int, ObjectClass] = {entry.id: entry for entry in CLASSES}
 def draw_object(
     category_id: int, colour: Rgb, diameter_px: float, angle_deg: float, stretch: float, rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """One object on a transparent patch: RGB [p, p, 3] and alpha [p, p] in [0, 1]; its longer side is near `diameter_px`."""
+    """One object on a transparent patch: RGB [p, p, 3], alpha [p, p], both in [0, 1]; its longer side is near
+    `diameter_px`."""
     squeeze = (stretch, 1.0) if stretch < 1 else (1.0, 1.0 / stretch)
     pen = Pen(diameter_px, angle_deg, squeeze)
     CLASS_BY_ID[category_id].draw(pen, rng, colour)

@@ -2,8 +2,8 @@
 
 python -m scripts.mini.make_dataset --output_dir data/mini_coco --num_train 6000 --num_val 500 --size 64 --seed 0
 
-Image k of a split depends on (seed, split, k) alone. A finished dataset with the same settings is left as it is; other settings in
-the same folder are an error; an interrupted run is written anew.
+Image k of a split depends on (seed, split, k) alone. A finished dataset with the same settings is left as it is; other
+settings in the same folder are an error; an interrupted run is written anew.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
 def _write_split(folder: Path, split: str, count: int, settings: DatasetSettings, num_workers: int) -> None:
     (folder / split).mkdir(parents=True, exist_ok=True)
     write = partial(_write_scene, folder=folder / split, split=split, size=settings.size, seed=settings.seed)
-    images, instances, captions = [], [], []
+    images: list[dict[str, Any]] = []
+    instances: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         results = pool.imap(write, range(count), chunksize=32)
         for image_id, (records, texts) in enumerate(tqdm(results, total=count, desc=split), start=1):
@@ -124,13 +126,14 @@ def is_finished(folder: Path, settings: DatasetSettings) -> bool:
     found, wanted = json.loads(path.read_text(encoding="utf-8")), asdict(settings)
     if found != wanted:
         raise ValueError(
-            f"{path} describes another dataset: found {found}, asked for {wanted}; choose another --output_dir or remove it"
+            f"{path} describes another dataset: found {found}, asked for {wanted}; "
+            "choose another --output_dir or remove it"
         )
     return True
 
 
 def make_dataset(folder: Path, settings: DatasetSettings, num_workers: int = 1) -> bool:
-    """Writes the dataset; returns False if it was there already. The settings file comes last: it marks a finished dataset."""
+    """Writes the dataset; returns False if it was there already. The settings file, written last, marks it finished."""
     if is_finished(folder, settings):
         return False
     (folder / "annotations").mkdir(parents=True, exist_ok=True)

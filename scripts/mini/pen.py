@@ -1,7 +1,7 @@
 """A small drawing kit: anti-aliased shapes on one transparent, square patch, with light from the upper left.
 
-Shapes live in local units: the object is the square [-1, 1] x [-1, 1] (v points down), rotated and squeezed onto the patch.
-Colours are RGB in [0, 1]. Objects that turn freely stay inside the unit disc, so that the patch's margin always holds them.
+Shapes live in local units: the object is the square [-1, 1] x [-1, 1] (v points down), rotated and squeezed onto the
+patch. Colours are RGB in [0, 1]. Objects that turn freely stay inside the unit disc: the patch's margin holds them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LIGHT = np.array([-0.48, -0.62, 0.62], dtype=np.float32)
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells_y: int, cells_x: int) -> Array:
-    """Noise in [0, 1], [height, width]: a grid of `cells_y` x `cells_x` random values, interpolated. Same picture at any size."""
+    """Noise in [0, 1], [height, width]: `cells_y` x `cells_x` random values, interpolated. Same picture at any size."""
     grid = rng.random((cells_y, cells_x), dtype=np.float32)
     return np.clip(cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC), 0.0, 1.0)
 
@@ -86,7 +86,7 @@ class Pen:
     def stroke(self, width: float, *lines: ArrayLike) -> Array:
         """Coverage [p, p] of open lines, each [n, 2], `width` local units thick (at least one pixel)."""
         canvas = np.zeros((self.pixels, self.pixels), dtype=np.uint8)
-        thickness = max(1, int(round(width * self.unit_px)))
+        thickness = max(1, round(width * self.unit_px))
         for line in lines:
             cv2.polylines(canvas, [self._to_pixels(line)], False, 255, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
         return canvas.astype(np.float32) / 255.0

@@ -1,9 +1,9 @@
 """Scenes of the mini world: one to five objects with COCO's own class names on a textured background, with exact boxes.
 
-A scene is first planned (what, where, which colour, back to front) and then drawn: at 2 to 4 times the asked resolution, objects
-with shading and a soft shadow, then averaged down. An object's mask is every pixel it still covers by at least `MASK_COVERAGE`
-after nearer objects are laid over it; its box is that mask's exact extent, as in COCO. All draws come from the generator given,
-so a scene is a function of its seed, and the plan does not depend on the resolution.
+A scene is first planned (what, where, which colour, back to front) and then drawn: at 2 to 4 times the asked
+resolution, objects with shading and a soft shadow, then averaged down. An object's mask is every pixel it still covers
+by at least `MASK_COVERAGE` after nearer objects are laid over it; its box is that mask's exact extent, as in COCO. All
+draws come from the generator given, so a scene is a function of its seed; the plan does not depend on the resolution.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ScenePlan:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object. `bbox` is COCO's [x, y, w, h] in pixels, exactly around `mask` [size, size] bool (its visible pixels)."""
+    """One drawn object; `bbox` is COCO's [x, y, w, h] in pixels, exactly around `mask`."""
 
     category_id: int
     name: str
@@ -57,7 +57,7 @@ class SceneObject:
     bbox: tuple[float, float, float, float]
     area: int
     visible_fraction: float
-    mask: NDArray[np.bool_]
+    mask: NDArray[np.bool_]  # [size, size], the visible pixels
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _is_clear(behind: PlannedObject, front: PlannedObject) -> bool:
 
 
 def _plan_background(rng: np.random.Generator, category_ids: Sequence[int]) -> int:
-    """Outdoor things are mostly seen outdoors: the background suits a random object of the scene with probability 0.8."""
+    """With probability 0.8 the background suits a random object of the scene: outdoor things are mostly outdoors."""
     choices = list(range(len(BACKGROUNDS)))
     if rng.random() < 0.8:
         outdoors = CLASS_BY_ID[category_ids[int(rng.integers(len(category_ids)))]].outdoors
@@ -111,7 +111,7 @@ def _plan_background(rng: np.random.Generator, category_ids: Sequence[int]) -> i
 
 
 def plan_scene(rng: np.random.Generator, num_objects: tuple[int, int] = (1, 5)) -> ScenePlan:
-    """Plans `num_objects` (least, most) objects, 0.19 to 0.75 of the image's side long, larger ones behind smaller ones."""
+    """Plans `num_objects` (least, most) objects, 0.19 to 0.75 of the image long, larger ones behind smaller ones."""
     wanted = int(rng.integers(num_objects[0], num_objects[1] + 1))
     longest = {1: 0.75, 2: 0.62, 3: 0.52}.get(wanted, 0.45)
     ids = [int(rng.choice([entry.id for entry in CLASSES]))]
@@ -154,12 +154,12 @@ def _draw_planned(item: PlannedObject, size: int) -> tuple[Array, Array]:
     rgb, alpha = draw_object(
         item.category_id, item.rgb, item.length * size, item.angle_deg, item.stretch, np.random.default_rng(item.seed)
     )
-    left, top = (int(round(c * size - alpha.shape[0] / 2)) for c in item.centre)
+    left, top = (round(c * size - alpha.shape[0] / 2) for c in item.centre)
     return _paste((size, size), rgb, left, top), _paste((size, size), alpha, left, top)
 
 
 def _shrink(picture: Array, size: int) -> Array:
-    return cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA), dtype=np.float32)
 
 
 def box_of(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:

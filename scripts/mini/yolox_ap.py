@@ -2,8 +2,8 @@
 
 python -m scripts.mini.yolox_ap --detector yolox_nano.onnx --num_scenes 150 --size 256
 
-The detector must be a YOLOX export for COCO's 80 classes with raw outputs [1, cells, 85] (tx, ty, tw, th, objectness, classes)
-at strides 8, 16 and 32. Only the mini world's classes are scored: the detector's other classes are not asked for.
+The detector must be a YOLOX export for COCO's 80 classes with raw outputs [1, cells, 85] (tx, ty, tw, th, objectness,
+classes) at strides 8, 16 and 32. Only the mini world's classes are scored: its other classes are not asked for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MIN_SCORE = 0.01
 
 
 def letterbox(image: NDArray[np.uint8], side: int) -> tuple[NDArray[np.float32], float]:
-    """RGB image [h, w, 3] -> BGR blob [1, 3, side, side] in 0..255, padded at the right and the bottom, and the scale used."""
+    """RGB image [h, w, 3] -> BGR blob [1, 3, side, side] in 0..255, padded at its right and bottom, and the scale."""
     scale = min(side / image.shape[0], side / image.shape[1])
     width, height = round(image.shape[1] * scale), round(image.shape[0] * scale)
     padded = np.full((side, side, 3), _PAD_VALUE, dtype=np.uint8)
@@ -50,10 +50,10 @@ def decode(raw: NDArray[np.float32], side: int) -> tuple[NDArray[np.float32], ND
         x, y = np.meshgrid(cells, cells)
         grids.append(np.stack([x.ravel(), y.ravel()], axis=1))
         strides.append(np.full((x.size, 1), stride))
-    grid, stride = np.concatenate(grids), np.concatenate(strides)
+    grid, scale = np.concatenate(grids), np.concatenate(strides)
     if raw.shape != (len(grid), 85):
         raise ValueError(f"expected a YOLOX output of shape {(len(grid), 85)} for input {side}, got {raw.shape}")
-    centre, extent = (raw[:, :2] + grid) * stride, np.exp(raw[:, 2:4]) * stride
+    centre, extent = (raw[:, :2] + grid) * scale, np.exp(raw[:, 2:4]) * scale
     return np.concatenate([centre - extent / 2, extent], axis=1).astype(np.float32), raw[:, 4:5] * raw[:, 5:]
 
 
@@ -65,7 +65,8 @@ def detect(net: cv2.dnn.Net, image: NDArray[np.uint8], side: int, class_ids: Seq
     found: list[dict[str, Any]] = []
     for category_id in class_ids:
         column = scores[:, COCO_IDS.index(category_id)]
-        for index in np.asarray(cv2.dnn.NMSBoxes(boxes, column, _MIN_SCORE, _NMS_IOU)).ravel():
+        kept = np.asarray(cv2.dnn.NMSBoxes(boxes.tolist(), column.tolist(), _MIN_SCORE, _NMS_IOU), dtype=np.int64)
+        for index in kept.ravel():
             box = [float(value) for value in boxes[index] / scale]
             found.append({"category_id": category_id, "bbox": box, "score": float(column[index])})
     return found
@@ -90,7 +91,7 @@ def ground_truth(scenes: Sequence[Scene]) -> COCO:
 
 
 def per_class_ap(truth: COCO, detections: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float, float]]:
-    """Category id -> (AP over IoU .50 to .95, AP at IoU .50, recall at IoU .50); NaN for a class that is not in the scenes."""
+    """Category id -> (AP over IoU .50 to .95, AP at .50, recall at .50); NaN for a class that is not in the scenes."""
     if not detections:
         return {entry.id: (0.0, 0.0, 0.0) for entry in CLASSES}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -125,9 +126,8 @@ def main() -> None:
         found = detect(net, scene.image, args.input_size, [entry.id for entry in CLASSES])
         detections += [{"image_id": image_id, **item} for item in found]
     rows = per_class_ap(truth, detections)
-    print(
-        f"{args.detector.name} on {args.num_scenes} scenes of {args.size} px\n{'class':<14} {'boxes':>5} {'AP':>6} {'AP50':>6} {'rec50':>6}"
-    )
+    print(f"{args.detector.name} on {args.num_scenes} scenes of {args.size} px")
+    print(f"{'class':<14} {'boxes':>5} {'AP':>6} {'AP50':>6} {'rec50':>6}")
     for entry in CLASSES:
         count = len(truth.getAnnIds(catIds=[entry.id]))
         print(f"{entry.name:<14} {count:>5} " + " ".join(f"{value:>6.3f}" for value in rows[entry.id]))
