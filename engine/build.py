@@ -1,0 +1,295 @@
+"""From parsed arguments to ready objects: the only reader of `argparse.Namespace` below the mains.
+
+Everything that can be wrong is found here, before the run writes its first byte: files, sizes, ids, categories.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
+from engine.data import CocoLayoutDataset, DataConfig, ResumableSampler
+from engine.inputs import CocoInputs, DropRates
+from engine.loading import CocoBatches, coco_batches
+from engine.optim import LrSchedule, absolute_lr, build_optimizer
+from engine.parallel import compile_blocks, shard, wrap
+from engine.previews import Preview
+from engine.scenes import Scene, scenes_from_dataset
+from engine.state import (
+    Identity,
+    Source,
+    check_identity,
+    checkpoint_content,
+    find_source,
+    load_weights,
+    log_changed_args,
+    restore,
+    resumed_position,
+)
+from engine.train import Learner, Position, TrainConfig, TrainingRun
+from models.masking import cosine_masked_counts
+from models.sampling import SamplingConfig
+from models.structmar import StructMAR, StructMARConfig, preset_config
+from models.text import TextEncoder
+from models.vae import LatentCodec
+from models.weights import select_trainable, summarize_trainable
+from util.checkpoint import LAST_NAME, save_atomic
+from util.config import resolved_dict
+from util.distributed import DistInfo, barrier
+from util.ema import Ema
+from util.rng import derive_seed
+
+logger = logging.getLogger(__name__)
+
+PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
+                 "diffloss_w", "max_objects")  # fmt: skip
+NOT_TRAINING = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_workers", "pin_mem", "log_freq", "max_steps",
+                "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "eval_freq")  # fmt: skip
+
+
+def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -> StructMARConfig:
+    """The preset with what the flags replace. Raises ValueError for an unknown preset or sizes that do not fit."""
+    values = vars(args)
+    chosen = {name: values[name] for name in PRESET_FIELDS if values[name] is not None}
+    return preset_config(
+        args.model,
+        num_categories=num_categories,
+        text_dim=text_dim,
+        diffusion_batch_mul=args.diffusion_batch_mul,
+        attn_dropout=args.attn_dropout,
+        proj_dropout=args.proj_dropout,
+        grad_checkpointing=args.grad_checkpointing,
+        rope_mode=args.rope_mode,
+        learned_pos=not args.no_learned_pos,
+        layout_bias_value=args.layout_bias_value,
+        **chosen,
+    )
+
+
+def data_config(args: argparse.Namespace, img_size: int, max_objects: int) -> DataConfig:
+    return DataConfig(
+        coco_root=args.coco_root,
+        split=args.coco_split,
+        img_size=img_size,
+        crop=args.crop,
+        hflip_prob=args.hflip_prob,
+        caption_mode=args.caption_mode,
+        max_objects=max_objects,
+        min_area=args.min_area,
+        min_visibility=args.min_visibility,
+        keep_crowd=args.keep_crowd,
+        seed=args.seed,
+    )
+
+
+def sampling_config(args: argparse.Namespace) -> SamplingConfig:
+    return SamplingConfig(
+        num_iter=args.num_iter,
+        num_sampling_steps=args.num_sampling_steps,
+        cfg_text=args.cfg if args.cfg_text is None else args.cfg_text,
+        cfg_layout=args.cfg if args.cfg_layout is None else args.cfg_layout,
+        cfg_schedule=args.cfg_schedule,
+        temperature=args.temperature,
+        clip_x0=args.clip_x0,
+        t_max=args.t_max,
+    )
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(
+        seed=args.seed,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        accum_iter=args.accum_iter,
+        precision=args.precision,
+        grad_clip=args.grad_clip,
+        mask_ratio_min=args.mask_ratio_min,
+        log_freq=args.log_freq,
+        save_epochs=args.save_last_freq,
+        save_steps=args.save_freq_steps,
+        preview_epochs=args.eval_freq if args.online_eval else 0,
+        preview_steps=args.sample_freq,
+    )
+
+
+def lr_schedule(args: argparse.Namespace, world_size: int) -> LrSchedule:
+    images_per_step = args.batch_size * args.accum_iter * world_size
+    lr = absolute_lr(args.lr, args.blr, images_per_step)
+    logger.info("learning rate %.3e for %d images per step", lr, images_per_step)
+    return LrSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs, args.lr_schedule)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What conditions and decodes, and never trains."""
+
+    codec: LatentCodec
+    text_encoder: TextEncoder
+
+
+def build_frozen(args: argparse.Namespace, device: torch.device) -> Frozen:
+    codec = LatentCodec.load(args.vae_path, device, args.latent_scale)
+    return Frozen(codec, TextEncoder.load(args.clip_path, device))
+
+
+def require_fitting_vae(config: StructMARConfig, codec: LatentCodec, vae_path: str) -> None:
+    """Raises ValueError if the VAE makes other latents than the model takes."""
+    for flag, wanted, found in (
+        ("vae_stride", config.vae_stride, codec.stride),
+        ("vae_embed_dim", config.vae_embed_dim, codec.latent_channels),
+    ):
+        if wanted != found:
+            raise ValueError(f"--{flag} is {wanted}, but the VAE {vae_path} has {found}")
+
+
+def build_dataset(args: argparse.Namespace, config: DataConfig, frozen: Frozen) -> CocoLayoutDataset:
+    """The training data, from images or from what the cache folder holds (latents/, text/ or both)."""
+    index = config.load_index()
+    if not args.use_cached:
+        return CocoLayoutDataset(index, config)
+    root, latents, texts = Path(args.cached_path), None, None
+    if (root / "latents").is_dir():
+        key = LatentCacheKey(frozen.codec.id, frozen.codec.latent_scale, config.split, config.img_size)
+        latents = LatentCache(root / "latents", key)
+    if (root / "text").is_dir():
+        texts = TextCache(root / "text", TextCacheKey(frozen.text_encoder.id, config.split))
+    if latents is None and texts is None:
+        raise FileNotFoundError(
+            f"--cached_path {root} has neither latents/ nor text/: make them with python -m scripts.cache_latents"
+        )
+    logger.info("cached latents: %s; cached text: %s", latents is not None, texts is not None)
+    return CocoLayoutDataset(index, config, latents, texts)
+
+
+def build_scenes(args: argparse.Namespace, training: CocoLayoutDataset) -> Sequence[Scene]:
+    """The captions and boxes of the previews: of --eval_split, or of the training split."""
+    split, index = args.eval_split or args.coco_split, training.index
+    if split != index.split:
+        index = replace(training.config, split=split).load_index()
+        if index.categories != training.index.categories:
+            raise ValueError(f"--eval_split {split} has other categories than --coco_split {training.index.split}")
+    return scenes_from_dataset(index, training.config.img_size, args.num_preview)
+
+
+def build_learner(args: argparse.Namespace, config: StructMARConfig, source: Source, dist: DistInfo) -> Learner:
+    """Model with its weights, what trains selected, sharded or wrapped; optimizer and EMA, restored if continued."""
+    torch.manual_seed(derive_seed(args.seed, "init"))  # modules are initialised from the global generator
+    model = StructMAR(config)
+    load_weights(model, source, args.train_mode)
+    model.to(dist.device)
+    select_trainable(model, args.train_mode)
+    for part, total, trained in summarize_trainable(model):
+        logger.info("  %-10s %13s parameters, %13s train", part, f"{total:,}", f"{trained:,}")
+    units = model.fsdp_units()
+    if args.compile:
+        compile_blocks(units)
+    if args.fsdp:
+        shard(model, units, dist.device, dist.world_size)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    schedule_lr = absolute_lr(args.lr, args.blr, args.batch_size * args.accum_iter * dist.world_size)
+    optimizer = build_optimizer(trainable, schedule_lr, args.weight_decay)
+    learner = Learner(
+        model, wrap(model, dist.device, dist.world_size), trainable, optimizer, Ema(trainable, args.ema_rate)
+    )
+    restore(learner, source)
+    return learner
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has checked everything and written nothing."""
+
+    run: TrainingRun
+    start: Position
+    args: dict[str, Any]
+
+
+def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
+    """Everything main_mar.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
+    if args.fsdp and not torch.distributed.is_initialized():
+        raise ValueError(
+            "--fsdp shards over the processes of torchrun: start with torchrun --nproc_per_node N main_mar.py ..."
+        )
+    sampling = sampling_config(args)
+    sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
+    frozen = build_frozen(args, dist.device)
+    require_fitting_vae(sizes, frozen.codec, args.vae_path)
+    dataset = build_dataset(args, data_config(args, sizes.img_size, sizes.max_objects), frozen)
+    categories = dataset.index.categories
+    config = model_config(args, len(categories), frozen.text_encoder.dim)
+    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
+    sampler = ResumableSampler(len(dataset), dist.rank, dist.world_size, args.seed, args.batch_size)
+    if sampler.num_batches < args.accum_iter:
+        raise ValueError(f"--accum_iter {args.accum_iter} is more than the {sampler.num_batches} batches of an epoch")
+    has_previews = args.online_eval or args.sample_freq > 0
+    if has_previews:
+        cosine_masked_counts(config.num_tokens, sampling.num_iter)  # raises if num_iter does not fit
+    scenes = build_scenes(args, dataset) if has_previews else []
+    source = find_source(args.output_dir, args.resume, not args.no_auto_resume, args.train_mode)
+    check_identity(source, identity)
+
+    values = resolved_dict(args)
+    log_changed_args(source, values, NOT_TRAINING)
+    learner = build_learner(args, config, source, dist)
+    batches = coco_batches(
+        dataset, sampler, config.max_objects, args.num_workers, args.pin_mem and dist.device.type == "cuda"
+    )
+    global_batch = args.batch_size * dist.world_size
+    start = resumed_position(source, global_batch, args.accum_iter, len(batches) // args.accum_iter)
+    output_dir = Path(args.output_dir)
+    preview = Preview(
+        learner, frozen.codec, frozen.text_encoder, scenes, sampling, args.seed, args.eval_bsz, args.precision, dist,
+        output_dir / "samples",
+    )  # fmt: skip
+    run = TrainingRun(
+        config=train_config(args),
+        learner=learner,
+        schedule=lr_schedule(args, dist.world_size),
+        batches=batches,
+        make_inputs=coco_inputs(args, frozen, dist.device),
+        dist=dist,
+        save=saver(learner, output_dir, args.train_mode, identity, values, global_batch, dist),
+        preview=preview if has_previews else None,
+    )
+    log_size(run, batches, dist)
+    return Prepared(run, start, values)
+
+
+def coco_inputs(args: argparse.Namespace, frozen: Frozen, device: torch.device) -> CocoInputs:
+    rates = DropRates(args.label_drop_prob, args.text_drop_prob, args.layout_drop_prob)
+    return CocoInputs(frozen.codec, frozen.text_encoder, rates, args.seed, device)
+
+
+def log_size(run: TrainingRun, batches: CocoBatches, dist: DistInfo) -> None:
+    logger.info(
+        "%d images, %d steps per epoch, %d steps in all, %d processes on %s",
+        len(batches.dataset), run.steps_per_epoch, run.total_steps, dist.world_size, dist.device,
+    )  # fmt: skip
+
+
+def saver(
+    learner: Learner,
+    output_dir: Path,
+    stage: str,
+    identity: Identity,
+    args: dict[str, Any],
+    global_batch: int,
+    dist: DistInfo,
+) -> Callable[[Position], None]:
+    """Writes checkpoint-last.pth, atomically, on rank 0."""
+
+    def save(position: Position) -> None:
+        content = checkpoint_content(learner, position, stage, identity, args, global_batch)
+        if dist.is_main:
+            save_atomic(content, output_dir / LAST_NAME)
+            logger.info("saved %s at epoch %d, step %d", output_dir / LAST_NAME, position.epoch, position.step)
+        barrier()
+
+    return save
