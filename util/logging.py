@@ -15,14 +15,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 METRICS_NAME = "metrics.jsonl"
 _HANDLER_NAME = "structmar"
 
@@ -61,16 +60,16 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, rank: int = 
 
 
 def progress(
-    iterable: Iterable[T] | None = None,
+    iterable: Iterable[Any] | None = None,
     *,
     total: int | None = None,
     initial: int = 0,
     desc: str | None = None,
     unit: str = "it",
     rank: int = 0,
-) -> tqdm[T]:
+) -> tqdm[Any]:
     """A tqdm bar with rate and ETA on rank 0, none on other ranks. Where stderr is a file it reports twice a minute."""
-    bar: Any = tqdm(  # its type is a union without need where `iterable` is None
+    return tqdm(
         iterable,
         total=total,
         initial=initial,
@@ -81,7 +80,6 @@ def progress(
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
         file=sys.stderr,
     )
-    return bar
 
 
 class MetricWriter:
