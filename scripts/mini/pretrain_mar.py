@@ -1,0 +1,176 @@
+"""Pretrains the mini MAR on single-object images by class, as MAR itself is pretrained on ImageNet.
+
+    python -m scripts.mini.pretrain_mar --output pretrained_models/mini/mar_mini.safetensors --steps 2500
+
+It drives the training loop of stages 1 and 2 with `--train_mode class` inputs; a killed run continues by the same
+command. The result has MAR's names, like `mar_huge.safetensors`: no rotation, no layout, no text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.build import saver
+from engine.generate import generate_class_images
+from engine.inputs import ClassBatch, ClassInputs
+from engine.optim import LrSchedule, build_optimizer
+from engine.state import Identity, check_identity, find_source, load_weights, restore, resumed_position
+from engine.train import Learner, TrainConfig, TrainingRun, train
+from models.sampling import SamplingConfig
+from models.structmar import StructMAR, StructMARConfig, preset_config
+from models.vae import LatentCodec
+from models.weights import select_trainable
+from scripts.mini.drawing import CLASSES
+from scripts.mini.scenes import render_single
+from util.checkpoint import LAST_NAME
+from util.distributed import DistInfo, init_distributed
+from util.ema import Ema
+from util.images import make_grid, save_png, to_model_range
+from util.logging import MetricWriter, progress, setup_logging
+from util.rng import derive_seed, generator
+from util.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+STAGE = "class"
+LOG_NAME = "log.txt"
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = result.add_argument
+    add("--vae_path", default="pretrained_models/mini/vae/kl8_mini.ckpt", help="the mini VAE (LDM layout)")
+    add("--output", default="pretrained_models/mini/mar_mini.safetensors", help="where the weights go (float16)")
+    add("--work_dir", default="output/mini_pretrain", help="run folder: log, metrics, state to continue from, samples")
+    add("--num_images", type=int, default=6000, help="images drawn, the same number of each class")
+    add("--steps", type=int, default=2500, help="optimizer steps")
+    add("--batch_size", type=int, default=48)
+    add("--lr", type=float, default=1e-3, help="peak rate; warmup over 2 epochs, then half a cosine")
+    add("--ema_rate", type=float, default=0.998)
+    add("--diffusion_batch_mul", type=int, default=4, help="timesteps per token and image")
+    add("--precision", choices=["fp32", "bf16"], default="bf16")
+    add("--num_threads", type=int, default=2)
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    return result
+
+
+@dataclass(frozen=True)
+class SingleObjects:
+    """`Batches` of images that were drawn and encoded once. moments: [n, 2C, h, w]; labels: [n]."""
+
+    moments: Tensor
+    labels: Tensor
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def of_epoch(self, epoch: int, start_batch: int) -> Iterator[ClassBatch]:
+        order = torch.randperm(len(self.labels), generator=generator(self.seed, "order", epoch))
+        for batch in range(start_batch, len(self)):
+            ids = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield ClassBatch(ids.tolist(), self.labels[ids], moments=self.moments[ids])
+
+
+@torch.no_grad()
+def draw_and_encode(codec: LatentCodec, num_images: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """moments [n, 2C, h, w] and labels [n] of `num_images` images; the class of image k is k modulo the classes."""
+    labels, chunk = torch.arange(num_images) % len(CLASSES), 100
+    moments = []
+    for start in progress(range(0, num_images, chunk), desc="drawing"):
+        ids = range(start, min(start + chunk, num_images))
+        images = [draw(index, size, seed) for index in ids]
+        moments.append(codec.moments(torch.stack([to_model_range(image) for image in images])))
+    return torch.cat(moments), labels
+
+
+def draw(index: int, size: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(derive_seed(seed, "single", index))
+    return render_single(rng, CLASSES[index % len(CLASSES)].id, size).image
+
+
+def build_learner(args: argparse.Namespace, config: StructMARConfig, dist: DistInfo) -> Learner:
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    model = StructMAR(config).to(dist.device)
+    trainable = select_trainable(model, STAGE)
+    optimizer = build_optimizer(trainable, args.lr, weight_decay=0.02)
+    return Learner(model, model, trainable, optimizer, Ema(trainable, args.ema_rate))
+
+
+def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
+    """Returns the signal that stopped it, or None when the weights are written."""
+    codec = LatentCodec.load(args.vae_path, dist.device)
+    config = preset_config("mar_mini", rope_mode="off", diffusion_batch_mul=args.diffusion_batch_mul)
+    identity = Identity(config, codec.id, codec.latent_scale, "", ())
+    source = find_source(args.work_dir, "", auto_resume=True, stage=STAGE)
+    check_identity(source, identity)
+    learner = build_learner(args, config, dist)
+    load_weights(learner.model, source, STAGE)
+    restore(learner, source)
+    moments, labels = draw_and_encode(codec, args.num_images, config.img_size, args.seed)
+    logger.info("standard deviation of the scaled latents: %.3f", float(codec.mode(moments).std()))
+    batches = SingleObjects(moments, labels, args.batch_size, args.seed)
+    epochs = -(-args.steps // len(batches))
+    run = TrainingRun(
+        config=TrainConfig(
+            args.seed, epochs, args.steps, precision=args.precision, log_freq=50, save_epochs=0, save_steps=250
+        ),
+        learner=learner,
+        schedule=LrSchedule(args.lr, args.lr / 50, 2, args.steps / len(batches), "cosine"),
+        batches=batches,
+        make_inputs=ClassInputs(codec, 0.1, args.seed, dist.device),
+        dist=dist,
+        save=saver(learner, Path(args.work_dir), STAGE, identity, vars(args), args.batch_size, dist),
+    )
+    start = resumed_position(source, args.batch_size, 1, len(batches))
+    with StopRequest() as stop, MetricWriter(Path(args.work_dir), dist.rank, start.step) as writer:
+        signum = train(run, start, writer, stop)
+    if signum is None:
+        with learner.ema.applied():
+            write_weights(learner.model, Path(args.output))
+            write_samples(learner.model, codec, Path(args.work_dir) / "samples.png", args.seed)
+    return signum
+
+
+def write_weights(model: StructMAR, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path)
+    logger.info("wrote %s, %.1f MB", path, path.stat().st_size / 1e6)
+
+
+def write_samples(model: StructMAR, codec: LatentCodec, path: Path, seed: int) -> None:
+    labels = [index for index in range(len(CLASSES)) for _ in range(4)]
+    sampling = SamplingConfig(num_iter=16, num_sampling_steps=50, cfg_text=2.0, clip_x0=5.0)
+    seeds = [derive_seed(seed, "sample", index) for index in range(len(labels))]
+    model.eval()
+    images = generate_class_images(model, codec, labels, sampling, seeds, batch_size=len(labels), device="cpu")
+    save_png(make_grid(images, columns=12), path)
+    logger.info("samples by class: %s", path)
+
+
+def main() -> int:
+    args = parser().parse_args()
+    torch.set_num_threads(args.num_threads)
+    dist = init_distributed(args.device)
+    setup_logging(Path(args.work_dir), dist.rank)
+    if (Path(args.work_dir) / LAST_NAME).is_file():
+        logger.info("found %s: continuing", Path(args.work_dir) / LAST_NAME)
+    signum = pretrain(args, dist)
+    return 0 if signum is None else 128 + signum
+
+
+if __name__ == "__main__":
+    sys.exit(main())

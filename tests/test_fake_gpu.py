@@ -1,0 +1,89 @@
+"""A pretended GPU: on a machine without one, FakeTensorMode follows devices and shapes through model, loss and sampler.
+
+An operation on mixed devices raises, and so does a read of a value (`.item()`, `nonzero`): a host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from models.diffloss import DiffusionDraws
+from models.masking import TokenMask
+from models.sampling import SamplingConfig, embed_branches, uncover
+from models.structmar import StructMAR, StructMARConfig, preset_config
+from util.types import LayoutBatch, TextContext
+
+CONFIG = preset_config("mar_mini", num_categories=12, text_dim=64, diffusion_batch_mul=2)
+BATCH, SLOTS, TOKENS = 3, CONFIG.max_objects, 7
+
+
+@pytest.fixture(autouse=True)
+def _fake() -> Iterator[None]:
+    with FakeTensorMode():
+        yield
+
+
+def build(config: StructMARConfig = CONFIG) -> StructMAR:
+    with torch.device("cuda"):
+        return StructMAR(config)
+
+
+def conditions_on_gpu() -> tuple[TextContext, LayoutBatch]:
+    text = TextContext(
+        torch.randn(BATCH, TOKENS, 64, device="cuda"),
+        torch.ones(BATCH, TOKENS, dtype=torch.bool, device="cuda"),
+        torch.randn(BATCH, 64, device="cuda"),
+    )
+    layout = LayoutBatch(
+        torch.rand(BATCH, SLOTS, 4, device="cuda"),
+        torch.zeros(BATCH, SLOTS, dtype=torch.int64, device="cuda"),
+        torch.ones(BATCH, SLOTS, dtype=torch.bool, device="cuda"),
+    )
+    return text, layout
+
+
+def test_the_mode_finds_mixed_devices_and_syncs() -> None:
+    """Otherwise the tests below would prove nothing."""
+    there = torch.ones(2, device="cuda")
+    with pytest.raises(RuntimeError, match="device"):
+        there + torch.ones(2)
+    with pytest.raises(DataDependentOutputException):
+        there.sum().item()
+
+
+def test_loss() -> None:
+    model = build()
+    text, layout = conditions_on_gpu()
+    mask = TokenMask(torch.ones(BATCH, CONFIG.num_tokens, dtype=torch.bool, device="cuda"), 50)
+    rows = CONFIG.diffusion_batch_mul * BATCH * 50
+    draws = DiffusionDraws(
+        torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.randn(rows, CONFIG.token_dim, device="cuda")
+    )
+    latents = torch.randn(BATCH, 16, 8, 8, device="cuda")
+    loss = model(latents, mask, draws, text=text, layout=layout)
+    assert loss.device.type == "cuda" and loss.shape == ()
+    labels = torch.zeros(BATCH, dtype=torch.int64, device="cuda")
+    assert model(latents, mask, draws, labels=labels).device.type == "cuda"
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (2.0, 2.0), (1.5, 3.0)])
+def test_sampling_loop(scales: tuple[float, float]) -> None:
+    """The whole loop: nothing left on the CPU, no value read back."""
+    model = build().eval()
+    text, layout = conditions_on_gpu()
+    config = SamplingConfig(num_iter=6, num_sampling_steps=5, cfg_text=scales[0], cfg_layout=scales[1], clip_x0=5.0)
+    orders = torch.zeros(BATCH, CONFIG.num_tokens, dtype=torch.int64, device="cuda")
+
+    def noise(_iteration: int, num_draws: int, num_tokens: int) -> Tensor:
+        return torch.randn(num_draws, BATCH, num_tokens, CONFIG.token_dim, device="cuda")
+
+    with torch.no_grad():
+        branches, config = embed_branches(model, config, BATCH, text, layout, None)
+        tokens = uncover(model, branches, orders, noise, config)
+    assert tokens.device.type == "cuda"
+    assert model.unpatchify(tokens).shape == (BATCH, 16, 8, 8)
