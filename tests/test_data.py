@@ -111,8 +111,10 @@ def test_flips_happen_half_the_time(tmp_path):
     flips = []
     for epoch in range(10):
         dataset.set_epoch(epoch)
-        flips += [dataset[item].is_flipped for item in range(40)]
+        flips.append([dataset[item].is_flipped for item in range(40)])
     assert 0.4 < np.mean(flips) < 0.6
+    assert all(0 < np.mean(epoch) < 1 for epoch in flips)  # each image draws for itself
+    assert len({tuple(epoch) for epoch in flips}) == 10  # and again in each epoch
 
 
 def test_one_caption_per_image_and_epoch(config):
