@@ -89,7 +89,7 @@ def scenes_from_dataset(index: CocoIndex, img_size: int, num_scenes: int) -> lis
 
     Only the split's jsons are needed, not its images. Raises ValueError if it has fewer such images.
     """
-    scenes = []
+    scenes: list[Scene] = []
     for image in index.images:
         layout = make_layout(image, plan_center_crop(image.width, image.height, img_size), False, index.filters)
         if len(scenes) < num_scenes and len(layout) > 0:

@@ -1,0 +1,331 @@
+"""Generates images from captions and boxes, and a grid that shows them with the boxes drawn.
+
+    python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --layout configs/layouts/coco.json
+    python -m scripts.sample --resume CKPT --coco_root ./data/coco --coco_split val2014 --num_images 16
+    python -m scripts.sample --resume mar_huge.safetensors --model mar_huge --class_label 207 360
+
+The last form samples MAR's own weights, class by class: that is how they are checked by eye.
+
+Into --output_dir go NNNN.png (plain images; the settings are in the PNG's text), grid.png (the first 64) and
+samples.json (all settings and, for each image, its prompt, objects and seed). Image k has the seed --seed + k, and
+depends on nothing else that is random: --seed with that number, and its prompt and objects, give it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_config_arg, add_sampling_args
+from engine.build import sampling_config
+from engine.generate import PRECISIONS, generate_class_images, generate_images, num_iterations, scene_grid
+from engine.inference import WeightsInfo
+from engine.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
+from engine.weights import load_for_sampling, load_mar_for_sampling, require_same_frozen
+from models.sampling import SamplingConfig
+from models.structmar import StructMAR, preset_config
+from models.text import TextEncoder
+from models.vae import LatentCodec
+from util.coco import BoxFilters, CocoIndex
+from util.config import parse_args, resolved_dict
+from util.distributed import init_distributed
+from util.images import Picture, save_png
+from util.logging import progress, setup_logging
+from util.types import Category
+
+logger = logging.getLogger(__name__)
+
+GRID_MAX = 64
+MAX_SEED = 2**63 - 1
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it is written, and every default."""
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.sample",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config_arg(parser)
+    add_weight_args(parser)
+    add_source_args(parser)
+    add_mar_args(parser)
+    add_sampling_args(parser)
+    add_run_args(parser)
+    return parser
+
+
+def add_weight_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("weights")
+    group.add_argument("--resume", required=True,
+                       help="training checkpoint or its folder, exported .safetensors, or MAR's weights")  # fmt: skip
+    group.add_argument("--no_ema", action="store_true", help="a checkpoint's raw weights, not their average")
+    group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint in the LDM layout")
+    group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
+    group.add_argument("--allow_other_frozen", action="store_true",
+                       help="sample with a VAE or text encoder other than the one trained with")  # fmt: skip
+
+
+def add_source_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to generate: captions and boxes, or a dataset's, or MAR's classes")
+    group.add_argument("--prompt", default=None,
+                       help="caption; with --layout it replaces the file's, alone there are no boxes")  # fmt: skip
+    group.add_argument("--layout", default=None,
+                       help='json: {"prompt": ..., "objects": [{"label": ..., "bbox": [x0, y0, x1, y1]}]}, boxes '
+                            "normalised to [0, 1], or a list of these")  # fmt: skip
+    group.add_argument("--coco_root", default=None,
+                       help="take captions and boxes from this dataset (only its annotations/ is read)")  # fmt: skip
+    group.add_argument("--coco_split", default="val2014",
+                       help="split of --coco_root: its first images with boxes, in the order of their ids")  # fmt: skip
+    group.add_argument("--class_label", type=int, nargs="+", default=None, help="class indices, for MAR's own weights")
+    group.add_argument("--num_images", type=int, default=4,
+                       help="images per scene or class; of a dataset: scenes, with one image each")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="image k has seed + k")
+
+
+def add_mar_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sizes of MAR's own weights (with --class_label; our checkpoints know theirs)")
+    group.add_argument("--model", default="mar_huge", help="preset: mar_mini, mar_base, mar_large or mar_huge")
+    group.add_argument("--diffloss_d", type=int, default=None, help="depth of the diffusion head (the preset's)")
+    group.add_argument("--diffloss_w", type=int, default=None, help="width of the diffusion head (the preset's)")
+    group.add_argument("--img_size", type=int, default=None, help="side of the images in pixels (the preset's)")
+    group.add_argument("--class_num", type=int, default=None, help="rows of the class embedding (the preset's)")
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--batch_size", type=int, default=8, help="images sampled at a time")
+    group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="bf16: autocast")
+    group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
+    group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", default="./output/samples",
+                       help="made if missing; what an earlier run of this program left in it (NNNN.png, grid.png, "
+                            "samples.json) is replaced, other files stay")  # fmt: skip
+    group.add_argument("--grid_columns", type=int, default=None, help="images per row of the grid (None: square)")
+    group.add_argument("--grid_scale", type=int, default=None,
+                       help="enlargement of the images in the grid (None: at least 256 pixels wide)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything checked and loaded, ready to run. labels: one per image, for MAR's own weights only."""
+
+    model: StructMAR
+    codec: LatentCodec
+    text_encoder: TextEncoder | None
+    scenes: list[Scene]
+    labels: list[int] | None
+    seeds: list[int]
+    config: SamplingConfig
+    device: torch.device
+    checkpoint: dict[str, Any]
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that are out of range or contradict one another."""
+    for name in ("num_images", "batch_size", "grid_columns", "grid_scale", "num_threads"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    for name in ("cfg", "cfg_text", "cfg_layout", "temperature", "clip_x0"):
+        value = vars(args)[name]
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"--{name} must be finite, got {value}")
+    if not 0 <= args.seed <= MAX_SEED // 2:
+        raise ValueError(f"--seed must lie in 0 ... {MAX_SEED // 2}, got {args.seed}")
+    from_file = args.layout is not None or args.prompt is not None
+    sources = {
+        "--layout/--prompt": from_file,
+        "--coco_root": args.coco_root is not None,
+        "--class_label": args.class_label is not None,
+    }
+    given = [name for name, is_given in sources.items() if is_given]
+    if len(given) != 1:
+        raise ValueError(
+            f"say what to generate by exactly one of {', '.join(sources)}; got {', '.join(given) or 'none'}"
+        )
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file, not a folder")
+
+
+def choose_device(name: str | None) -> torch.device:
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return init_distributed(chosen).device
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Reads and checks every input before anything runs. Raises ValueError or FileNotFoundError."""
+    check_args(args)
+    config = sampling_config(args)
+    device = choose_device(args.device)
+    job = prepare_classes(args, config, device) if args.class_label else prepare_scenes(args, config, device)
+    if config.num_iter > job.model.config.num_tokens:
+        raise ValueError(f"--num_iter {config.num_iter} exceeds the {job.model.config.num_tokens} tokens of an image")
+    return job
+
+
+def prepare_scenes(args: argparse.Namespace, config: SamplingConfig, device: torch.device) -> Job:
+    """A StructMAR checkpoint, the frozen parts it was trained with, and the scenes."""
+    loaded = load_for_sampling(args.resume, device, use_ema=not args.no_ema)
+    model, info = loaded.model, loaded.info
+    scenes = read_scenes(args, info)
+    codec = LatentCodec.load(args.vae_path, device, info.latent_scale)
+    require_same_frozen("VAE", args.vae_path, codec.id, info.vae_id, args.allow_other_frozen)
+    require_fitting_codec(codec, args.vae_path, model)
+    text_encoder = TextEncoder.load(args.clip_path, device)
+    require_same_frozen("text encoder", args.clip_path, text_encoder.id, info.text_encoder_id, args.allow_other_frozen)
+    if text_encoder.dim != info.config.text_dim:
+        raise ValueError(
+            f"text encoder {args.clip_path} has width {text_encoder.dim}, the checkpoint {info.config.text_dim}"
+        )
+    checkpoint = {"path": args.resume, "stage": info.stage, "step": info.step, "weights": info.weights}
+    frozen = {"vae": codec.id, "latent_scale": codec.latent_scale, "text_encoder": text_encoder.id}
+    seeds = [args.seed + index for index in range(len(scenes))]
+    return Job(model, codec, text_encoder, scenes, None, seeds, config, device, checkpoint | frozen)
+
+
+def prepare_classes(args: argparse.Namespace, config: SamplingConfig, device: torch.device) -> Job:
+    """MAR's own weights and class indices."""
+    codec = LatentCodec.load(args.vae_path, device)
+    sizes = {name: vars(args)[name] for name in ("diffloss_d", "diffloss_w", "img_size", "class_num")}
+    overrides = {name: value for name, value in sizes.items() if value is not None}
+    architecture = preset_config(args.model, **overrides, rope_mode="off")
+    model = load_mar_for_sampling(args.resume, architecture, device, use_ema=not args.no_ema)
+    require_fitting_codec(codec, args.vae_path, model)
+    for label in args.class_label:
+        if not 0 <= label < model.config.class_num:
+            raise ValueError(f"--class_label {label} is outside 0 ... {model.config.class_num - 1}")
+    labels = [label for label in args.class_label for _ in range(args.num_images)]
+    scenes = [text_scene(f"class {label}") for label in labels]
+    seeds = [args.seed + index for index in range(len(labels))]
+    checkpoint = {"path": args.resume, "stage": "mar", "vae": codec.id, "latent_scale": codec.latent_scale}
+    return Job(model, codec, None, scenes, labels, seeds, config, device, checkpoint)
+
+
+def read_scenes(args: argparse.Namespace, info: WeightsInfo) -> list[Scene]:
+    """One scene per image: each scene of a layout file `--num_images` times, a dataset's scenes once."""
+    if args.coco_root is not None:
+        filters = BoxFilters(max_objects=info.config.max_objects)
+        index = CocoIndex.load(args.coco_root, args.coco_split, filters, info.config.img_size)
+        if index.categories != info.categories:
+            raise ValueError(
+                f"{args.coco_root} {args.coco_split} has the categories {_names(index.categories)}, "
+                f"but the checkpoint was trained with {_names(info.categories)}"
+            )
+        return scenes_from_dataset(index, info.config.img_size, args.num_images)
+    if args.layout is None:
+        scenes = [text_scene(args.prompt)]
+    else:
+        scenes = read_layout_file(args.layout, info.categories, info.config.max_objects, args.prompt)
+    return [scene for scene in scenes for _ in range(args.num_images)]
+
+
+def require_fitting_codec(codec: LatentCodec, path: str, model: StructMAR) -> None:
+    """Raises ValueError naming both sizes if the VAE's latents are not the model's."""
+    found, expected = (codec.stride, codec.latent_channels), (model.config.vae_stride, model.config.vae_embed_dim)
+    if found != expected:
+        raise ValueError(f"VAE {path} has (stride, latent channels) {found}, the model {expected}")
+
+
+def run(job: Job, batch_size: int, precision: str, output_dir: Path, settings: dict[str, Any]) -> None:
+    """Samples batch by batch, writing each image as soon as its batch is done, then the grid and the json."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_own_files(output_dir)
+    total = len(job.scenes)
+    images: list[Picture] = []
+    bar: tqdm[Any] = progress(total=num_iterations(total, batch_size, job.config), desc="sampling")
+
+    def tick() -> None:
+        bar.update()
+
+    with bar:
+        for start in range(0, total, batch_size):
+            batch = sample_batch(job, slice(start, start + batch_size), precision, tick)
+            for index, image in enumerate(batch, start):
+                save_png(image, output_dir / f"{index:04d}.png", png_text(job, index, settings))
+            images += batch[: max(0, GRID_MAX - start)]
+    grid = scene_grid(images, job.scenes[: len(images)], settings["grid_columns"], settings["grid_scale"])
+    save_png(grid, output_dir / "grid.png", {"settings": json.dumps(settings)})
+    write_json(job, output_dir / "samples.json", settings)
+    shown = "" if total <= GRID_MAX else f" of the first {GRID_MAX}"
+    print(f"wrote {total} images to {output_dir}; grid{shown}: {output_dir / 'grid.png'}")
+
+
+def sample_batch(job: Job, rows: slice, precision: str, on_iteration: Callable[[], None]) -> list[Picture]:
+    seeds = job.seeds[rows]
+    run_options = (len(seeds), job.device, precision, on_iteration)
+    if job.labels is not None:
+        return generate_class_images(job.model, job.codec, job.labels[rows], job.config, seeds, *run_options)
+    assert job.text_encoder is not None
+    scenes = job.scenes[rows]
+    return generate_images(job.model, job.codec, job.text_encoder, scenes, job.config, seeds, *run_options)
+
+
+def image_entry(job: Job, index: int) -> dict[str, Any]:
+    """What image `index` was made from: its prompt and objects as in a layout file, its seed, its class."""
+    entry = {**job.scenes[index].to_dict(), "seed": job.seeds[index]}
+    return entry if job.labels is None else {"class_label": job.labels[index], "seed": job.seeds[index]}
+
+
+def png_text(job: Job, index: int, settings: dict[str, Any]) -> dict[str, str]:
+    """Text of one PNG: strings as they are, everything else as json."""
+    entry = image_entry(job, index)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in entry.items()}
+    sampling = json.dumps(asdict(job.config))
+    return texts | {"sampling": sampling, "checkpoint": json.dumps(job.checkpoint), "settings": json.dumps(settings)}
+
+
+def write_json(job: Job, path: Path, settings: dict[str, Any]) -> None:
+    images = [{"file": f"{index:04d}.png", **image_entry(job, index)} for index in range(len(job.scenes))]
+    content = {
+        "settings": settings,
+        "sampling": asdict(job.config),
+        "checkpoint": job.checkpoint,
+        "images": images,
+    }
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove_own_files(output_dir: Path) -> None:
+    """Removes what an earlier run of this program left, so that images of two runs are never mixed."""
+    if (output_dir / "samples.json").is_file():
+        for path in output_dir.iterdir():
+            if re.fullmatch(r"\d{4,}\.png|grid\.png|samples\.json", path.name):
+                path.unlink()
+
+
+def _names(categories: Sequence[Category]) -> str:
+    names = [f"{category.id} {category.name}" for category in categories]
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(get_parser(), argv)
+    setup_logging()
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    try:
+        job = prepare(args)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    logger.info(f"{len(job.scenes)} images on {job.device}, {args.batch_size} at a time")
+    run(job, args.batch_size, args.precision, Path(args.output_dir), resolved_dict(args))
+
+
+if __name__ == "__main__":
+    main()
