@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 MAKE_IT = "make it with python -m scripts.cache_latents"
 MAKE_AGAIN = "delete that file and run the same scripts.cache_latents command again"
 
-Progress = Callable[[int], None]  # called with the number of items done so far
+Progress = Callable[[int], None]  # called with the number of items done, first with what was there already
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,7 @@ def write_latent_cache(
     batches = [chunk for shard in missing for chunk in _chunks(_rows(shard, len(image_ids), shard_size), batch_size)]
     loaded = iter(load_batches(batches))
     done = len(image_ids) - sum(map(len, batches))
+    _report(on_progress, done)
     for shard in missing:
         rows = _rows(shard, len(image_ids), shard_size)
         collected = []
@@ -225,6 +226,7 @@ def write_text_cache(
     ids = list(captions)
     missing = _prepare(Path(path), TextCache.KIND, key, ids, [f"{each}\t{captions[each]}" for each in ids], shard_size)
     done = len(ids) - sum(len(_rows(shard, len(ids), shard_size)) for shard in missing)
+    _report(on_progress, done)
     for shard in missing:
         rows = _rows(shard, len(ids), shard_size)
         states: list[Tensor] = []
@@ -354,7 +356,8 @@ def _open_shard(shard: Path) -> Any:
 
 def _save_shard(tensors: dict[str, Tensor], shard: Path) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _replace(shard, lambda temporary: save_file(contiguous, temporary))
+    content = save(contiguous)  # save_file would make a file that only its owner may read
+    _replace(shard, lambda temporary: temporary.write_bytes(content))
 
 
 def _replace(file: Path, write: Callable[[Path], object]) -> None:

@@ -26,6 +26,7 @@ from models.vae import LatentCodec
 from util.boxes import plan_center_crop
 from util.coco import BoxFilters, CocoIndex
 from util.images import to_model_range
+from util.logging import setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +69,15 @@ class _CroppedImages(Dataset[Tensor]):
 @contextmanager
 def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with rate and ETA; what was there before this run does not count as speed."""
+    started: list[int] = []
     with tqdm(total=total, desc=description, unit="item") as bar:
 
         def advance_to(done: int) -> None:
-            if bar.n == 0:
-                bar.initial = bar.n = max(0, done - 1)
+            if not started:
+                started.append(done)
+                bar.initial = bar.n = done
             bar.update(done - bar.n)
+            bar.refresh()
 
         yield advance_to
 
@@ -113,13 +117,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     if args.no_latents and args.no_text:
         raise SystemExit("--no_latents and --no_text together leave nothing to do")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    index = CocoIndex.load(args.coco_root, args.coco_split, BoxFilters(), args.img_size)
-    with torch.no_grad():
-        if not args.no_latents:
-            cache_latents(args, index)
-        if not args.no_text:
-            cache_text(args, index)
+    setup_logging(None, rank=0)
+    try:
+        index = CocoIndex.load(args.coco_root, args.coco_split, BoxFilters(), args.img_size)
+        with torch.no_grad():
+            if not args.no_latents:
+                cache_latents(args, index)
+            if not args.no_text:
+                cache_text(args, index)
+    except (ValueError, FileNotFoundError) as error:
+        logger.debug("where it was found", exc_info=True)
+        raise SystemExit(f"cache_latents: error: {error}") from error
     print(f"done: {args.cached_path}")
 
 

@@ -122,7 +122,7 @@ def test_killed_latent_run_continues(tmp_path, calls_before):
         on_progress=progress.append,
     )
     assert sum(encoded) == 2 * (5 - 2 * (calls_before // 4))  # finished shards are not encoded again
-    assert progress[-1] == 5
+    assert (progress[0], progress[-1]) == (5 - sum(encoded) // 2, 5)
     written = files(tmp_path / "killed")
     written.pop("shard-00001.safetensors.tmp", None)
     assert written == files(tmp_path / "whole")
@@ -352,3 +352,10 @@ def test_script_runs_again_without_encoding_again(cached, monkeypatch):
 def test_script_with_nothing_to_do():
     with pytest.raises(SystemExit, match="nothing to do"):
         cache_latents.main(["--coco_root", "x", "--cached_path", "y", "--no_latents", "--no_text"])
+
+
+def test_script_says_in_one_line_what_is_missing(tmp_path):
+    write_coco(tmp_path)
+    command = ["--coco_root", str(tmp_path), "--coco_split", "train2017", "--cached_path", str(tmp_path / "c")]
+    with pytest.raises(SystemExit, match=r"error: VAE checkpoint not found: .*none\.ckpt"):
+        cache_latents.main([*command, "--vae_path", str(tmp_path / "none.ckpt"), "--device", "cpu"])
