@@ -23,6 +23,7 @@ from scripts.mini.pen import Array
 
 MASK_COVERAGE = 0.4
 MIN_VISIBLE = 0.6
+MAX_OBJECTS = 8
 MAX_TRIES = 200
 
 
@@ -111,7 +112,10 @@ def _plan_background(rng: np.random.Generator, category_ids: Sequence[int]) -> i
 
 
 def plan_scene(rng: np.random.Generator, num_objects: tuple[int, int] = (1, 5)) -> ScenePlan:
-    """Plans `num_objects` (least, most) objects, 0.19 to 0.75 of the image long, larger ones behind smaller ones."""
+    """Plans `num_objects` (least, most) objects, 0.19 to 0.75 of the image long, larger ones behind smaller ones.
+
+    An object for which no place is found is left out, so there may be fewer.
+    """
     wanted = int(rng.integers(num_objects[0], num_objects[1] + 1))
     longest = {1: 0.75, 2: 0.62, 3: 0.52}.get(wanted, 0.45)
     ids = [int(rng.choice([entry.id for entry in CLASSES]))]
@@ -186,7 +190,8 @@ def draw_scene(plan: ScenePlan, size: int) -> tuple[NDArray[np.uint8], tuple[Sce
 
 
 def _visible_objects(plan: ScenePlan, alphas: Sequence[Array], size: int) -> tuple[SceneObject, ...]:
-    objects, uncovered = [], np.ones_like(alphas[0])
+    objects: list[SceneObject] = []
+    uncovered: Array = np.ones((1, 1), dtype=np.float32)
     for item, alpha in zip(reversed(plan.objects), reversed(alphas), strict=True):
         mask = _shrink(alpha * uncovered, size) >= MASK_COVERAGE
         whole = _shrink(alpha, size) >= MASK_COVERAGE
@@ -208,8 +213,12 @@ def _captions(plan: ScenePlan, objects: Sequence[SceneObject], size: int, rng: n
 
 def render_scene(rng: np.random.Generator, size: int = 64, num_objects: tuple[int, int] = (1, 5)) -> Scene:
     """A random scene, `size` x `size` pixels, of `num_objects` (least, most) objects, each at least 0.6 visible."""
+    if not 1 <= num_objects[0] <= num_objects[1] <= MAX_OBJECTS:
+        raise ValueError(f"num_objects (least, most) must be within 1 and {MAX_OBJECTS}, got {num_objects}")
     for _ in itertools.count():
         plan = plan_scene(rng, num_objects)
+        if len(plan.objects) < num_objects[0]:
+            continue
         caption_seed = int(rng.integers(2**62))
         image, objects = draw_scene(plan, size)
         if all(item.visible_fraction >= MIN_VISIBLE for item in objects):

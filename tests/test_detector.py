@@ -1,0 +1,179 @@
+"""The detector: built without downloads, trains, survives its file, finds what it was taught, refuses wrong files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.detector import (
+    MINI,
+    RESNET50_FPN_V2,
+    Detections,
+    build_detector,
+    detector_checkpoint,
+    load_detector,
+)
+from scripts.mini import train_detector
+from scripts.mini.make_dataset import DatasetSettings, make_dataset
+from scripts.mini.train_detector import match_iou, soften
+from util.checkpoint import save_atomic
+from util.types import Category
+
+CATEGORIES = [Category(13, "stop sign"), Category(53, "apple"), Category(85, "clock")]
+
+
+def images(count: int) -> list[Tensor]:
+    return list(torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+
+
+def write(path: Path, **changes: object) -> Path:
+    content = detector_checkpoint(build_detector(MINI, 4), MINI, CATEGORIES, torch.float16)
+    save_atomic({**content, **changes}, path)
+    return path
+
+
+def test_mini_is_small() -> None:
+    assert sum(p.numel() for p in build_detector(MINI, 13).parameters()) <= 1_200_000
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown detector 'yolo'; known are fasterrcnn_mini"):
+        build_detector("yolo", 4)
+    with pytest.raises(ValueError, match="at least 2 labels.*num_classes=1"):
+        build_detector(MINI, 1)
+    with pytest.raises(ValueError, match="3 labels, 3 categories"):
+        detector_checkpoint(build_detector(MINI, 3), MINI, CATEGORIES, torch.float16)
+
+
+def test_a_step_lowers_the_loss_and_every_parameter_learns() -> None:
+    model = build_detector(MINI, 4).train()
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 44.0]]), "labels": torch.tensor([2])} for _ in range(2)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    totals = []
+    for _ in range(6):
+        losses = model(images(2), targets)
+        assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+        total = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        total.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < totals[0]
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    model = build_detector(MINI, 4).eval()
+    save_atomic(detector_checkpoint(model, MINI, CATEGORIES, torch.float32), tmp_path / "detector.pth")
+    detector = load_detector(tmp_path / "detector.pth")
+    assert detector.categories == tuple(CATEGORIES)
+    assert detector.arch == MINI
+    assert len(detector.id) == 64
+    assert not any(p.requires_grad for p in detector.model.parameters())
+    with torch.no_grad():
+        expected = model(images(2))
+    for found, output in zip(detector(images(2)), expected, strict=True):
+        assert len(found.scores) > 0
+        assert torch.equal(found.boxes_px, output["boxes"])
+        assert torch.equal(found.scores, output["scores"])
+        assert found.category_ids.tolist() == [CATEGORIES[label - 1].id for label in output["labels"].tolist()]
+
+
+def test_half_precision_file_loads_as_single_precision(tmp_path: Path) -> None:
+    path = write(tmp_path / "detector.pth")
+    assert path.stat().st_size < 2.5 * 2**20
+    assert all(p.dtype == torch.float32 for p in load_detector(path).model.parameters())
+
+
+def test_torchvisions_coco_file_loads(tmp_path: Path) -> None:
+    torch.save(build_detector(RESNET50_FPN_V2, 91).state_dict(), tmp_path / "coco.pth")
+    detector = load_detector(tmp_path / "coco.pth")
+    assert detector.arch == RESNET50_FPN_V2
+    assert len(detector.categories) == 80
+    assert Category(13, "stop sign") in detector.categories
+    assert Category(90, "toothbrush") in detector.categories
+    assert detector.category_ids[13] == 13
+    assert detector.category_ids[12] == 0  # an id that COCO never used
+
+
+def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth.*download\.pytorch\.org"):
+        load_detector(tmp_path / "nowhere.pth")
+    path = write(tmp_path / "cut.pth")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"cut\.pth is truncated"):
+        load_detector(path)
+
+
+def test_wrong_content_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    save_atomic({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"other\.pth is not a Faster R-CNN"):
+        load_detector(path)
+    save_atomic({"model": {}, "arch": MINI}, path)
+    with pytest.raises(ValueError, match="no entry 'categories'"):
+        load_detector(path)
+    with pytest.raises(ValueError, match="detector 'yolo'; known are"):
+        load_detector(write(path, arch="yolo"))
+    with pytest.raises(ValueError, match='"categories" must be a list'):
+        load_detector(write(path, categories=["apple"]))
+    with pytest.raises(ValueError, match="4 labels in .*but 1 categories"):
+        load_detector(write(path, categories=[{"id": 1, "name": "person"}]))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    state = detector_checkpoint(build_detector(MINI, 4), MINI, CATEGORIES, torch.float16)["model"]
+    bias = "roi_heads.box_head.fc6.bias"
+    with pytest.raises(ValueError, match=f"does not fit {MINI}: lacks {bias}$"):
+        load_detector(write(path, model={name: value for name, value in state.items() if name != bias}))
+    with pytest.raises(ValueError, match="has surplus besides"):
+        load_detector(write(path, model={**state, "surplus": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=rf"{bias} has shape \(7,\), not \(128,\)"):
+        load_detector(write(path, model={**state, bias: torch.zeros(7)}))
+    with pytest.raises(ValueError, match=f"{bias} is not finite"):
+        load_detector(write(path, model={**state, bias: torch.full((128,), torch.nan)}))
+
+
+def test_matching_wants_class_place_and_score() -> None:
+    box = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    half = torch.tensor([[0.0, 0.0, 10.0, 5.0]])
+    for category_id, score, expected in ((13, 0.9, 0.5), (53, 0.9, 0.0), (13, 0.4, 0.0)):
+        found = Detections(half, torch.tensor([category_id]), torch.tensor([score]))
+        assert match_iou(box, torch.tensor([13]), found, min_score=0.5) == [pytest.approx(expected)]
+
+
+def test_softening_keeps_size_and_range() -> None:
+    image = images(1)[0]
+    soft = soften(image, torch.Generator().manual_seed(1))
+    assert soft.shape == image.shape
+    assert soft.min() >= 0
+    assert soft.max() <= 1
+    assert soft.diff(dim=2).abs().mean() < image.diff(dim=2).abs().mean()
+
+
+def test_training_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps at once, and four steps cut off after the state of the second, write the same weights."""
+    make_dataset(tmp_path / "data", DatasetSettings(num_train=8, num_val=4, size=64), num_workers=1)
+    common = ["--data", str(tmp_path / "data"), "--steps", "4", "--batch_size", "4", "--save_freq", "2"]
+    whole, resumed = tmp_path / "whole.pth", tmp_path / "resumed.pth"
+    train_detector.main([*common, "--output", str(whole)])
+
+    def stop(step_of_state: Path, *args: object, **kwargs: object) -> None:
+        original(step_of_state, *args, **kwargs)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    original = train_detector.save_state
+    monkeypatch.setattr(train_detector, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector.main([*common, "--output", str(resumed)])
+    assert not resumed.exists()
+    monkeypatch.setattr(train_detector, "save_state", original)
+    train_detector.main([*common, "--output", str(resumed)])
+    expected, found = load_detector(whole).model.state_dict(), load_detector(resumed).model.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (tmp_path / "whole.json").is_file()
+    assert not train_detector.state_file(resumed).exists()
