@@ -2,10 +2,12 @@
 
     python -m scripts.mini.train_vae --data data/mini_coco --output pretrained_models/mini/vae/kl8_mini.ckpt
 
-    loss = |x - y| + (x - y)^2 + edge_weight |grad x - grad y| + kl_weight KL,   y = decode(mean + std * noise + extra)
+    loss = |x - y| + mse_weight (x - y)^2 + edge_weight |grad x - grad y| + kl_weight KL
+    y = decode(mean + std * noise + extra)
 
 Every term is a mean over its elements (the KL over the latents'). `extra` is noise of a random strength below
 `latent_noise`: the latents of a generator are never exact, and a decoder that has seen this is smooth around the data.
+The square weighs large errors, which are small objects, against textures, which are everywhere.
 Left out: perceptual and adversarial losses, which need networks of their own.
 
 The file holds half-precision weights, the number of groups and the latent scale (1 / std of the latents). Killed, the
@@ -53,11 +55,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=8, help="GroupNorm groups")
     parser.add_argument("--latent_channels", type=int, default=16)
     parser.add_argument("--kl_weight", type=float, default=1e-3)
-    parser.add_argument("--edge_weight", type=float, default=0.5)
+    parser.add_argument("--mse_weight", type=float, default=4.0)
+    parser.add_argument("--edge_weight", type=float, default=0.25)
     parser.add_argument("--latent_noise", type=float, default=0.15, help="largest extra noise, in stds of the latents")
     parser.add_argument("--ema_rate", type=float, default=0.998)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of the forward pass")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, default=None, help="start from the weights of this VAE file")
     parser.add_argument("--save_freq", type=int, default=250, help="steps between saved states")
     parser.add_argument("--log_freq", type=int, default=50)
     parser.add_argument("--max_images", type=int, default=None, help="use the first images only")
@@ -100,8 +104,8 @@ def vae_loss(
         "edge": edge_loss(output.float(), images),
         "kl": kl_divergence(mean, logvar),
     }
-    loss = parts["l1"] + parts["mse"] + args.edge_weight * parts["edge"] + args.kl_weight * parts["kl"]
-    return loss, parts
+    weights = {"l1": 1.0, "mse": args.mse_weight, "edge": args.edge_weight, "kl": args.kl_weight}
+    return sum((weights[name] * part for name, part in parts.items()), torch.zeros(())), parts
 
 
 def random_flip(images: Tensor, draws: torch.Generator) -> Tensor:
@@ -112,7 +116,13 @@ def random_flip(images: Tensor, draws: torch.Generator) -> Tensor:
 def train(args: argparse.Namespace, images: Tensor, config: VaeConfig) -> AutoencoderKL:
     """images: uint8 [n, 3, H, W] -> the averaged autoencoder. Continues from the state beside the output, if any."""
     torch.manual_seed(derive_seed(args.seed, "vae", "init"))  # layer initialisers know no other generator
-    autoencoder = build_autoencoder(config).to(memory_format=torch.channels_last)
+    autoencoder = build_autoencoder(config)
+    if args.init is not None:
+        codec = LatentCodec.load(args.init)
+        if codec.config != config:
+            raise ValueError(f"{args.init} has {codec.config}, asked for {config}")
+        autoencoder.load_state_dict(codec.autoencoder.state_dict())
+    autoencoder = autoencoder.to(memory_format=torch.channels_last)
     averaged = copy.deepcopy(autoencoder).requires_grad_(False)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     state_path, settings = state_file(args.output), resumable_settings(args)
@@ -155,7 +165,7 @@ def state_file(output: Path) -> Path:
 
 def resumable_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a continued run must share with the one that was cut off."""
-    free = {"data", "output", "save_freq", "log_freq", "overwrite"}
+    free = {"data", "output", "init", "save_freq", "log_freq", "overwrite"}
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
