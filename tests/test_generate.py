@@ -39,7 +39,8 @@ def parts(world):
 
 @pytest.fixture(scope="module")
 def scenes(world) -> list[Scene]:
-    return [*read_layout_file(world.layout, CATEGORIES, 4), text_scene(""), text_scene("a much longer prompt than these")]
+    written = read_layout_file(world.layout, CATEGORIES, 4)
+    return [*written, text_scene(""), text_scene("a much longer prompt than these")]
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:

@@ -1,4 +1,4 @@
-"""A whole tiny world in a folder: VAE, CLIP text model and StructMAR weights in the real formats, random but not trivial."""
+"""A whole tiny world in a folder: VAE, CLIP text model and weights in the real formats, random but not trivial."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def write_world(root: Path) -> World:
         text_model = CLIPTextModel(CLIPTextConfig(**text_settings(write_tokenizer(world.clip))))
         shaken(text_model, 1)
         text_model.save_pretrained(world.clip)
-        write_checkpoint(world)
+        write_checkpoint(world, world.checkpoint)
         backbone = StructMAR(MAR_CONFIG)
         shaken(backbone, 2)
         save_safetensors_atomic(backbone.state_dict(), world.mar)
@@ -96,20 +96,22 @@ def write_world(root: Path) -> World:
         {"label": "dog", "bbox": [0.1, 0.3, 0.5, 0.9]},
         {"label": "sports ball", "bbox": [0.6, 0.1, 0.9, 0.4]},
     ]
-    world.layout.write_text(json.dumps([{"prompt": "a dog and a ball", "objects": objects}, {"prompt": "a red dog", "objects": []}]))
+    entries = [{"prompt": "a dog and a ball", "objects": objects}, {"prompt": "a red dog", "objects": []}]
+    world.layout.write_text(json.dumps(entries))
     return world
 
 
-def write_checkpoint(world: World) -> None:
-    model = StructMAR(CONFIG)
+def write_checkpoint(world: World, path: Path, config: StructMARConfig = CONFIG, stage: str = "full") -> None:
+    """A training checkpoint after 7 steps."""
+    model = StructMAR(config)
     shaken(model, 3)
-    trainable = select_trainable(model, "full")
+    trainable = select_trainable(model, stage)
     ema = Ema(trainable, 0.5)
     shaken(model, 4, std=0.05)
     ema.update()
     optimizer = torch.optim.AdamW(trainable.values())
-    identity = Identity(
-        CONFIG, LatentCodec.load(world.vae).id, 0.5, TextEncoder.load(world.clip).id, CATEGORIES
-    )
+    categories = CATEGORIES[: config.num_categories]
+    text_id = TextEncoder.load(world.clip).id if config.text_dim else ""
+    identity = Identity(config, LatentCodec.load(world.vae).id, 0.5, text_id, categories)
     learner = Learner(model, model, trainable, optimizer, ema)
-    save_atomic(checkpoint_content(learner, Position(2, 7, 0), "full", identity, {}, 4), world.checkpoint)
+    save_atomic(checkpoint_content(learner, Position(2, 7, 0), stage, identity, {}, 4), path)
