@@ -1,7 +1,7 @@
 """The detector that scores and rewards generated images: torchvision's Faster R-CNN, frozen, from a local file.
 
 Two architectures: `fasterrcnn_resnet50_fpn_v2` (torchvision's, with its COCO weights file as it is downloaded: a bare
-state dict, whose 91 labels are COCO's category ids), and `fasterrcnn_mini`, a seven-layer convolutional backbone of
+state dict, whose 91 labels are COCO's category ids), and `SMALL`, a seven-layer convolutional backbone of
 stride 8 for small images. Its file states architecture and categories: {"model", "arch", "categories"}; the first
 architecture may come in such a file too.
 
@@ -28,15 +28,15 @@ from torchvision.ops import MultiScaleRoIAlign
 from util.checkpoint import load_plain, sha256_file
 from util.types import Category
 
-MINI = "fasterrcnn_mini"
+SMALL = "fasterrcnn_mini"
 RESNET50_FPN_V2 = "fasterrcnn_resnet50_fpn_v2"
-ARCHITECTURES = (MINI, RESNET50_FPN_V2)
+ARCHITECTURES = (SMALL, RESNET50_FPN_V2)
 
-MINI_INPUT_SIDE = 128
-_MINI_LAYERS = ((24, 2), (32, 1), (48, 2), (64, 1), (96, 2), (96, 1), (96, 1))  # channels, stride
-_MINI_HEAD_WIDTH = 128
-_MINI_ANCHOR_SIDES = (22, 38, 66)
-_MINI_ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
+SMALL_INPUT_SIDE = 128
+_SMALL_LAYERS = ((24, 2), (32, 1), (48, 2), (64, 1), (96, 2), (96, 1), (96, 1))  # channels, stride
+_SMALL_HEAD_WIDTH = 128
+_SMALL_ANCHOR_SIDES = (22, 38, 66)
+_SMALL_ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
 _CLASSIFIER_WEIGHT = "roi_heads.box_predictor.cls_score.weight"
 _WHERE_TO_GET = (
     f"{RESNET50_FPN_V2}'s is https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth"
@@ -52,12 +52,12 @@ class Detections:
     scores: Tensor
 
 
-class MiniBackbone(nn.Sequential):
+class SmallBackbone(nn.Sequential):
     """Seven 3x3 convolutions with BatchNorm and ReLU: [B, 3, H, W] -> [B, 96, H / 8, W / 8]."""
 
     def __init__(self) -> None:
         layers, width_in = [], 3
-        for width, stride in _MINI_LAYERS:
+        for width, stride in _SMALL_LAYERS:
             convolution = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
             layers.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
             width_in = width
@@ -65,30 +65,30 @@ class MiniBackbone(nn.Sequential):
         self.out_channels = width_in  # torchvision's FasterRCNN asks for it
 
 
-def _build_mini(num_classes: int) -> FasterRCNN:
-    backbone = MiniBackbone()
+def _build_small(num_classes: int) -> FasterRCNN:
+    backbone = SmallBackbone()
     pooled = MultiScaleRoIAlign(["0"], output_size=7, sampling_ratio=2)
     return FasterRCNN(
         backbone,
-        min_size=MINI_INPUT_SIDE,
-        max_size=MINI_INPUT_SIDE,
+        min_size=SMALL_INPUT_SIDE,
+        max_size=SMALL_INPUT_SIDE,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.25, 0.25, 0.25],
-        rpn_anchor_generator=AnchorGenerator((_MINI_ANCHOR_SIDES,), (_MINI_ANCHOR_RATIOS,)),
+        rpn_anchor_generator=AnchorGenerator((_SMALL_ANCHOR_SIDES,), (_SMALL_ANCHOR_RATIOS,)),
         rpn_pre_nms_top_n_train=400,
         rpn_post_nms_top_n_train=150,
         rpn_pre_nms_top_n_test=200,
         rpn_post_nms_top_n_test=60,
         rpn_batch_size_per_image=128,
         box_roi_pool=pooled,
-        box_head=TwoMLPHead(backbone.out_channels * 7 * 7, _MINI_HEAD_WIDTH),
-        box_predictor=MiniPredictor(_MINI_HEAD_WIDTH, num_classes),
+        box_head=TwoMLPHead(backbone.out_channels * 7 * 7, _SMALL_HEAD_WIDTH),
+        box_predictor=SmallPredictor(_SMALL_HEAD_WIDTH, num_classes),
         box_batch_size_per_image=64,
         box_detections_per_img=50,
     )
 
 
-class MiniPredictor(nn.Module):
+class SmallPredictor(nn.Module):
     """Class scores [n, K] and a box per class [n, 4 K] from features [n, width]; torchvision's parameter names."""
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -107,8 +107,8 @@ def build_detector(arch: str, num_classes: int) -> FasterRCNN:
     """
     if num_classes < 2:
         raise ValueError(f"a detector needs at least 2 labels (one is the background), got num_classes={num_classes}")
-    if arch == MINI:
-        return _build_mini(num_classes)
+    if arch == SMALL:
+        return _build_small(num_classes)
     if arch == RESNET50_FPN_V2:
         return fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=num_classes)
     raise ValueError(f"unknown detector {arch!r}; known are {', '.join(ARCHITECTURES)}")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from models.detector import (
-    MINI,
     RESNET50_FPN_V2,
+    SMALL,
     Detections,
     build_detector,
     detector_checkpoint,
@@ -30,26 +30,26 @@ def images(count: int) -> list[Tensor]:
 
 
 def write(path: Path, **changes: object) -> Path:
-    content = detector_checkpoint(build_detector(MINI, 4), MINI, CATEGORIES, torch.float16)
+    content = detector_checkpoint(build_detector(SMALL, 4), SMALL, CATEGORIES, torch.float16)
     save_atomic({**content, **changes}, path)
     return path
 
 
 def test_mini_is_small() -> None:
-    assert sum(p.numel() for p in build_detector(MINI, 13).parameters()) <= 1_200_000
+    assert sum(p.numel() for p in build_detector(SMALL, 13).parameters()) <= 1_200_000
 
 
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown detector 'yolo'; known are fasterrcnn_mini"):
         build_detector("yolo", 4)
     with pytest.raises(ValueError, match="at least 2 labels.*num_classes=1"):
-        build_detector(MINI, 1)
+        build_detector(SMALL, 1)
     with pytest.raises(ValueError, match="3 labels, 3 categories"):
-        detector_checkpoint(build_detector(MINI, 3), MINI, CATEGORIES, torch.float16)
+        detector_checkpoint(build_detector(SMALL, 3), SMALL, CATEGORIES, torch.float16)
 
 
 def test_a_step_lowers_the_loss_and_every_parameter_learns() -> None:
-    model = build_detector(MINI, 4).train()
+    model = build_detector(SMALL, 4).train()
     targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 44.0]]), "labels": torch.tensor([2])} for _ in range(2)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     totals = []
@@ -66,11 +66,11 @@ def test_a_step_lowers_the_loss_and_every_parameter_learns() -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    model = build_detector(MINI, 4).eval()
-    save_atomic(detector_checkpoint(model, MINI, CATEGORIES, torch.float32), tmp_path / "detector.pth")
+    model = build_detector(SMALL, 4).eval()
+    save_atomic(detector_checkpoint(model, SMALL, CATEGORIES, torch.float32), tmp_path / "detector.pth")
     detector = load_detector(tmp_path / "detector.pth")
     assert detector.categories == tuple(CATEGORIES)
-    assert detector.arch == MINI
+    assert detector.arch == SMALL
     assert len(detector.id) == 64
     assert not any(p.requires_grad for p in detector.model.parameters())
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_wrong_content_is_named(tmp_path: Path) -> None:
     save_atomic({"weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match=r"other\.pth is not a Faster R-CNN"):
         load_detector(path)
-    save_atomic({"model": {}, "arch": MINI}, path)
+    save_atomic({"model": {}, "arch": SMALL}, path)
     with pytest.raises(ValueError, match="no entry 'categories'"):
         load_detector(path)
     with pytest.raises(ValueError, match="detector 'yolo'; known are"):
@@ -126,9 +126,9 @@ def test_wrong_content_is_named(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
-    state = detector_checkpoint(build_detector(MINI, 4), MINI, CATEGORIES, torch.float16)["model"]
+    state = detector_checkpoint(build_detector(SMALL, 4), SMALL, CATEGORIES, torch.float16)["model"]
     bias = "roi_heads.box_head.fc6.bias"
-    with pytest.raises(ValueError, match=f"does not fit {MINI}: lacks {bias}$"):
+    with pytest.raises(ValueError, match=f"does not fit {SMALL}: lacks {bias}$"):
         load_detector(write(path, model={name: value for name, value in state.items() if name != bias}))
     with pytest.raises(ValueError, match="has surplus besides"):
         load_detector(write(path, model={**state, "surplus": torch.zeros(1)}))

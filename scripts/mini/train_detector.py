@@ -32,7 +32,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
 
-from models.detector import MINI, Detections, Detector, build_detector, detector_checkpoint, load_detector
+from models.detector import SMALL, Detections, Detector, build_detector, detector_checkpoint, load_detector
 from scripts.mini.training import batch_indices, learning_rate, load_images, load_state, save_state
 from util.checkpoint import save_atomic
 from util.rng import derive_seed, generator
@@ -54,7 +54,7 @@ class Boxes:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/mini_coco"), help="COCO folder of make_dataset")
-    parser.add_argument("--output", type=Path, default=Path(f"pretrained_models/mini/{MINI}.pth"))
+    parser.add_argument("--output", type=Path, default=Path(f"pretrained_models/mini/{SMALL}.pth"))
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, data: Boxes) -> FasterRCNN:
     """Trains from the state beside the output, if there is one, or from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(args.seed, "detector", "init"))  # layer initialisers know no other generator
-        model = build_detector(MINI, len(data.categories) + 1)
+        model = build_detector(SMALL, len(data.categories) + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     state_path, settings = state_file(args.output), resumable_settings(args)
     start = 0
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_split(args.data, "train2017", args.max_images)
     held_out = load_split(args.data, "val2017", args.max_images)
     model = train(args, data)
-    save_atomic(detector_checkpoint(model, MINI, data.categories, torch.float16), args.output)
+    save_atomic(detector_checkpoint(model, SMALL, data.categories, torch.float16), args.output)
     state_file(args.output).unlink(missing_ok=True)
     detector = load_detector(args.output)
     scores = evaluate(detector, held_out)
