@@ -86,7 +86,7 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
                        help="caption; with --layout it replaces the file's, alone there are no boxes")  # fmt: skip
     group.add_argument("--layout", default=None,
                        help='json: {"prompt": ..., "objects": [{"label": ..., "bbox": [x0, y0, x1, y1]}]}, boxes '
-                            "normalised to [0, 1], or a list of these")  # fmt: skip
+                            "normalised to [0, 1], or a list of these; empty: none, whatever --config says")  # fmt: skip
     group.add_argument("--coco_root", default=None,
                        help="take captions and boxes from this dataset (only its annotations/ is read)")  # fmt: skip
     group.add_argument("--coco_split", default="val2014",
@@ -148,10 +148,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be finite, got {value}")
     if not 0 <= args.seed <= MAX_SEED // 2:
         raise ValueError(f"--seed must lie in 0 ... {MAX_SEED // 2}, got {args.seed}")
-    from_file = args.layout is not None or args.prompt is not None
+    from_file = bool(args.layout) or args.prompt is not None
     sources = {
         "--layout/--prompt": from_file,
-        "--coco_root": args.coco_root is not None,
+        "--coco_root": bool(args.coco_root),
         "--class_label": args.class_label is not None,
     }
     given = [name for name, is_given in sources.items() if is_given]
@@ -219,7 +219,7 @@ def prepare_classes(args: argparse.Namespace, config: SamplingConfig, device: to
 
 def read_scenes(args: argparse.Namespace, info: WeightsInfo) -> list[Scene]:
     """One scene per image: each scene of a layout file `--num_images` times, a dataset's scenes once."""
-    if args.coco_root is not None:
+    if args.coco_root:
         filters = BoxFilters(max_objects=info.config.max_objects)
         index = CocoIndex.load(args.coco_root, args.coco_split, filters, info.config.img_size)
         if index.categories != info.categories:
@@ -228,7 +228,7 @@ def read_scenes(args: argparse.Namespace, info: WeightsInfo) -> list[Scene]:
                 f"but the checkpoint was trained with {_names(info.categories)}"
             )
         return scenes_from_dataset(index, info.config.img_size, args.num_images)
-    if args.layout is None:
+    if not args.layout:
         scenes = [text_scene(args.prompt)]
     else:
         scenes = read_layout_file(args.layout, info.categories, info.config.max_objects, args.prompt)

@@ -139,6 +139,16 @@ def test_config_file_is_read(sample, tmp_path):
     assert len(content["images"]) == 1 and content["sampling"]["cfg_text"] == 4
 
 
+def test_another_source_than_the_config_files(sample, world, tmp_path):
+    write_coco(tmp_path / "coco")
+    (tmp_path / "sample.yaml").write_text(f"layout: {world.layout}\nnum_images: 1\n")
+    flags = ("--config", str(tmp_path / "sample.yaml"), "--coco_root", str(tmp_path / "coco"))
+    with pytest.raises(SystemExit, match="got --layout/--prompt, --coco_root"):
+        sample(*flags, "--coco_split", "val2017")
+    out = sample(*flags, "--coco_split", "val2017", "--layout", "")
+    assert read_json(out)["images"][0]["prompt"] == "caption 0 of 1"
+
+
 def test_ema_is_the_default(sample):
     flags = ("--prompt", "a red dog", "--num_images", "1")
     averaged, raw = sample(*flags, output="ema"), sample(*flags, "--no_ema", output="raw")
