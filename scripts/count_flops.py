@@ -1,0 +1,110 @@
+"""Counts the floating-point operations of an image: a training step of stages 1 and 2, and sampling. No weights needed.
+
+    python -m scripts.count_flops --model mar_huge
+
+The model is built on the meta device and PyTorch's counter follows the real forward and backward passes; one
+multiply-add is two operations. Element-wise work, the frozen VAE and CLIP are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.diffloss import DiffusionDraws
+from models.masking import TokenMask, cosine_masked_counts
+from models.structmar import StructMAR, StructMARConfig, preset_config
+from models.weights import select_trainable
+from util.types import LayoutBatch, TextContext
+
+MEAN_MASK_RATIO = 0.867  # of MAR's truncated Gaussian
+TERA = 1e12
+
+
+def conditions(config: StructMARConfig, batch_size: int, num_text: int) -> tuple[TextContext, LayoutBatch]:
+    shape = (batch_size, config.max_objects)
+    layout = LayoutBatch(
+        torch.zeros(*shape, 4, device="meta"),
+        torch.zeros(shape, dtype=torch.int64, device="meta"),
+        torch.ones(shape, dtype=torch.bool, device="meta"),
+    )
+    text = TextContext(
+        torch.zeros(batch_size, num_text, config.text_dim, device="meta"),
+        torch.ones(batch_size, num_text, dtype=torch.bool, device="meta"),
+        torch.zeros(batch_size, config.text_dim, device="meta"),
+    )
+    return text, layout
+
+
+def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
+    """Forward and backward of one image at the mean mask ratio."""
+    config = model.config
+    model.train()
+    select_trainable(model, mode)
+    num_masked = round(config.num_tokens * MEAN_MASK_RATIO)
+    mask = TokenMask(torch.ones(1, config.num_tokens, dtype=torch.bool, device="meta"), num_masked)
+    rows = config.diffusion_batch_mul * num_masked
+    draws = DiffusionDraws(
+        torch.zeros(rows, dtype=torch.int64, device="meta"), torch.zeros(rows, config.token_dim, device="meta")
+    )
+    side = config.img_size // config.vae_stride
+    latents = torch.zeros(1, config.vae_embed_dim, side, side, device="meta")
+    text, layout = conditions(config, 1, num_text)
+    with FlopCounterMode(display=False) as counter:
+        model(latents, mask, draws, text=text, layout=layout).backward()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def sampling_flops(model: StructMAR, num_iter: int, num_steps: int, num_branches: int, num_text: int) -> float:
+    """One image: a pass of every guidance branch per iteration, `num_steps` head passes per token and branch."""
+    config = model.config
+    model.eval()
+    text, layout = conditions(config, num_branches, num_text)
+    tokens = torch.zeros(num_branches, config.num_tokens, config.token_dim, device="meta")
+    total = 0.0
+    with FlopCounterMode(display=False) as counter:
+        embedded = model.embed_conditions(num_branches, text=text, layout=layout)
+        for num_masked in cosine_masked_counts(config.num_tokens, num_iter)[:-1]:
+            kept = torch.zeros(num_branches, config.num_tokens - num_masked, dtype=torch.int64, device="meta")
+            model.predict(tokens, kept, embedded)
+    total += counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        z = torch.zeros(config.num_tokens, config.decoder_embed_dim, device="meta")
+        x = torch.zeros(config.num_tokens, config.token_dim, device="meta")
+        model.diffloss.net(x, torch.zeros(config.num_tokens, device="meta"), z)
+    return total + counter.get_total_flops() * num_steps * num_branches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mar_huge", help="preset")
+    parser.add_argument("--num_categories", type=int, default=80)
+    parser.add_argument("--text_dim", type=int, default=512, help="channels of the text states (CLIP ViT-B/32: 512)")
+    parser.add_argument("--num_text", type=int, default=14, help="text tokens of a caption")
+    parser.add_argument("--diffusion_batch_mul", type=int, default=1)
+    parser.add_argument("--num_sampling_steps", type=int, default=100)
+    args = parser.parse_args()
+    config = preset_config(
+        args.model,
+        num_categories=args.num_categories,
+        text_dim=args.text_dim,
+        diffusion_batch_mul=args.diffusion_batch_mul,
+    )
+    with torch.device("meta"):
+        model = StructMAR(config)
+    print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    for stage, mode in (("stage 1, text_layout", "text_layout"), ("stage 2, full", "full")):
+        flops = training_flops(model, mode, args.num_text)
+        print(f"{stage}: {flops / TERA:.4g} TFLOP per training image (forward and backward)")
+    for num_iter in (64, 256):
+        if num_iter <= config.num_tokens:
+            for branches, guided in ((1, "no guidance"), (2, "guidance")):
+                flops = sampling_flops(model, num_iter, args.num_sampling_steps, branches, args.num_text)
+                print(f"sampling, {num_iter} iterations, {guided}: {flops / TERA:.4g} TFLOP per image")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The whole story on a laptop, without a GPU or downloads beyond the packages: samples from the committed weights, then
+# data, stage 1, stage 2 and samples of your own. Run it again after an interruption: it goes on where it stopped.
+#   bash scripts/quickstart.sh            about 15 minutes on two cores
+#   bash scripts/quickstart.sh --smoke    a few steps of everything, to see that it works
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+OUT=output/quickstart DATA=data/mini_coco CACHE=data/mini_cache
+NUM_TRAIN=6000 NUM_VAL=500 EPOCHS1=2 EPOCHS2=7 EXTRA=()
+SAMPLE=(--num_iter 32 --num_sampling_steps 50)
+if [ "${1:-}" = "--smoke" ]; then
+    OUT=output/quickstart_smoke DATA=data/mini_coco_smoke CACHE=data/mini_cache_smoke
+    NUM_TRAIN=96 NUM_VAL=16 EPOCHS1=1 EPOCHS2=2
+    EXTRA=(--batch_size 24 --max_steps 4 --diffusion_batch_mul 1) SAMPLE=(--num_iter 4 --num_sampling_steps 5)
+elif [ $# -gt 0 ]; then
+    echo "usage: bash scripts/quickstart.sh [--smoke]" >&2
+    exit 2
+fi
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/6 environment (.venv; a few minutes the first time)"
+bash scripts/setup_env.sh
+python=.venv/bin/python
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
+source scripts/mini/precision.sh
+echo "training in $PRECISION with $OMP_NUM_THREADS threads"
+
+step "2/6 samples from the committed stage-2 weights (under a minute)"
+$python -m scripts.sample --config configs/mini_sample.yaml --output_dir "$OUT/committed" "${SAMPLE[@]}"
+
+step "3/6 the mini world: $NUM_TRAIN training and $NUM_VAL held-out scenes, their latents and text states (3 minutes)"
+$python -m scripts.mini.make_dataset --output_dir "$DATA" --num_train "$NUM_TRAIN" --num_val "$NUM_VAL"
+$python -m scripts.cache_latents --coco_root "$DATA" --coco_split train2017 --cached_path "$CACHE/train2017" \
+    --vae_path pretrained_models/mini/vae/kl8_mini.ckpt --clip_path pretrained_models/mini/clip-text-mini \
+    --img_size 64 --device cpu --num_workers 0
+
+COMMON=(--coco_root "$DATA" --cached_path "$CACHE/train2017" --precision "$PRECISION" --num_threads "$OMP_NUM_THREADS"
+    "${EXTRA[@]}")
+step "4/6 stage 1, align: the new parts learn beside the frozen MAR (2 minutes)"
+$python main_mar.py --config configs/mini_stage1.yaml --output_dir "$OUT/stage1" --epochs "$EPOCHS1" "${COMMON[@]}"
+
+step "5/6 stage 2, SFT: everything learns (6 minutes)"
+$python main_mar.py --config configs/mini_stage2.yaml --output_dir "$OUT/stage2" --epochs "$EPOCHS2" \
+    --resume "$OUT/stage1/checkpoint-last.pth" --ema_rate 0.99 "${COMMON[@]}"
+
+step "6/6 samples of your own model (under a minute)"
+$python -m scripts.sample --config configs/mini_sample.yaml --resume "$OUT/stage2/checkpoint-last.pth" \
+    --output_dir "$OUT/samples" "${SAMPLE[@]}"
+
+printf '\nThe committed weights: %s\nYour own model:        %s\nTensorBoard:           .venv/bin/tensorboard --logdir %s\n' \
+    "$OUT/committed/grid.png" "$OUT/samples/grid.png" "$OUT"

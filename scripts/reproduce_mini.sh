@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Remakes everything in pretrained_models/mini/ from seeds: scenes, VAE, text encoder, class-conditional MAR, stages 1
+# and 2, detector. About two hours on two cores; run it again after an interruption and it goes on where it stopped.
+# Finished files are kept: remove one to remake it (and those below it, which depend on it).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup_env.sh
+python=.venv/bin/python MINI=pretrained_models/mini
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
+source scripts/mini/precision.sh
+step() { printf '\n== %s\n' "$*"; }
+build_if_missing() { # FILE COMMAND...
+    if [ -e "$1" ]; then echo "$1 is there"; else "${@:2}"; fi
+}
+
+step "scenes"
+$python -m scripts.mini.make_dataset --output_dir data/mini_coco
+step "KL VAE (15 minutes)"
+build_if_missing $MINI/vae/kl8_mini.ckpt $python -m scripts.mini.train_vae --output $MINI/vae/kl8_mini.ckpt
+step "CLIP text encoder (5 minutes)"
+build_if_missing $MINI/clip-text-mini/config.json $python -m scripts.mini.train_clip --output $MINI/clip-text-mini
+step "class-conditional MAR (15 minutes)"
+build_if_missing $MINI/mar_mini.safetensors $python -m scripts.mini.pretrain_mar --precision "$PRECISION" \
+    --output $MINI/mar_mini.safetensors
+step "latents and text states"
+$python -m scripts.cache_latents --coco_root data/mini_coco --coco_split train2017 \
+    --cached_path data/mini_cache/train2017 --vae_path $MINI/vae/kl8_mini.ckpt --clip_path $MINI/clip-text-mini \
+    --img_size 64 --device cpu --num_workers 0
+step "stage 1, align (5 minutes)"
+$python main_mar.py --config configs/mini_stage1.yaml --precision "$PRECISION"
+step "stage 2, SFT (45 minutes)"
+$python main_mar.py --config configs/mini_stage2.yaml --precision "$PRECISION"
+$python -m scripts.export_weights --resume output/mini/stage2/checkpoint-last.pth --dtype fp16 \
+    --output $MINI/structmar_mini_stage2.safetensors
+step "Faster R-CNN (10 minutes)"
+build_if_missing $MINI/fasterrcnn_mini.pth $python -m scripts.mini.train_detector --output $MINI/fasterrcnn_mini.pth
+step "the README's picture"
+$python -m scripts.sample --config configs/mini_sample.yaml --output_dir output/mini/samples
+echo "grid: output/mini/samples/grid.png"
