@@ -86,7 +86,7 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
                        help="caption; with --layout it replaces the file's, alone there are no boxes")  # fmt: skip
     group.add_argument("--layout", default=None,
                        help='json: {"prompt": ..., "objects": [{"label": ..., "bbox": [x0, y0, x1, y1]}]}, boxes '
-                            "normalised to [0, 1], or a list of these; empty: none, whatever --config says")  # fmt: skip
+                            "normalised to [0, 1], or a list of these; empty: none, also over --config")  # fmt: skip
     group.add_argument("--coco_root", default=None,
                        help="take captions and boxes from this dataset (only its annotations/ is read)")  # fmt: skip
     group.add_argument("--coco_split", default="val2014",
