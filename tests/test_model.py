@@ -13,49 +13,13 @@ from torch import Tensor
 from models.conditioning import NO_LABEL, drop_conditions, drop_labels
 from models.diffusion import reverse_steps, sampling_schedule
 from models.layout import cells_inside, layout_bias
-from models.masking import cosine_masked_counts, mask_from_orders, sample_num_masked, sample_orders, sample_token_mask
+from models.masking import cosine_masked_counts, sample_num_masked, sample_token_mask
 from models.rope import apply_rope, rope_angles_2d, with_buffer
-from models.sampling import SamplingConfig, sample
 from models.structmar import StructMAR, StructMARConfig, gather_tokens, preset_config
 from models.weights import TRAIN_MODES, load_mar_weights, load_structmar_weights, part_of, select_trainable
 from tests import reference
+from tests.structured import generator, predict, some_layout, some_text, structured_model
 from util.types import Layout, LayoutBatch, TextContext
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def some_layout(max_objects: int = 4) -> LayoutBatch:
-    first = Layout(torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.55, 0.2, 0.95, 0.9]]), torch.tensor([1, 3]))
-    second = Layout(torch.tensor([[0.3, 0.4, 0.31, 0.41]]), torch.tensor([2]))
-    return LayoutBatch.collate([first, second], max_objects)
-
-
-def some_text(dim: int = 12) -> TextContext:
-    return TextContext.collate(
-        [torch.randn(5, dim, generator=generator(1)), torch.randn(3, dim, generator=generator(2))]
-    )
-
-
-def structured_model(gate: float = 0.5, rope: float = 0.7) -> StructMAR:
-    """On trained weights, with every new part switched on."""
-    model = reference.tiny_model(**reference.STRUCTURED)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".gate"):
-                parameter.fill_(gate)
-            elif part_of(name) in ("text", "layout") and parameter.abs().sum() == 0:
-                parameter.normal_(std=0.3, generator=generator(len(name)))
-    model.set_rope_strength(rope)
-    return model
-
-
-def predict(model: StructMAR, text: TextContext | None, layout: LayoutBatch | None) -> Tensor:
-    tokens = reference.tensors()["train.tokens"]
-    kept = mask_from_orders(sample_orders(2, 64, [generator()]), 40).kept_ids()
-    return model.predict(tokens, kept, model.embed_conditions(2, text=text, layout=layout)).detach()
-
 
 # rotation
 
@@ -270,75 +234,6 @@ def test_sampling_schedules() -> None:
     gains = {steps: reverse_steps(steps)[0] for steps in (5, 100)}
     assert gains[100].mean_from_x0 * gains[100].x0_from_eps == pytest.approx(316, rel=0.01)
     assert gains[5].mean_from_x0 * gains[5].x0_from_eps == pytest.approx(7707, rel=0.01)
-
-
-# sampling
-
-QUICK = SamplingConfig(num_iter=4, num_sampling_steps=8, t_max=950, clip_x0=2000.0)
-
-
-def test_every_token_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call of the head marks its tokens with its number: as many tokens carry a number as that call uncovered."""
-    calls: list[int] = []
-
-    def mark(_model: StructMAR, z: Tensor, *_rest: object) -> Tensor:
-        calls.append(z.shape[1])
-        return torch.full((z.shape[1], 16), float(len(calls)))
-
-    monkeypatch.setattr("models.sampling.reverse_process", mark)
-    model = structured_model()
-    output = sample(model, replace(QUICK, num_iter=9), [generator(1), generator(2)])
-    tokens = model.patchify(output.latents)
-    counts = cosine_masked_counts(64, 9)
-    assert calls == [2 * (now - after) for now, after in pairwise(counts)]
-    for image in range(2):
-        marks = tokens[image, :, 0].long()
-        assert torch.bincount(marks, minlength=10).tolist() == [0] + [rows // 2 for rows in calls]
-        assert marks[output.orders[image]].tolist() == sorted(marks.tolist(), reverse=True)
-
-
-@pytest.mark.parametrize("guided", [{}, {"cfg_text": 2.0, "cfg_layout": 2.0}, {"cfg_text": 1.5, "cfg_layout": 3.0}])
-def test_image_does_not_depend_on_its_batch(guided: dict[str, float]) -> None:
-    model, text, layout = structured_model(), some_text(), some_layout()
-    config = replace(QUICK, **guided)
-    together = sample(model, config, [generator(3), generator(4)], text, layout).latents
-    alone = sample(
-        model,
-        config,
-        [generator(4)],
-        TextContext(text.tokens[1:], text.valid[1:], text.pooled[1:]),
-        LayoutBatch(layout.boxes_xyxy[1:], layout.categories[1:], layout.valid[1:]),
-    ).latents
-    assert reference.relative_error(together[1:], alone) < 1e-4
-    assert reference.relative_error(together[:1], alone) > 1e-2
-
-
-def test_guidance_formula() -> None:
-    """Scales of 1 are no guidance; text and layout alone or apart follow the sum of differences."""
-    model, text, layout = structured_model(), some_text(), some_layout()
-
-    def run(**scales: float) -> Tensor:
-        return sample(
-            model, replace(QUICK, cfg_schedule="constant", **scales), [generator(5)] * 1 + [generator(6)], text, layout
-        ).latents
-
-    plain = run()
-    assert torch.equal(plain, run(cfg_text=1.0, cfg_layout=1.0))
-    assert reference.relative_error(run(cfg_text=3.0, cfg_layout=1.0), plain) > 1e-3
-    assert reference.relative_error(run(cfg_text=1.0, cfg_layout=3.0), plain) > 1e-3
-    assert reference.relative_error(run(cfg_text=3.0, cfg_layout=1.0), run(cfg_text=1.0, cfg_layout=3.0)) > 1e-3
-
-
-def test_sample_refuses() -> None:
-    model = structured_model()
-    with pytest.raises(ValueError, match="text is for 2 images, but there are 1 generators"):
-        sample(model, QUICK, [generator()], some_text())
-    with pytest.raises(ValueError, match="num_iter must lie between 1 and the number of tokens, 64, got 65"):
-        sample(model, replace(QUICK, num_iter=65), [generator()])
-    with pytest.raises(ValueError, match="layout has 3 slots, the model 4"):
-        sample(model, QUICK, [generator()] * 2, layout=some_layout(3))
-    with pytest.raises(ValueError, match="num_sampling_steps must lie between 1 and 1000, got 0"):
-        SamplingConfig(num_sampling_steps=0)
 
 
 # weights and configs
