@@ -232,7 +232,10 @@ def restore(learner: Learner, source: Source) -> None:
         odd = sorted(names ^ set(learner.trainable))
         raise ValueError(f"{source.path}: its optimizer holds {len(names)} parameters, this run trains "
                          f"{len(learner.trainable)}; first difference {odd[0]}")  # fmt: skip
+    settings = [{key: group[key] for key in group if key != "params"} for group in learner.optimizer.param_groups]
     set_optimizer_state_dict(learner.model, learner.optimizer, optimizer_state, options=options)
+    for group, setting in zip(learner.optimizer.param_groups, settings, strict=True):
+        group.update(setting)  # this run's flags, not the file's
     try:
         learner.ema.load_state_dict(source.state["model_ema"])
     except ValueError as error:
