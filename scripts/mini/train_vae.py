@@ -12,6 +12,11 @@ Left out: perceptual and adversarial losses, which need networks of their own.
 
 The file holds half-precision weights, the number of groups and the latent scale (1 / std of the latents). Killed, the
 same command goes on from the last saved state; finished, it does nothing unless told to --overwrite.
+
+The committed file was made in two runs on two shared CPU cores, 14 minutes each (held-out MSE 0.0190, then 0.0112):
+
+    python -m scripts.mini.train_vae --output FIRST --mse_weight 1 --edge_weight 0.5
+    python -m scripts.mini.train_vae --init FIRST --steps 2600 --warmup 50
 """
 
 from __future__ import annotations
