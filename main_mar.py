@@ -72,7 +72,7 @@ def open_run_folder(args: argparse.Namespace, prepared: Prepared, dist: DistInfo
         environment = {**describe_environment(dist.device), "processes": dist.world_size}
         (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     logger.info("run folder %s, stage '%s', from step %d", folder, args.train_mode, prepared.start.step)
-    return MetricWriter(folder, dist.rank, prepared.start.step)
+    return MetricWriter(folder, dist.rank, prepared.start.step, args.log_dir)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
     """What trains, on what, for how long."""
     group = parser.add_argument_group("training")
     group.add_argument("--train_mode", default="text_layout",
-                       help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts")  # fmt: skip
+                       help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts")
     group.add_argument("--resume", default="",
                        help="checkpoint file, or a folder with checkpoint-last.pth: continued if this stage wrote it, "
                             "else the weights to start from (MAR's, or another stage's EMA weights)")  # fmt: skip
@@ -139,7 +139,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     """Where and how it runs."""
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output/stage1_align", help="run folder")
-    group.add_argument("--log_dir", default=None, help="TensorBoard folder; None: --output_dir")
+    group.add_argument("--log_dir", default=None, help="TensorBoard folder; None: tensorboard/ in --output_dir")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     group.add_argument("--seed", type=int, default=1, help="every draw is derived from it")
     group.add_argument(

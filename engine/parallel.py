@@ -42,7 +42,7 @@ def wrap(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
     if world_size == 1 or isinstance(model, FSDPModule):
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextmanager

@@ -248,7 +248,7 @@ def resumed_position(source: Source, global_batch: int, accum_iter: int, steps_p
     at, batch = source.position, source.position.batch
     if source.kind == "continue" and source.state["global_batch"] != global_batch:
         batch = batch * source.state["global_batch"] // global_batch
-        logger.warning("%s was written with %d images per pass over all processes, here %d: epoch %d goes on at batch %d",
+        logger.warning("%s was written with %d images per pass, here are %d: epoch %d goes on at batch %d",
                        source.path, source.state["global_batch"], global_batch, at.epoch, batch)  # fmt: skip
     step_of_epoch = batch // accum_iter
     if step_of_epoch >= steps_per_epoch:

@@ -1,4 +1,4 @@
-"""Two processes (gloo) do what one does: gradients under DDP, steps and checkpoints under --fsdp, and the main itself."""
+"""Two processes (gloo) do what one does: gradients under DDP, steps and checkpoints under --fsdp, the main."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _as_numpy(value: Any) -> Any:
 def assert_close(found: dict[str, Any], expected: dict[str, torch.Tensor], rtol: float = 1e-3) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        if rtol > 1e-3 and name.endswith("kv.bias"):  # a bias of keys has no effect: AdamW makes steps of its gradient's rounding errors
+        if rtol > 1e-3 and name.endswith("kv.bias"):  # key biases have no effect: AdamW steps along rounding errors
             continue
         torch.testing.assert_close(torch.as_tensor(found[name]), tensor.detach(), rtol=rtol, atol=2e-6, msg=name)
 

@@ -57,11 +57,11 @@ def assert_same_run(world: Path, one: str, other: str) -> None:
     for state in (first, second):
         del state["args"]
     assert_same(first, second)
-    timeless = [
-        [{key: value for key, value in line.items() if key != "images_per_second"} for line in read_metrics(world, each)]
-        for each in (one, other)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(read_metrics(world, one)) == timeless(read_metrics(world, other))
+
+
+def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
 def in_child(target: Callable[[], Any]) -> int:
@@ -299,7 +299,8 @@ def test_weights_of_another_identity_are_refused(tmp_path, changes, message):
 
 
 def test_dropout_and_memory_options_may_change(tmp_path):
-    config = preset_config("mar_mini", **SIZES, num_categories=2, text_dim=16, attn_dropout=0.1, grad_checkpointing=True)
+    options = {"attn_dropout": 0.1, "grad_checkpointing": True}
+    config = preset_config("mar_mini", **SIZES, **options, num_categories=2, text_dim=16)
     check_identity(find_source(tmp_path, str(minimal_checkpoint(tmp_path)), False, "full"), identity(config=config))
 
 

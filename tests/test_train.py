@@ -1,4 +1,4 @@
-"""The loop on a tiny model and made-up latents: gradients, schedule, accumulation, stopping, values that are not finite."""
+"""The loop on a tiny model and made-up latents: gradients, schedule, accumulation, stops, bad values."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_advance_ends_epochs_at_whole_steps():
 
 
 def test_loss_falls():
-    tiny = tiny_run(num_batches=1, epochs=60, lr=3e-3, save_epochs=0, log_freq=60)
+    tiny = tiny_run(num_batches=1, epochs=30, lr=5e-3, save_epochs=0, log_freq=30)
     model, inputs = tiny.run.learner.model, tiny_inputs(4, 0)
     mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(9), 0.7)
 

@@ -25,10 +25,8 @@ def write_world(root: Path, num_images: int = 9) -> Path:
     """data/coco (train2014 and val2014), vae.ckpt, clip/ and mar.safetensors under `root`, which is returned."""
     root.mkdir(parents=True, exist_ok=True)
     captions = ("a red dog", "a dog", "red red dog a")
-    images = [
-        FixtureImage(7 + 3 * number, 40 + number, 36, [FixtureBox((1, 3, 44, 90)[number % 4], (4, 6, 16, 20))], captions)
-        for number in range(num_images)
-    ]
+    boxes = [FixtureBox((1, 3, 44, 90)[number % 4], (4, 6, 16, 20)) for number in range(num_images)]
+    images = [FixtureImage(7 + 3 * k, 40 + k, 36, [box], captions) for k, box in enumerate(boxes)]
     write_coco(root / "coco", "train2014", images)
     write_coco(root / "coco", "val2014", images[:4])
     write_vae(root / "vae.ckpt")

@@ -89,7 +89,14 @@ class MetricWriter:
     and a line cut short by a crash. A new run continues at 0.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str] | None, rank: int = 0, resume_step: int = 0) -> None:
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str] | None,
+        rank: int = 0,
+        resume_step: int = 0,
+        board_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """board_dir: where TensorBoard's events go; None: `tensorboard` in the output folder."""
         self._is_active = output_dir is not None and rank == 0
         if output_dir is None or not self._is_active:
             return
@@ -99,7 +106,7 @@ class MetricWriter:
         folder.mkdir(parents=True, exist_ok=True)
         truncate_after(folder / METRICS_NAME, resume_step)
         self._file = open(folder / METRICS_NAME, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self._board = SummaryWriter(str(board_dir or folder / "tensorboard"), purge_step=resume_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics. Values that are not finite become null (and are left out of TensorBoard)."""

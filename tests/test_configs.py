@@ -1,0 +1,62 @@
+"""Every YAML in configs/ is parsed by its main; the stage files are the paper's commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.arguments import train_parser
+from engine.build import model_config, sampling_config, train_config
+from scripts import sample
+from tests.test_main_mar import STAGE_1, STAGE_2, words
+from util.config import parse_args, resolved_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+EVERY = sorted((ROOT / "configs").glob("*.yaml"))
+SAMPLE = [path for path in EVERY if path.stem.endswith("_sample")]
+MAIN_MAR = [path for path in EVERY if path not in SAMPLE]
+
+
+def parse(*argv: str) -> dict:
+    return resolved_dict(parse_args(train_parser(), argv))
+
+
+@pytest.mark.parametrize("path", MAIN_MAR, ids=lambda path: path.name)
+def test_it_parses_and_its_sizes_fit(path):
+    args = parse_args(train_parser(), ["--config", str(path)])
+    config = model_config(args, num_categories=80, text_dim=64)
+    assert config.num_tokens >= args.num_iter
+    sampling_config(args)
+    assert train_config(args).epochs >= args.warmup_epochs
+
+
+@pytest.mark.parametrize("path", SAMPLE, ids=lambda path: path.name)
+def test_settings_of_the_sampler_parse(path):
+    parse_args(sample.get_parser(), ["--config", str(path)])
+
+
+def test_there_is_something_to_parse():
+    assert {path.name for path in MAIN_MAR} >= {
+        "stage1_align.yaml", "stage2_sft.yaml", "mini_stage1.yaml", "mini_stage2.yaml",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "command"), [("stage1_align", STAGE_1), ("stage2_sft", STAGE_2)])
+def test_the_stage_files_are_the_papers_commands(name, command):
+    assert parse("--config", str(ROOT / "configs" / f"{name}.yaml")) == parse(*words(command))
+
+
+def test_the_mini_stages_differ_only_where_stages_do():
+    one, two = (parse("--config", str(ROOT / "configs" / f"mini_stage{number}.yaml")) for number in (1, 2))
+    same = ("model", "img_size", "vae_path", "clip_path", "coco_root", "coco_split", "max_objects", "min_area")
+    assert {name: one[name] for name in same} == {name: two[name] for name in same}
+    assert two["resume"] == f"{one['output_dir']}/checkpoint-last.pth"
+    assert (one["train_mode"], two["train_mode"]) == ("text_layout", "full")
+
+
+def test_the_command_line_wins():
+    path = str(ROOT / "configs" / "mini_stage1.yaml")
+    assert parse("--config", path, "--batch_size", "3")["batch_size"] == 3
+    assert parse("--config", path)["batch_size"] == yaml.safe_load(Path(path).read_text())["batch_size"]
