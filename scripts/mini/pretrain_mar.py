@@ -1,6 +1,6 @@
 """Pretrains the mini MAR on single-object images by class, as MAR itself is pretrained on ImageNet.
 
-    python -m scripts.mini.pretrain_mar --output pretrained_models/mini/mar_mini.safetensors --steps 2500
+    python -m scripts.mini.pretrain_mar --output pretrained_models/mini/mar_mini.safetensors --steps 1500
 
 It drives the training loop of stages 1 and 2 with `--train_mode class` inputs; a killed run continues by the same
 command. The result has MAR's names, like `mar_huge.safetensors`: no rotation, no layout, no text.
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", default="pretrained_models/mini/mar_mini.safetensors", help="where the weights go (float16)")
     add("--work_dir", default="output/mini_pretrain", help="run folder: log, metrics, state to continue from, samples")
     add("--num_images", type=int, default=6000, help="images drawn, the same number of each class")
-    add("--steps", type=int, default=2500, help="optimizer steps")
+    add("--steps", type=int, default=1500, help="optimizer steps")
     add("--batch_size", type=int, default=48)
     add("--lr", type=float, default=1e-3, help="peak rate; warmup over 2 epochs, then half a cosine")
     add("--ema_rate", type=float, default=0.998)
