@@ -3,14 +3,16 @@
 # data, stage 1, stage 2 and samples of your own. Run it again after an interruption: it goes on where it stopped.
 #   bash scripts/quickstart.sh            about 15 minutes on two cores
 #   bash scripts/quickstart.sh --smoke    a few steps of everything, to see that it works
+# It writes to data/ and output/ of this folder, or of $QUICKSTART_ROOT if that is set (an absolute path).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-OUT=output/quickstart DATA=data/mini_coco CACHE=data/mini_cache
+ROOT="${QUICKSTART_ROOT:+$QUICKSTART_ROOT/}"
+OUT="${ROOT}output/quickstart" DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
 NUM_TRAIN=6000 NUM_VAL=500 EPOCHS1=2 EPOCHS2=7 EXTRA=()
 SAMPLE=(--num_iter 32 --num_sampling_steps 50)
 if [ "${1:-}" = "--smoke" ]; then
-    OUT=output/quickstart_smoke DATA=data/mini_coco_smoke CACHE=data/mini_cache_smoke
+    OUT="${OUT}_smoke" DATA="${DATA}_smoke" CACHE="${CACHE}_smoke"
     NUM_TRAIN=96 NUM_VAL=16 EPOCHS1=1 EPOCHS2=2
     EXTRA=(--batch_size 24 --max_steps 4 --diffusion_batch_mul 1) SAMPLE=(--num_iter 4 --num_sampling_steps 5)
 elif [ $# -gt 0 ]; then
