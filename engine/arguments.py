@@ -11,7 +11,7 @@ import math
 
 DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
-CLASS_MODE = "class"
+SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that the command line can undo a YAML file
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -58,7 +58,9 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--diffusion_batch_mul", type=int, default=1, help="noise draws per masked token and step")
     group.add_argument("--attn_dropout", type=float, default=0.0, help="dropout of attention weights")
     group.add_argument("--proj_dropout", type=float, default=0.0, help="dropout of projections")
-    group.add_argument("--grad_checkpointing", action="store_true", help="recompute blocks in backward: less memory")
+    group.add_argument(
+        "--grad_checkpointing", action=SWITCH, default=False, help="recompute blocks in backward: less memory"
+    )
     group.add_argument("--rope_mode", default="gated", choices=["gated", "full", "off"],
                        help="2D RoPE with a learnable strength, at full strength, or not at all")  # fmt: skip
     group.add_argument("--no_learned_pos", action="store_true", help="leave out MAR's learned position embeddings")
@@ -91,18 +93,21 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
         "--min_area", type=float, default=0.01, help="smallest box kept, as a fraction of the crop's area"
     )
     group.add_argument("--min_visibility", type=float, default=0.2, help="smallest fraction of a box left by the crop")
-    group.add_argument("--keep_crowd", action="store_true", help="keep boxes marked iscrowd")
-    group.add_argument("--use_cached", action="store_true", help="train from the cache in --cached_path")
+    group.add_argument("--keep_crowd", action=SWITCH, default=False, help="keep boxes marked iscrowd")
+    group.add_argument("--use_cached", action=SWITCH, default=False, help="train from the cache in --cached_path")
     group.add_argument("--cached_path", default="", help="folder written by scripts.cache_latents")
     group.add_argument("--num_workers", type=int, default=4, help="data loading processes per GPU")
-    group.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="pin batches for CUDA")
+    group.add_argument("--pin_mem", action=SWITCH, default=True, help="pin batches for CUDA")
 
 
 def add_train_args(parser: argparse.ArgumentParser) -> None:
     """What trains, on what, for how long."""
     group = parser.add_argument_group("training")
-    group.add_argument("--train_mode", default="text_layout",
-                       help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts")
+    group.add_argument(
+        "--train_mode",
+        default="text_layout",
+        help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts",
+    )
     group.add_argument("--resume", default="",
                        help="checkpoint file, or a folder with checkpoint-last.pth: continued if this stage wrote it, "
                             "else the weights to start from (MAR's, or another stage's EMA weights)")  # fmt: skip
@@ -145,8 +150,10 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast; weights stay fp32"
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile every transformer block")
-    group.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the processes")
+    group.add_argument("--compile", action=SWITCH, default=False, help="torch.compile every transformer block")
+    group.add_argument(
+        "--fsdp", action=SWITCH, default=False, help="shard weights, gradients and optimizer over the processes"
+    )
     group.add_argument("--num_threads", type=int, default=None, help="CPU threads per process; None: PyTorch's choice")
     group.add_argument("--log_freq", type=int, default=20, help="optimizer steps between log lines")
     group.add_argument("--save_last_freq", type=int, default=5, help="epochs between saves of checkpoint-last.pth")
@@ -179,7 +186,7 @@ def add_preview_args(parser: argparse.ArgumentParser) -> None:
     """Samples of a fixed set of layouts while training."""
     group = parser.add_argument_group("previews")
     group.add_argument(
-        "--online_eval", action="store_true", help="sample a fixed set of layouts every --eval_freq epochs"
+        "--online_eval", action=SWITCH, default=False, help="sample a fixed set of layouts every --eval_freq epochs"
     )
     group.add_argument("--eval_freq", type=int, default=40, help="epochs between previews of --online_eval")
     group.add_argument("--sample_freq", type=int, default=0, help="optimizer steps between previews; 0: none")
