@@ -19,7 +19,6 @@ import main_mar
 import scripts.sample
 from tests.conftest import ROOT
 from util.checkpoint import load_plain
-from util.config import dump_yaml, load_yaml
 
 pytestmark = pytest.mark.integration
 
@@ -34,24 +33,21 @@ def argv(**flags: object) -> list[str]:
 
 
 def run(photos: Path, root: Path, stage: int, resume: Path, epochs: int, max_steps: int) -> int:
-    """The mini stage's own configuration on the photographs, without a cache. One switch of a file can only be turned
-    off in the file, so the run gets its own copy."""
-    config = root / f"stage{stage}.yaml"
-    live = {"use_cached": False, "cached_path": "", "coco_root": str(photos), "online_eval": False}
-    dump_yaml(load_yaml(ROOT / "configs" / f"mini_stage{stage}.yaml") | live, config)
-    return main_mar.main(
-        argv(
-            config=config,
-            output_dir=root / f"stage{stage}",
-            resume=resume,
-            batch_size=BATCH_SIZE,
-            epochs=epochs,
-            max_steps=max_steps,
-            warmup_epochs=1,
-            log_freq=1,
-            num_threads=1,
-        )
+    """The mini stage's own configuration on the photographs, without a cache."""
+    flags = argv(
+        config=ROOT / "configs" / f"mini_stage{stage}.yaml",
+        coco_root=photos,
+        cached_path="",
+        output_dir=root / f"stage{stage}",
+        resume=resume,
+        batch_size=BATCH_SIZE,
+        epochs=epochs,
+        max_steps=max_steps,
+        warmup_epochs=1,
+        log_freq=1,
+        num_threads=1,
     )
+    return main_mar.main([*flags, "--no-use_cached", "--no-online_eval"])
 
 
 def losses(root: Path, stage: int) -> list[float]:
