@@ -103,7 +103,11 @@ def world(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended. peak: bytes. seconds: from start to end. busy: seconds of processor time."""
+    """A process that ended.
+
+    peak: bytes (no less than the tests' own process had, which it was forked from). seconds: from start to end.
+    busy: seconds of processor time.
+    """
 
     code: int
     log: str
