@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT="${QUICKSTART_ROOT:+$QUICKSTART_ROOT/}"
 OUT="${ROOT}output/quickstart" DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
 NUM_TRAIN=6000 NUM_VAL=500 EPOCHS1=2 EPOCHS2=7 EXTRA=()
-SAMPLE=(--num_iter 32 --num_sampling_steps 50)
+SAMPLE=()
 if [ "${1:-}" = "--smoke" ]; then
     OUT="${OUT}_smoke" DATA="${DATA}_smoke" CACHE="${CACHE}_smoke"
     NUM_TRAIN=96 NUM_VAL=16 EPOCHS1=1 EPOCHS2=2
@@ -29,7 +29,7 @@ source scripts/mini/precision.sh
 echo "training in $PRECISION with $OMP_NUM_THREADS threads"
 
 step "2/6 samples from the committed stage-2 weights (under a minute)"
-$python -m scripts.sample --config configs/mini_sample.yaml --output_dir "$OUT/committed" "${SAMPLE[@]}"
+$python -m scripts.sample --config configs/mini_sample.yaml --output_dir "$OUT/committed" ${SAMPLE[@]+"${SAMPLE[@]}"}
 
 step "3/6 the mini world: $NUM_TRAIN training and $NUM_VAL held-out scenes, their latents and text states (3 minutes)"
 $python -m scripts.mini.make_dataset --output_dir "$DATA" --num_train "$NUM_TRAIN" --num_val "$NUM_VAL"
@@ -48,7 +48,7 @@ $python main_mar.py --config configs/mini_stage2.yaml --output_dir "$OUT/stage2"
 
 step "6/6 samples of your own model (under a minute)"
 $python -m scripts.sample --config configs/mini_sample.yaml --resume "$OUT/stage2/checkpoint-last.pth" \
-    --output_dir "$OUT/samples" "${SAMPLE[@]}"
+    --output_dir "$OUT/samples" ${SAMPLE[@]+"${SAMPLE[@]}"}
 
 printf '\nThe committed weights: %s\nYour own model:        %s\nTensorBoard:           .venv/bin/tensorboard --logdir %s\n' \
     "$OUT/committed/grid.png" "$OUT/samples/grid.png" "$OUT"
