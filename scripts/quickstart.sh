@@ -38,7 +38,7 @@ $python -m scripts.cache_latents --coco_root "$DATA" --coco_split train2017 --ca
     --img_size 64 --device cpu --num_workers 0
 
 COMMON=(--coco_root "$DATA" --cached_path "$CACHE/train2017" --precision "$PRECISION" --num_threads "$OMP_NUM_THREADS"
-    "${EXTRA[@]}")
+    ${EXTRA[@]+"${EXTRA[@]}"})
 step "4/6 stage 1, align: the new parts learn beside the frozen MAR (2 minutes)"
 $python main_mar.py --config configs/mini_stage1.yaml --output_dir "$OUT/stage1" --epochs "$EPOCHS1" "${COMMON[@]}"
 
