@@ -36,7 +36,7 @@ step "stage 2, SFT (40 minutes)"
 $python main_mar.py --config configs/mini_stage2.yaml --precision "$PRECISION"
 $python -m scripts.export_weights --resume output/mini/stage2/checkpoint-last.pth --dtype fp16 \
     --output $MINI/structmar_mini_stage2.safetensors
-step "Faster R-CNN (10 minutes)"
+step "Faster R-CNN (13 minutes)"
 build_if_missing $MINI/fasterrcnn_mini.pth $python -m scripts.mini.train_detector --output $MINI/fasterrcnn_mini.pth
 step "the README's picture"
 $python -m scripts.sample --config configs/mini_sample.yaml --output_dir output/mini/samples
