@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole story on a laptop, without a GPU or downloads beyond the packages: samples from the committed weights, then
 # data, stage 1, stage 2 and samples of your own. Run it again after an interruption: it goes on where it stopped.
-#   bash scripts/quickstart.sh            about 15 minutes on two cores
+#   bash scripts/quickstart.sh            about 11 minutes on two cores
 #   bash scripts/quickstart.sh --smoke    a few steps of everything, to see that it works
 # It writes to data/ and output/ of this folder, or of $QUICKSTART_ROOT if that is set (an absolute path).
 set -euo pipefail

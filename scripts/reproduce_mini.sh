@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remakes everything in pretrained_models/mini/ from seeds: scenes, VAE, text encoder, class-conditional MAR, stages 1
-# and 2, detector. About two hours on two cores; run it again after an interruption and it goes on where it stopped.
+# and 2, detector. About three hours on two cores; run it again after an interruption and it goes on where it stopped.
 # Finished files are kept: remove one to remake it (and those below it, which depend on it).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,7 +32,7 @@ $python -m scripts.cache_latents --coco_root data/mini_coco --coco_split train20
     --img_size 64 --device cpu --num_workers 0
 step "stage 1, align (4 minutes)"
 $python main_mar.py --config configs/mini_stage1.yaml --precision "$PRECISION"
-step "stage 2, SFT (40 minutes)"
+step "stage 2, SFT (65 minutes)"
 $python main_mar.py --config configs/mini_stage2.yaml --precision "$PRECISION"
 $python -m scripts.export_weights --resume output/mini/stage2/checkpoint-last.pth --dtype fp16 \
     --output $MINI/structmar_mini_stage2.safetensors
