@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remakes everything in pretrained_models/mini/ from seeds: scenes, VAE, text encoder, class-conditional MAR, stages 1
-# and 2, detector. About three hours on two cores; run it again after an interruption and it goes on where it stopped.
+# and 2, detector. About two and a half hours on two cores; run it again after an interruption and it goes on where it stopped.
 # Finished files are kept: remove one to remake it (and those below it, which depend on it).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
