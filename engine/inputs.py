@@ -66,8 +66,6 @@ class CocoInputs:
         text = self.text_encoder.context(batch.captions) if batch.text is None else batch.text
         rates = self.rates
         kept_text, kept_layout = drop_conditions(text, batch.layout, rates.both, rates.text, rates.layout, draws)
-        assert kept_text is not None
-        assert kept_layout is not None
         return StepInputs(latents, text=kept_text.to(self.device), layout=kept_layout.to(self.device))
 
 

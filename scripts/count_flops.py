@@ -64,18 +64,17 @@ def sampling_flops(model: StructMAR, num_iter: int, num_steps: int, num_branches
     model.eval()
     text, layout = conditions(config, num_branches, num_text)
     tokens = torch.zeros(num_branches, config.num_tokens, config.token_dim, device="meta")
-    total = 0.0
     with FlopCounterMode(display=False) as counter:
         embedded = model.embed_conditions(num_branches, text=text, layout=layout)
         for num_masked in cosine_masked_counts(config.num_tokens, num_iter)[:-1]:
             kept = torch.zeros(num_branches, config.num_tokens - num_masked, dtype=torch.int64, device="meta")
             model.predict(tokens, kept, embedded)
-    total += counter.get_total_flops()
+    backbone = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         z = torch.zeros(config.num_tokens, config.decoder_embed_dim, device="meta")
         x = torch.zeros(config.num_tokens, config.token_dim, device="meta")
         model.diffloss.net(x, torch.zeros(config.num_tokens, device="meta"), z)
-    return total + counter.get_total_flops() * num_steps * num_branches
+    return backbone + counter.get_total_flops() * num_steps * num_branches
 
 
 def main() -> None:

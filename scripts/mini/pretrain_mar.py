@@ -32,7 +32,6 @@ from models.vae import LatentCodec
 from models.weights import select_trainable
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import render_single
-from util.checkpoint import LAST_NAME
 from util.distributed import DistInfo, init_distributed
 from util.ema import Ema
 from util.images import make_grid, save_png, to_model_range
@@ -43,7 +42,6 @@ from util.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 STAGE = "class"
-LOG_NAME = "log.txt"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -166,8 +164,6 @@ def main() -> int:
     torch.set_num_threads(args.num_threads)
     dist = init_distributed(args.device)
     setup_logging(Path(args.work_dir), dist.rank)
-    if (Path(args.work_dir) / LAST_NAME).is_file():
-        logger.info("found %s: continuing", Path(args.work_dir) / LAST_NAME)
     signum = pretrain(args, dist)
     return 0 if signum is None else 128 + signum
 
