@@ -1,9 +1,10 @@
-"""The detector that scores and rewards generated images: torchvision's Faster R-CNN, frozen, from a local file.
+"""The detectors that score and reward generated images: frozen, from a local file.
 
-Two architectures: `fasterrcnn_resnet50_fpn_v2` (torchvision's, with its COCO weights file as it is downloaded: a bare
-state dict, whose 91 labels are COCO's category ids), and `SMALL`, a seven-layer convolutional backbone of
-stride 8 for small images. Its file states architecture and categories: {"model", "arch", "categories"}; the first
-architecture may come in such a file too.
+A file `*.onnx` is a YOLOX (models/yolox.py); any other one is torchvision's Faster R-CNN, in one of two architectures:
+`fasterrcnn_resnet50_fpn_v2` (torchvision's, with its COCO weights file as it is downloaded: a bare state dict, whose 91
+labels are COCO's category ids), and `SMALL`, a seven-layer convolutional backbone of stride 8 for small images. The
+latter's file states architecture and categories, {"model", "arch", "categories"}; the former may come in such a file
+too.
 
 Images go in at any size, [3, H, W] in [0, 1]; boxes come out in pixels of that size. Training is torchvision's own
 (`detector.model(images, targets)` gives the losses).
@@ -13,20 +14,27 @@ Shape letters: n detections of an image, B images, C channels, K labels (categor
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_V2_Weights, fasterrcnn_resnet50_fpn_v2
+from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn_v2
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from models.detections import BoxDetector as BoxDetector
+from models.detections import Detections as Detections
+from models.detections import DetectorSettings as DetectorSettings
+from models.detections import coco_categories
+from models.yolox import YoloxDetector
 from util.checkpoint import load_plain, sha256_file
 from util.types import Category
+
+logger = logging.getLogger(__name__)
 
 SMALL = "fasterrcnn_mini"
 RESNET50_FPN_V2 = "fasterrcnn_resnet50_fpn_v2"
@@ -41,15 +49,6 @@ _CLASSIFIER_WEIGHT = "roi_heads.box_predictor.cls_score.weight"
 _WHERE_TO_GET = (
     f"{RESNET50_FPN_V2}'s is https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth"
 )
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one image, best first. boxes_px: [n, 4] xyxy in pixels; category_ids: [n] the dataset's ids."""
-
-    boxes_px: Tensor
-    category_ids: Tensor
-    scores: Tensor
 
 
 class SmallBackbone(nn.Sequential):
@@ -161,7 +160,23 @@ def detector_checkpoint(
     return {"model": state, "arch": arch, "categories": [{"id": c.id, "name": c.name} for c in categories]}
 
 
-def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detector:
+def load_detector(
+    path: str | Path, device: torch.device | str = "cpu", settings: DetectorSettings | None = None
+) -> BoxDetector:
+    """A YOLOX from a file `*.onnx`, else a Faster R-CNN; settings None: the detector's own thresholds.
+
+    Raises FileNotFoundError or ValueError, one line that names the file and what is wrong with it.
+    """
+    if Path(path).suffix.lower() != ".onnx":
+        return load_faster_rcnn(path, device, settings)
+    if torch.device(device).type != "cpu":
+        logger.warning("the ONNX detector %s runs on the CPU, not on %s: images are moved for it", path, device)
+    return YoloxDetector.load(path, settings)
+
+
+def load_faster_rcnn(
+    path: str | Path, device: torch.device | str = "cpu", settings: DetectorSettings | None = None
+) -> Detector:
     """Loads a file of `detector_checkpoint` or torchvision's COCO weights of `fasterrcnn_resnet50_fpn_v2`, strictly.
 
     Raises FileNotFoundError or ValueError, one line that names the file and what is wrong with it.
@@ -173,7 +188,11 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     if "model" in content:
         state, arch, category_of_label = _read_described(file, content)
     else:
-        state, arch, category_of_label = content, RESNET50_FPN_V2, _coco_labels()
+        state, arch, category_of_label = (
+            content,
+            RESNET50_FPN_V2,
+            {category.id: category for category in coco_categories()},
+        )
     num_labels = _count_labels(file, state)
     if max(category_of_label) >= num_labels or ("model" in content and len(category_of_label) != num_labels - 1):
         raise ValueError(
@@ -182,7 +201,17 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     model = build_detector(arch, num_labels)
     _check_state(file, arch, state, model.state_dict())
     model.load_state_dict(state, strict=True)
+    if settings is not None:
+        _apply_settings(model, settings)
     return Detector(model.to(device), arch, category_of_label, sha256_file(file))
+
+
+def _apply_settings(model: FasterRCNN, settings: DetectorSettings) -> None:
+    """Changes the thresholds of the last stage; those of the region proposals stay."""
+    model.roi_heads.score_thresh = settings.min_score
+    model.roi_heads.detections_per_img = settings.max_detections
+    if settings.nms_iou is not None:
+        model.roi_heads.nms_thresh = settings.nms_iou
 
 
 def _read_described(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str, dict[int, Category]]:
@@ -203,12 +232,6 @@ def _read_described(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, T
     if not categories or min(category.id for category in categories) < 1:
         raise ValueError(f"{file}: categories need ids from 1 on, got {[category.id for category in categories]}")
     return dict(content["model"]), arch, dict(enumerate(categories, start=1))
-
-
-def _coco_labels() -> dict[int, Category]:
-    """torchvision's labels are COCO's 91 ids; the eleven that COCO never used are called N/A or are the background."""
-    names = FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
-    return {label: Category(label, name) for label, name in enumerate(names) if label > 0 and name != "N/A"}
 
 
 def _count_labels(file: Path, state: Mapping[str, Any]) -> int:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
 
-from models.detector import SMALL, Detections, Detector, build_detector, detector_checkpoint, load_detector
+from models.detector import SMALL, BoxDetector, Detections, build_detector, detector_checkpoint, load_detector
 from scripts.mini.training import batch_indices, learning_rate, load_images, load_state, save_state
 from util.checkpoint import save_atomic
 from util.rng import derive_seed, generator
@@ -183,7 +183,7 @@ def match_iou(boxes_px: Tensor, category_ids: Tensor, found: Detections, min_sco
     return overlaps.max(dim=1).values.tolist() if overlaps.shape[1] else [0.0] * len(boxes_px)
 
 
-def evaluate(detector: Detector, data: Boxes, batch_size: int = 25, min_score: float = 0.5) -> dict[str, float]:
+def evaluate(detector: BoxDetector, data: Boxes, batch_size: int = 25, min_score: float = 0.5) -> dict[str, float]:
     """AP (.50 to .95), AP50; of detections scored at least `min_score`, recall at IoU .5 and the mean IoU of those."""
     results: list[dict[str, Any]] = []
     overlaps: list[float] = []
