@@ -3,6 +3,7 @@
 An exported file is a `.safetensors` whose metadata strings hold everything that sampling needs beside the tensors:
     format: "structmar-1". config: the model's sizes (json). categories: [{"id", "name"}, ...] (json).
     vae: {"id", "latent_scale"} (json). text_encoder: {"id"} (json). stage. step. weights: "ema" or "raw".
+    reward_detector: sha256 of the detector it was rewarded by, where there was one.
 The VAE and the text encoder are frozen and not inside: they are named by their ids (sha256), and others are refused.
 """
 
@@ -22,7 +23,10 @@ METADATA_KEYS = ("format", "config", "categories", "vae", "text_encoder", "stage
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What a set of weights was made for. weights: "ema" or "raw". step: optimizer steps of that stage."""
+    """What a set of weights was made for. weights: "ema" or "raw". step: optimizer steps of that stage.
+
+    reward_detector_id: sha256 of the detector whose verdict it was trained on, None if on none.
+    """
 
     config: StructMARConfig
     categories: tuple[Category, ...]
@@ -32,6 +36,7 @@ class WeightsInfo:
     stage: str
     step: int
     weights: str
+    reward_detector_id: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.categories) != self.config.num_categories:
@@ -48,6 +53,7 @@ class WeightsInfo:
             "stage": self.stage,
             "step": str(self.step),
             "weights": self.weights,
+            **({} if self.reward_detector_id is None else {"reward_detector": self.reward_detector_id}),
         }
 
     @staticmethod
@@ -69,6 +75,7 @@ class WeightsInfo:
                 stage=metadata["stage"],
                 step=int(metadata["step"]),
                 weights=metadata["weights"],
+                reward_detector_id=metadata.get("reward_detector"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source} has malformed metadata: {type(error).__name__}: {error}") from error

@@ -88,6 +88,7 @@ def read_weights(path: str | Path, use_ema: bool = True) -> tuple[dict[str, Tens
         stage=checkpoint["stage"],
         step=checkpoint["step"],
         weights="ema" if averaged else "raw",
+        reward_detector_id=checkpoint.get("reward_detector"),
     )
     return {**checkpoint["model"], **averaged}, info
 

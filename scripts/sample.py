@@ -30,8 +30,9 @@ from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_config_arg, add_samp
 from engine.build import sampling_config
 from engine.generate import PRECISIONS, generate_class_images, generate_images, num_iterations, scene_grid
 from engine.inference import WeightsInfo
+from engine.pipeline import load_pipeline, require_fitting_codec, require_same_categories
 from engine.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
-from engine.weights import load_for_sampling, load_mar_for_sampling, require_same_frozen
+from engine.weights import load_mar_for_sampling
 from models.sampling import SamplingConfig
 from models.structmar import StructMAR, preset_config
 from models.text import TextEncoder
@@ -41,7 +42,6 @@ from util.config import parse_args, resolved_dict
 from util.distributed import init_distributed
 from util.images import Picture, save_png
 from util.logging import progress, setup_logging
-from util.types import Category
 
 logger = logging.getLogger(__name__)
 
@@ -181,22 +181,12 @@ def prepare(args: argparse.Namespace) -> Job:
 
 def prepare_scenes(args: argparse.Namespace, config: SamplingConfig, device: torch.device) -> Job:
     """A StructMAR checkpoint, the frozen parts it was trained with, and the scenes."""
-    loaded = load_for_sampling(args.resume, device, use_ema=not args.no_ema)
-    model, info = loaded.model, loaded.info
-    scenes = read_scenes(args, info)
-    codec = LatentCodec.load(args.vae_path, device, info.latent_scale)
-    require_same_frozen("VAE", args.vae_path, codec.id, info.vae_id, args.allow_other_frozen)
-    require_fitting_codec(codec, args.vae_path, model)
-    text_encoder = TextEncoder.load(args.clip_path, device)
-    require_same_frozen("text encoder", args.clip_path, text_encoder.id, info.text_encoder_id, args.allow_other_frozen)
-    if text_encoder.dim != info.config.text_dim:
-        raise ValueError(
-            f"text encoder {args.clip_path} has width {text_encoder.dim}, the checkpoint {info.config.text_dim}"
-        )
-    checkpoint = {"path": args.resume, "stage": info.stage, "step": info.step, "weights": info.weights}
-    frozen = {"vae": codec.id, "latent_scale": codec.latent_scale, "text_encoder": text_encoder.id}
+    parts = load_pipeline(
+        args.resume, args.vae_path, args.clip_path, device, not args.no_ema, args.allow_other_frozen
+    )  # fmt: skip
+    scenes = read_scenes(args, parts.info)
     seeds = [args.seed + index for index in range(len(scenes))]
-    return Job(model, codec, text_encoder, scenes, None, seeds, config, device, checkpoint | frozen)
+    return Job(parts.model, parts.codec, parts.text_encoder, scenes, None, seeds, config, device, parts.describe())
 
 
 def prepare_classes(args: argparse.Namespace, config: SamplingConfig, device: torch.device) -> Job:
@@ -222,24 +212,13 @@ def read_scenes(args: argparse.Namespace, info: WeightsInfo) -> list[Scene]:
     if args.coco_root:
         filters = BoxFilters(max_objects=info.config.max_objects)
         index = CocoIndex.load(args.coco_root, args.coco_split, filters, info.config.img_size)
-        if index.categories != info.categories:
-            raise ValueError(
-                f"{args.coco_root} {args.coco_split} has the categories {_names(index.categories)}, "
-                f"but the checkpoint was trained with {_names(info.categories)}"
-            )
+        require_same_categories(index.categories, info.categories, f"{args.coco_root} {args.coco_split}")
         return scenes_from_dataset(index, info.config.img_size, args.num_images)
     if not args.layout:
         scenes = [text_scene(args.prompt)]
     else:
         scenes = read_layout_file(args.layout, info.categories, info.config.max_objects, args.prompt)
     return [scene for scene in scenes for _ in range(args.num_images)]
-
-
-def require_fitting_codec(codec: LatentCodec, path: str, model: StructMAR) -> None:
-    """Raises ValueError naming both sizes if the VAE's latents are not the model's."""
-    found, expected = (codec.stride, codec.latent_channels), (model.config.vae_stride, model.config.vae_embed_dim)
-    if found != expected:
-        raise ValueError(f"VAE {path} has (stride, latent channels) {found}, the model {expected}")
 
 
 def run(job: Job, batch_size: int, precision: str, output_dir: Path, settings: dict[str, Any]) -> None:
@@ -307,11 +286,6 @@ def remove_own_files(output_dir: Path) -> None:
         for path in output_dir.iterdir():
             if re.fullmatch(r"\d{4,}\.png|grid\.png|samples\.json", path.name):
                 path.unlink()
-
-
-def _names(categories: Sequence[Category]) -> str:
-    names = [f"{category.id} {category.name}" for category in categories]
-    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

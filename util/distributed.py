@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -39,9 +39,7 @@ def init_distributed(device: str, timeout: timedelta = timedelta(minutes=30)) ->
     if is_launched and len(present) < len(_ENVIRONMENT):
         missing = [name for name in _ENVIRONMENT if name not in present]
         raise ValueError(f"incomplete torchrun environment: {', '.join(present)} set, {', '.join(missing)} not")
-    rank, world_size, local_rank = (
-        (int(os.environ[name]) for name in _ENVIRONMENT[:3]) if is_launched else (0, 1, 0)
-    )
+    rank, world_size, local_rank = (int(os.environ[name]) for name in _ENVIRONMENT[:3]) if is_launched else (0, 1, 0)
     chosen = _choose_device(device, local_rank if is_launched else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -92,6 +90,15 @@ def any_rank(flag: bool) -> bool:
     votes = torch.tensor(int(flag), device=_group_device())
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The plain values of all processes, by rank, on every one of them; `[value]` when there is one process."""
+    if not _is_grouped():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def shutdown() -> None:

@@ -1,0 +1,297 @@
+"""Scores how well images follow their layouts: generates (or takes a folder), detects, and compares with the boxes.
+
+    python -m scripts.evaluate_layout --profile structmar-256 --resume CKPT --detector DETECTOR --coco_root data/coco
+    python -m scripts.evaluate_layout --profile lama3097 --images FOLDER --detector DETECTOR --coco_root data/coco
+    torchrun --nproc_per_node 8 -m scripts.evaluate_layout ...
+
+The second form scores any model: the folder holds one PNG or JPG per image, named by its id. A profile
+(configs/eval_*.yaml) fixes images, geometry, boxes and thresholds; its name and hash stand beside every number, and so
+do the bounds: real images through the same geometry, the VAE round trip, and detections shuffled among the layouts.
+
+Into --output_dir go results.json, per_image.jsonl, report.html, ground_truth_{full,conditioned}.json and
+detections/*.json (COCO's formats), and generated images. Killed, the same command goes on; --rescore scores the images
+that are there again (with another detector, say) and never generates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, SWITCH, add_config_arg, add_sampling_args
+from engine.build import sampling_config
+from engine.eval_images import GenerationPlan, PictureOf, find_images, folder_pictures
+from engine.eval_quality import QualityMetrics, load_quality_metrics
+from engine.eval_run import EvaluationRun, Generation, round_trip, run_evaluation
+from engine.eval_set import EvalSet, apply_geometry, load_eval_set
+from engine.evaluate import Judge, unknown_categories
+from engine.generate import PRECISIONS
+from engine.pipeline import load_pipeline, require_same_categories
+from engine.profiles import Profile, available_profiles, load_profile
+from models.detections import BoxDetector, DetectorSettings
+from models.detector import RESNET50_FPN_V2, load_detector
+from models.vae import LatentCodec
+from util.checkpoint import sha256_file
+from util.config import parse_args
+from util.distributed import DistInfo, init_distributed, shutdown
+from util.images import load_image
+from util.logging import setup_logging
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DETECTOR = f"./pretrained_models/{RESNET50_FPN_V2}_coco.pth"
+IMAGE_SIZES = ("profile", "source")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it is written, and every default."""
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.evaluate_layout",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config_arg(parser)
+    add_protocol_args(parser)
+    add_source_args(parser)
+    add_judge_args(parser)
+    add_sampling_args(parser)
+    add_run_args(parser)
+    return parser
+
+
+def add_protocol_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("protocol")
+    group.add_argument("--profile", required=True, help=f"a yaml file, or one of {', '.join(available_profiles())}")
+    group.add_argument("--coco_root", default="./data/coco", help="folder with annotations/ and the image folders")
+    group.add_argument("--coco_split", default=None, help="another split than the profile's")
+    group.add_argument("--max_images", type=int, default=None,
+                       help="only the profile's first images: another id list and ids hash")  # fmt: skip
+
+
+def add_source_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is scored: a checkpoint's images, or a folder's")
+    group.add_argument("--resume", default=None, help="training checkpoint, its folder, or exported .safetensors")
+    group.add_argument("--images", default=None, help="folder of PNG or JPG named by image id, of any model")
+    group.add_argument("--image_size", default="profile", choices=IMAGE_SIZES,
+                       help="of --images: the profile's; source: the photographs' own, cropped as it says")  # fmt: skip
+    group.add_argument("--name", default=None, help="name of the row (the stage or the folder)")
+    group.add_argument("--no_ema", action="store_true", help="a checkpoint's raw weights, not their average")
+    group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint; with --images for its bound only")
+    group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
+    group.add_argument("--allow_other_frozen", action="store_true",
+                       help="generate with a VAE or text encoder other than the one trained with")  # fmt: skip
+    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of images for each; means are taken")
+    group.add_argument("--no_layout_run", action="store_true", help="also generate without any boxes")
+    group.add_argument("--real_bound", action=SWITCH, default=True, help="score the real images (they must be there)")
+    group.add_argument("--vae_bound", action=SWITCH, default=None,
+                       help="score the VAE round trip; default: with --resume, or when --vae_path exists")  # fmt: skip
+
+
+def add_judge_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what scores")
+    group.add_argument("--detector", default=DEFAULT_DETECTOR,
+                       help="Faster R-CNN weights (.pth) or a YOLOX export (.onnx)")  # fmt: skip
+    group.add_argument("--skip_unknown", action="store_true",
+                       help="leave out the categories that the detector does not know")  # fmt: skip
+    group.add_argument("--reward_detector", nargs="+", default=[],
+                       help="files or sha256 of detectors that were a reward; a checkpoint names its own")  # fmt: skip
+    group.add_argument("--num_resamples", type=int, default=500, help="bootstrap resamples of the 95 %% intervals")
+    group.add_argument("--fid", default=None, help="weights of FID's Inception network")
+    group.add_argument("--clip_score", default=None, help="directory of a whole CLIP model (text and vision)")
+    group.add_argument("--features", default=None, help="a Faster R-CNN whose features stand in; never called FID")
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--batch_size", type=int, default=16, help="images sampled at a time (it is part of the pixels)")
+    group.add_argument("--detector_batch_size", type=int, default=16, help="images detected at a time")
+    group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="bf16: autocast")
+    group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
+    group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
+    group.add_argument("--output_dir", default="./output/evaluation", help="made if missing; continued if begun")
+    group.add_argument("--rescore", action="store_true", help="score the images that are there; never generate")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that are out of range or contradict one another."""
+    for name in ("max_images", "num_resamples", "batch_size", "detector_batch_size", "num_threads"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if bool(args.resume) == bool(args.images):
+        given = "both" if args.resume else "none"
+        raise ValueError(f"say what is scored by exactly one of --resume, --images; got {given}")
+    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
+        raise ValueError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
+    for name in ("no_layout_run", "rescore"):
+        if args.images and vars(args)[name]:
+            raise ValueError(f"--{name} is for generated images (--resume), got --images {args.images}")
+    if args.resume and args.image_size != "profile":
+        raise ValueError(f"--image_size {args.image_size} is for --images, got --resume {args.resume}")
+
+
+def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
+    """Reads and checks every input before anything is generated. Raises ValueError or FileNotFoundError."""
+    check_args(args)
+    profile = load_profile(args.profile)
+    detector = load_detector(
+        args.detector,
+        dist.device,
+        DetectorSettings(profile.min_score, profile.nms_iou, profile.max_detections),
+    )
+    eval_set, judge, skipped = read_targets(args, profile, detector)
+    if args.real_bound:
+        require_photos(eval_set)
+    generation = plan_generation(args, eval_set, dist) if args.resume else None
+    reward_ids = {reward_id(each) for each in args.reward_detector}
+    if generation is not None and generation.pipeline.info.reward_detector_id is not None:
+        reward_ids.add(generation.pipeline.info.reward_detector_id)
+    run = EvaluationRun(
+        eval_set=eval_set,
+        judge=judge,
+        skipped_categories=skipped,
+        is_reward=detector.id in reward_ids,
+        name=row_name(args, generation),
+        generation=generation,
+        folder_pictures=None if generation else given_pictures(args, eval_set),
+        source={"kind": "images", "folder": Path(args.images).name} if args.images else {},
+        real_bound=args.real_bound,
+        round_trip=None,
+        no_layout_run=args.no_layout_run,
+        quality=read_quality(args, dist),
+        num_resamples=args.num_resamples,
+        detector_batch_size=args.detector_batch_size,
+        rescore=args.rescore,
+        dist=dist,
+        output_dir=Path(args.output_dir),
+    )
+    return add_vae_bound(args, run)
+
+
+def read_targets(args: argparse.Namespace, profile: Profile, detector: BoxDetector) -> tuple[EvalSet, Judge, list[str]]:
+    """The targets, the detector fitted to their categories, and the categories left out."""
+    options = {"split": args.coco_split, "max_images": args.max_images}
+    eval_set = load_eval_set(args.coco_root, profile, **options)
+    skipped = unknown_categories(detector, eval_set.categories) if args.skip_unknown else []
+    if skipped:
+        logger.warning("--skip_unknown leaves out %d categories: %s", len(skipped), ", ".join(skipped))
+        eval_set = load_eval_set(args.coco_root, profile, skip_categories=frozenset(skipped), **options)
+    return eval_set, Judge.of(detector, eval_set.categories, skipped), skipped
+
+
+def require_photos(eval_set: EvalSet) -> None:
+    """Raises FileNotFoundError or ValueError for the first photograph that is missing or has another size."""
+    folder = eval_set.root / eval_set.split
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no photographs at {folder}: they are the bound; --no-real_bound scores without it")
+    for target in eval_set.targets:
+        path = folder / target.file_name
+        if not path.is_file():
+            raise FileNotFoundError(f"no photograph {path}: it belongs to the bound; --no-real_bound scores without it")
+
+
+def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo) -> Generation:
+    """The model with its frozen parts, fitted to the profile; what was begun in --output_dir must be the same."""
+    profile = eval_set.profile
+    pipeline = load_pipeline(
+        args.resume, args.vae_path, args.clip_path, dist.device, not args.no_ema, args.allow_other_frozen
+    )  # fmt: skip
+    require_same_categories(eval_set.categories, pipeline.info.categories, f"{args.coco_root} {eval_set.split}")
+    size = pipeline.info.config.img_size
+    if profile.resolution != size:
+        asked = f"pictures of {profile.resolution} px" if profile.resolution else "photographs at their own sizes"
+        raise ValueError(f"profile {profile.name} asks for {asked}, the checkpoint makes {size} px")
+    if profile.max_objects > pipeline.info.config.max_objects:
+        raise ValueError(
+            f"profile {profile.name} places up to {profile.max_objects} objects, "
+            f"the checkpoint at most {pipeline.info.config.max_objects}"
+        )
+    config = sampling_config(args)
+    if config.num_iter > pipeline.info.config.num_tokens:
+        raise ValueError(
+            f"--num_iter {config.num_iter} exceeds the {pipeline.info.config.num_tokens} tokens of an image"
+        )
+    plan = GenerationPlan(config, args.batch_size, args.precision, dist)
+    return Generation(pipeline, plan, tuple(args.seeds))
+
+
+def given_pictures(args: argparse.Namespace, eval_set: EvalSet) -> PictureOf:
+    """The pictures of --images, all of them checked."""
+    from_photographs = args.image_size == "source"
+    paths = find_images(args.images, eval_set.targets, from_photographs)
+    if not from_photographs:
+        return folder_pictures(paths)
+    profile = eval_set.profile
+    return lambda target: apply_geometry(load_image(paths[target.image_id]), profile.geometry, profile.resolution)
+
+
+def add_vae_bound(args: argparse.Namespace, run: EvaluationRun) -> EvaluationRun:
+    """With the model's own VAE, or the one of --vae_path; needs the photographs."""
+    wanted = args.vae_bound if args.vae_bound is not None else bool(args.resume) or Path(args.vae_path).is_file()
+    if not wanted or not args.real_bound:
+        return run
+    codec = run.generation.pipeline.codec if run.generation else LatentCodec.load(args.vae_path, run.dist.device)
+    resolution = run.eval_set.profile.resolution
+    if resolution is None or resolution % codec.stride:
+        message = f"profile {run.eval_set.profile.name}: pictures of {resolution or 'many sizes'} do not fit its stride"
+        if args.vae_bound:
+            raise ValueError(f"--vae_bound: {message} {codec.stride}")
+        return run
+    return replace(run, round_trip=round_trip(codec, run.eval_set))
+
+
+def read_quality(args: argparse.Namespace, dist: DistInfo) -> QualityMetrics | None:
+    if not (args.fid or args.clip_score or args.features):
+        return None
+    if not args.real_bound and (args.fid or args.features):
+        raise ValueError("--fid and --features compare with the real images, got --no-real_bound")
+    return load_quality_metrics(args.fid, args.features, args.clip_score, dist.device)
+
+
+def row_name(args: argparse.Namespace, generation: Generation | None) -> str:
+    if args.name:
+        return str(args.name)
+    if generation is None:
+        return Path(args.images).resolve().name
+    return f"StructMAR, stage {generation.pipeline.info.stage}"
+
+
+def reward_id(path_or_id: str) -> str:
+    """A detector's sha256, given itself or as a file. Raises FileNotFoundError for what is neither."""
+    if len(path_or_id) == 64 and all(letter in "0123456789abcdef" for letter in path_or_id):
+        return path_or_id
+    if not Path(path_or_id).is_file():
+        raise FileNotFoundError(f"--reward_detector {path_or_id} is neither a file nor a sha256")
+    return sha256_file(path_or_id)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(get_parser(), argv)
+    try:
+        dist = init_distributed(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    setup_logging(None, dist.rank)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    try:
+        table = run_evaluation(prepare(args, dist))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        shutdown()
+    if dist.is_main:
+        print(table)
+
+
+if __name__ == "__main__":
+    main()
