@@ -262,7 +262,7 @@ def row_name(args: argparse.Namespace, generation: Generation | None) -> str:
         return str(args.name)
     if generation is None:
         return Path(args.images).resolve().name
-    return f"StructMAR, stage {generation.pipeline.info.stage}"
+    return f"StructMAR, {generation.pipeline.info.stage}"
 
 
 def reward_id(path_or_id: str) -> str:
