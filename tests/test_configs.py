@@ -1,4 +1,4 @@
-"""Every YAML in configs/ is parsed by its main; the stage files are the paper's commands."""
+"""Every YAML in configs/ is parsed by what reads it; the stage files are the paper's commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import yaml
 
 from engine.arguments import train_parser
 from engine.build import model_config, sampling_config, train_config
+from engine.profiles import available_profiles, load_profile
 from scripts import sample
 from tests.test_main_mar import STAGE_1, STAGE_2, words
 from util.config import parse_args, resolved_dict
@@ -16,7 +17,8 @@ from util.config import parse_args, resolved_dict
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = sorted((ROOT / "configs").glob("*.yaml"))
 SAMPLE = [path for path in EVERY if path.stem.endswith("_sample")]
-MAIN_MAR = [path for path in EVERY if path not in SAMPLE]
+PROFILES = [path for path in EVERY if path.stem.startswith("eval_")]
+MAIN_MAR = [path for path in EVERY if path not in SAMPLE + PROFILES]
 
 
 def parse(*argv: str) -> dict:
@@ -35,6 +37,11 @@ def test_it_parses_and_its_sizes_fit(path):
 @pytest.mark.parametrize("path", SAMPLE, ids=lambda path: path.name)
 def test_settings_of_the_sampler_parse(path):
     parse_args(sample.get_parser(), ["--config", str(path)])
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.name)
+def test_profiles_of_the_evaluation_load_by_name(path):
+    assert load_profile(path).name in available_profiles()
 
 
 def test_there_is_something_to_parse():

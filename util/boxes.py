@@ -6,6 +6,7 @@ whole image is (0, 0, width, height).
 
 The crops are ADM's (openai/guided-diffusion, image_datasets.py), which MAR uses: halve with a box filter, resize with a
 bicubic one, cut a square. `Crop` holds the affine map of one such crop, so boxes follow pixels exactly.
+`plan_squash` alone does not keep proportions: layout benchmarks resize whole images to a square.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Crop:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Pixels of the crop per pixel of the source, in x and y (they differ by rounding only)."""
+        """Pixels of the crop per pixel of the source, in x and y (for ADM's crops they differ by rounding only)."""
         return self.resized[0] / self.source[0], self.resized[1] / self.source[1]
 
 
@@ -130,6 +131,11 @@ def plan_center_crop(width: int, height: int, size: int) -> Crop:
     """ADM's centre crop of a width x height image, `size` pixels square."""
     resized = resized_to(width, height, size)
     return Crop((width, height), resized, (resized[0] - size) // 2, (resized[1] - size) // 2, size)
+
+
+def plan_squash(width: int, height: int, size: int) -> Crop:
+    """The whole width x height image pressed into a `size` square: nothing is cut off, proportions are lost."""
+    return Crop((width, height), (size, size), 0, 0, size)
 
 
 def plan_random_crop(

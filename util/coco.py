@@ -67,16 +67,24 @@ class FittedBoxes:
 
 def fit_boxes(boxes_px: np.ndarray, crop: Crop, filters: BoxFilters) -> FittedBoxes:
     """boxes_px: [n, 4] in pixels of the source. Each box counts for the first rule that removes it."""
-    unclipped = crop_boxes(boxes_px, crop)
+    return filter_boxes(crop_boxes(boxes_px, crop), filters)
+
+
+def is_visible(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """[n, 4] clipped to [0, 1] -> [n] bool: whether something of the box is left."""
+    return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] > MIN_SIDE).all(axis=1)
+
+
+def filter_boxes(unclipped: np.ndarray, filters: BoxFilters) -> FittedBoxes:
+    """unclipped: [n, 4] xyxy where [0, 1] is visible, as `crop_boxes` gives them."""
     clipped = clip_boxes(unclipped)
-    sides = clipped[:, 2:] - clipped[:, :2]
     visible_areas = areas(clipped)
     rules = {
-        "out_of_crop": (sides > MIN_SIDE).all(axis=1),
+        "out_of_crop": is_visible(clipped),
         "min_visibility": visibility(unclipped) >= filters.min_visibility,
         "min_area": visible_areas >= filters.min_area,
     }
-    alive = np.ones(len(boxes_px), dtype=bool)
+    alive = np.ones(len(unclipped), dtype=bool)
     removed = {}
     for name, passes in rules.items():
         removed[name] = int((alive & ~passes).sum())
@@ -90,7 +98,10 @@ def fit_boxes(boxes_px: np.ndarray, crop: Crop, filters: BoxFilters) -> FittedBo
 
 @dataclass(frozen=True, slots=True)
 class CocoImage:
-    """One image. boxes_px: [n, 4] float64 xyxy, inside it. categories: [n] int64, contiguous. Has a caption."""
+    """One image. boxes_px: [n, 4] float64 xyxy, inside it. categories: [n] int64, contiguous. crowd: [n] bool.
+
+    captions: by caption id; may be none.
+    """
 
     id: int
     file_name: str
@@ -100,6 +111,41 @@ class CocoImage:
     categories: np.ndarray
     caption_ids: tuple[int, ...]
     captions: tuple[str, ...]
+    crowd: np.ndarray
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """Every image that a split's json lists, sorted by id. path: of that json. removed: boxes, captions, by reason."""
+
+    path: Path
+    categories: tuple[Category, ...]
+    images: tuple[CocoImage, ...]
+    removed: Mapping[str, int]
+
+
+def read_split(root: str | Path, split: str, keep_crowd: bool = False) -> CocoSplit:
+    """Reads both jsons. Crowd boxes are removed unless kept; degenerate ones always are.
+
+    Raises FileNotFoundError naming a missing json, ValueError naming the file and entry that are malformed.
+    """
+    instances_path = _annotation_file(Path(root), "instances", split)
+    captions_path = _annotation_file(Path(root), "captions", split)
+    instances = _read(instances_path, ("images", "annotations", "categories"), ("bbox", "category_id"))
+    captions = _read(captions_path, ("annotations",), ("caption",))
+    categories = _categories(instances.dataset["categories"], instances_path)
+    removed: Counter[str] = Counter()
+    caption_of = _captions(captions, captions_path, set(instances.imgs), removed)
+    boxes_of = _boxes(instances, instances_path, categories, keep_crowd, removed)
+    images = []
+    for image_id in sorted(instances.imgs):
+        entry = instances.imgs[image_id]
+        size = _image_size(entry, instances_path)
+        boxes_px, indices, crowd = boxes_of.get(image_id, _NO_BOXES)
+        ids = tuple(caption_id for caption_id, _ in caption_of.get(image_id, ()))
+        texts = tuple(text for _, text in caption_of.get(image_id, ()))
+        images.append(CocoImage(image_id, entry["file_name"], *size, boxes_px, indices, ids, texts, crowd))
+    return CocoSplit(instances_path, categories, tuple(images), removed)
 
 
 @dataclass(frozen=True)
@@ -121,33 +167,23 @@ class CocoIndex:
         Raises FileNotFoundError naming a missing json, ValueError naming the file and entry that are malformed.
         """
         root, filters = Path(root), filters or BoxFilters()
-        instances_path = _annotation_file(root, "instances", split)
-        captions_path = _annotation_file(root, "captions", split)
-        instances = _read(instances_path, ("images", "annotations", "categories"), ("bbox", "category_id"))
-        captions = _read(captions_path, ("annotations",), ("caption",))
-        categories = _categories(instances.dataset["categories"], instances_path)
-        removed: Counter[str] = Counter()
-        caption_of = _captions(captions, captions_path, set(instances.imgs), removed)
-        boxes_of = _boxes(instances, instances_path, categories, filters, removed)
+        whole = read_split(root, split, filters.keep_crowd)
+        removed = Counter(whole.removed)
         images = []
-        for image_id in sorted(instances.imgs):
-            entry = instances.imgs[image_id]
-            size = _image_size(entry, instances_path)
-            boxes_px, indices = boxes_of.get(image_id, _NO_BOXES)
-            fitted = fit_boxes(boxes_px, plan_center_crop(*size, img_size), filters)
-            if image_id not in caption_of:
+        for image in whole.images:
+            fitted = fit_boxes(image.boxes_px, plan_center_crop(image.width, image.height, img_size), filters)
+            if not image.captions:
                 removed["images without captions"] += 1
             elif filters.drop_empty and len(fitted.kept) == 0:
                 removed["images without boxes"] += 1
             else:
                 removed.update({f"boxes: {rule}": count for rule, count in fitted.removed.items()})
                 removed["images kept although without boxes"] += len(fitted.kept) == 0
-                ids, texts = zip(*caption_of[image_id], strict=True)
-                images.append(CocoImage(image_id, entry["file_name"], *size, boxes_px, indices, ids, texts))
+                images.append(image)
         if not images:
-            raise ValueError(f"no image of {instances_path} is left: {dict(removed)}")
-        _log_summary(instances_path, images, removed)
-        return cls(root, split, filters, categories, tuple(images), dict(removed))
+            raise ValueError(f"no image of {whole.path} is left: {dict(removed)}")
+        _log_summary(whole.path, images, removed)
+        return cls(root, split, filters, whole.categories, tuple(images), dict(removed))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -169,7 +205,7 @@ class CocoIndex:
                 )
 
 
-_NO_BOXES = (np.zeros((0, 4)), np.zeros(0, dtype=np.int64))
+_NO_BOXES = (np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
 
 
 def _annotation_file(root: Path, kind: str, split: str) -> Path:
@@ -248,9 +284,9 @@ def _captions(index: COCO, path: Path, image_ids: set[int], removed: Counter[str
 
 
 def _boxes(
-    index: COCO, path: Path, categories: Sequence[Category], filters: BoxFilters, removed: Counter[str]
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Image id -> (boxes_px [n, 4], contiguous categories [n]) without crowds (unless kept) and degenerate boxes."""
+    index: COCO, path: Path, categories: Sequence[Category], keep_crowd: bool, removed: Counter[str]
+) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Image id -> boxes_px [n, 4], contiguous categories [n], crowd [n]; no crowds (unless kept), none degenerate."""
     position_of = {category.id: position for position, category in enumerate(categories)}
     collected = {}
     for image_id, entries in index.imgToAnns.items():
@@ -259,7 +295,7 @@ def _boxes(
             continue
         for entry in entries:
             _check_annotation(entry, position_of, path)
-        kept = [entry for entry in entries if filters.keep_crowd or not entry.get("iscrowd", 0)]
+        kept = [entry for entry in entries if keep_crowd or not entry.get("iscrowd", 0)]
         removed["boxes: crowd"] += len(entries) - len(kept)
         if not kept:
             continue
@@ -269,7 +305,8 @@ def _boxes(
         solid = (boxes_xywh[:, 2:] > 0).all(axis=1) & (areas(boxes_px) > 0)
         removed["boxes: degenerate"] += int((~solid).sum())
         indices = np.array([position_of[entry["category_id"]] for entry in kept], dtype=np.int64)
-        collected[image_id] = (boxes_px[solid], indices[solid])
+        crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in kept])
+        collected[image_id] = (boxes_px[solid], indices[solid], crowd[solid])
     return collected
 
 
