@@ -132,7 +132,7 @@ def test_inception_features_follow_the_published_network(
             return F.max_pool2d(x, kernel_size, stride, padding)
         return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=False)
 
-    image = pictures((40, 60))[0]
+    image = pictures((40, 700))[0]  # enlarged one way, reduced the other: antialiasing would show
     found = inception([image])
     assert found.shape == (1, 2048) and found.dtype == torch.float32 and not found.requires_grad
     with torch.device("meta"):
