@@ -12,9 +12,11 @@ from models.detector import (
     RESNET50_FPN_V2,
     SMALL,
     Detections,
+    DetectorSettings,
     build_detector,
     detector_checkpoint,
     load_detector,
+    load_faster_rcnn,
 )
 from scripts.mini import train_detector
 from scripts.mini.make_dataset import DatasetSettings, make_dataset
@@ -68,7 +70,7 @@ def test_a_step_lowers_the_loss_and_every_parameter_learns() -> None:
 def test_file_round_trip(tmp_path: Path) -> None:
     model = build_detector(SMALL, 4).eval()
     save_atomic(detector_checkpoint(model, SMALL, CATEGORIES, torch.float32), tmp_path / "detector.pth")
-    detector = load_detector(tmp_path / "detector.pth")
+    detector = load_faster_rcnn(tmp_path / "detector.pth")
     assert detector.categories == tuple(CATEGORIES)
     assert detector.arch == SMALL
     assert len(detector.id) == 64
@@ -85,18 +87,64 @@ def test_file_round_trip(tmp_path: Path) -> None:
 def test_half_precision_file_loads_as_single_precision(tmp_path: Path) -> None:
     path = write(tmp_path / "detector.pth")
     assert path.stat().st_size < 2.5 * 2**20
-    assert all(p.dtype == torch.float32 for p in load_detector(path).model.parameters())
+    assert all(p.dtype == torch.float32 for p in load_faster_rcnn(path).model.parameters())
 
 
 def test_torchvisions_coco_file_loads(tmp_path: Path) -> None:
     torch.save(build_detector(RESNET50_FPN_V2, 91).state_dict(), tmp_path / "coco.pth")
-    detector = load_detector(tmp_path / "coco.pth")
+    detector = load_faster_rcnn(tmp_path / "coco.pth")
     assert detector.arch == RESNET50_FPN_V2
     assert len(detector.categories) == 80
     assert Category(13, "stop sign") in detector.categories
     assert Category(90, "toothbrush") in detector.categories
     assert detector.category_ids[13] == 13
     assert detector.category_ids[12] == 0  # an id that COCO never used
+
+
+def test_settings_change_the_thresholds(tmp_path: Path) -> None:
+    """Random weights score all classes about 1/4, and a low IoU threshold leaves few boxes of each."""
+    path = write(tmp_path / "detector.pth")
+
+    def count(settings: DetectorSettings | None) -> int:
+        (found,) = load_detector(path, settings=settings)(images(1))
+        assert (found.scores.diff() <= 0).all()
+        return len(found.scores)
+
+    assert count(None) == 50  # as many as the architecture allows
+    assert count(DetectorSettings()) > 50
+    assert count(DetectorSettings(max_detections=7)) == 7
+    assert count(DetectorSettings(min_score=0.9)) == 0
+    assert 0 < count(DetectorSettings(nms_iou=0.01)) < count(DetectorSettings(nms_iou=0.5))
+
+
+def test_settings_reach_every_threshold_and_none_leaves_the_files_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "detector.pth")
+    own = load_faster_rcnn(path).model.roi_heads
+    assert (own.score_thresh, own.nms_thresh, own.detections_per_img) == (0.05, 0.5, 50)
+    heads = load_faster_rcnn(path, settings=DetectorSettings(0.002, None, 30)).model.roi_heads
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.002, 0.5, 30)
+    heads = load_faster_rcnn(path, settings=DetectorSettings(0.002, 0.7, 30)).model.roi_heads
+    assert heads.nms_thresh == 0.7
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="min_score must be within 0 and 1, got -0.1"):
+        DetectorSettings(min_score=-0.1)
+    with pytest.raises(ValueError, match="min_score.*got nan"):
+        DetectorSettings(min_score=float("nan"))
+    with pytest.raises(ValueError, match="nms_iou must be above 0 and at most 1, or None, got 0"):
+        DetectorSettings(nms_iou=0.0)
+    with pytest.raises(ValueError, match="max_detections must be at least 1, got 0"):
+        DetectorSettings(max_detections=0)
+
+
+def test_images_of_different_sizes_keep_their_pixels(tmp_path: Path) -> None:
+    detector = load_detector(write(tmp_path / "detector.pth"), settings=DetectorSettings())
+    small, wide = torch.rand(3, 40, 40), torch.rand(3, 48, 96)
+    found_small, found_wide = detector([small, wide])
+    assert found_small.boxes_px.max() <= 40
+    assert 48 < found_wide.boxes_px[:, 2].max() <= 96
+    assert found_wide.boxes_px[:, 3].max() <= 48
 
 
 def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
@@ -173,7 +221,7 @@ def test_training_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not resumed.exists()
     monkeypatch.setattr(train_detector, "save_state", original)
     train_detector.main([*common, "--output", str(resumed)])
-    expected, found = load_detector(whole).model.state_dict(), load_detector(resumed).model.state_dict()
+    expected, found = load_faster_rcnn(whole).model.state_dict(), load_faster_rcnn(resumed).model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert (tmp_path / "whole.json").is_file()
     assert not train_detector.state_file(resumed).exists()

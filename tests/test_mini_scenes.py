@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from engine.ap import average_precision
+from models.detector import load_detector
 from scripts.mini import yolox_ap
 from scripts.mini.captions import NUM_CAPTIONS, Named, count_phrases, write_captions
 from scripts.mini.drawing import CLASS_BY_ID, CLASSES, COLOURS
@@ -243,35 +245,25 @@ def test_impossible_settings_are_refused() -> None:
         DatasetSettings(num_train=0)
 
 
-def test_yolox_boxes_are_decoded_by_stride_and_cell() -> None:
-    raw = np.zeros((52**2 + 26**2 + 13**2, 85), dtype=np.float32)
-    raw[52 + 3] = 0.5  # stride 8, row 1, column 3
-    boxes, scores = yolox_ap.decode(raw, 416)
-    side = 8 * np.exp(0.5)
-    np.testing.assert_allclose(boxes[55], [28 - side / 2, 12 - side / 2, side, side], rtol=1e-5)
-    np.testing.assert_allclose(boxes[-1], [12 * 32 - 16, 12 * 32 - 16, 32, 32])
-    np.testing.assert_allclose(scores[55], 0.25)
-    with pytest.raises(ValueError, match=r"\(3549, 85\) for input 416, got \(10, 85\)"):
-        yolox_ap.decode(raw[:10], 416)
-
-
 def test_perfect_detections_score_one() -> None:
     found = scenes(12)
+    truth = yolox_ap.ground_truth(found)
     detections = [
-        {"image_id": image_id, "category_id": item.category_id, "bbox": list(item.bbox), "score": 0.9}
-        for image_id, scene in enumerate(found, start=1)
-        for item in scene.objects
+        {"image_id": each["image_id"], "category_id": each["category_id"], "bbox": each["bbox"], "score": 0.9}
+        for each in truth["annotations"]
     ]
-    rows = yolox_ap.per_class_ap(yolox_ap.ground_truth(found), detections)
-    present = {item.category_id for scene in found for item in scene.objects}
-    for category_id in present:
-        assert rows[category_id] == pytest.approx((1.0, 1.0, 1.0))
+    assert len(detections) == sum(len(scene.objects) for scene in found)
+    assert average_precision(truth, detections, list(range(1, 13))).values["AP"] == pytest.approx(1.0)
 
 
 def test_a_detector_of_photographs_recognises_the_drawings(shared: Path) -> None:
-    net = cv2.dnn.readNetFromONNX(str(shared / "models" / "yolox_nano.onnx"))
+    detector = load_detector(shared / "models" / "yolox_nano.onnx")
     for category_id in (13, 52, 85):  # stop sign, banana, clock: the surest
-        for index in range(3):
-            scene = render_single(np.random.default_rng((4, index)), category_id, 256)
-            best = max(yolox_ap.detect(net, scene.image, 416, yolox_ap.COCO_IDS), key=lambda entry: entry["score"])
+        drawn = [render_single(np.random.default_rng((4, index)), category_id, 256) for index in range(3)]
+        found = yolox_ap.detect(detector, drawn)
+        for image_id, scene in enumerate(drawn, start=1):
+            best = max((each for each in found if each["image_id"] == image_id), key=lambda each: each["score"])
             assert best["category_id"] == category_id
+            (x, y, width, height), (x_true, y_true, width_true, height_true) = best["bbox"], scene.objects[0].bbox
+            assert abs(x + width / 2 - x_true - width_true / 2) < 16
+            assert abs(y + height / 2 - y_true - height_true / 2) < 16
