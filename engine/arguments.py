@@ -66,6 +66,17 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_learned_pos", action="store_true", help="leave out MAR's learned position embeddings")
     group.add_argument("--layout_bias_value", type=float, default=math.inf,
                        help="subtracted from the logits of foreign layout tokens; inf forbids them")  # fmt: skip
+    group.add_argument(
+        "--layout_bias_encoder", action=SWITCH, default=True, help="the layout attention bias in the encoder's blocks"
+    )
+    group.add_argument(
+        "--layout_bias_decoder", action=SWITCH, default=True, help="the layout attention bias in the decoder's blocks"
+    )
+    group.add_argument(
+        "--layout_fourier", action=SWITCH, default=True, help="boxes enter as Fourier features, else as four numbers"
+    )
+    group.add_argument("--cross_attn_every", type=int, default=1,
+                       help="every k-th block attends to the caption; 0: none, the pooled text is left")  # fmt: skip
 
 
 def add_frozen_args(parser: argparse.ArgumentParser) -> None:

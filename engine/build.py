@@ -69,6 +69,10 @@ def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -
         rope_mode=args.rope_mode,
         learned_pos=not args.no_learned_pos,
         layout_bias_value=args.layout_bias_value,
+        layout_bias_encoder=args.layout_bias_encoder,
+        layout_bias_decoder=args.layout_bias_decoder,
+        layout_fourier=args.layout_fourier,
+        cross_attn_every=args.cross_attn_every,
         **chosen,
     )
 

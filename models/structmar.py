@@ -32,7 +32,8 @@ ROPE_MODES = ("gated", "full", "off")
 @dataclass(frozen=True)
 class StructMARConfig:
     """The architecture. `num_categories` or `text_dim` of 0 leave the layout or text parts out; without both, and with
-    `rope_mode` off, what remains is MAR."""
+    `rope_mode` off, what remains is MAR. `cross_attn_every` k lets every k-th block attend to the caption; 0 lets none,
+    so that the caption enters by its pooled projection alone."""
 
     img_size: int = 256
     vae_stride: int = 16
@@ -78,7 +79,9 @@ class StructMARConfig:
             raise ValueError(f"max_objects {self.max_objects} does not fit into buffer_size {self.buffer_size}")
         if not self.layout_bias_value >= 0:
             raise ValueError(f"layout_bias_value must be at least 0, got {self.layout_bias_value}")
-        for name in ("cross_attn_every", "diffusion_batch_mul", "buffer_size", "max_objects"):
+        if self.cross_attn_every < 0:
+            raise ValueError(f"cross_attn_every must be at least 0 (0: in no block), got {self.cross_attn_every}")
+        for name in ("diffusion_batch_mul", "buffer_size", "max_objects"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -95,6 +98,11 @@ class StructMARConfig:
     @property
     def token_dim(self) -> int:
         return self.vae_embed_dim * self.patch_size**2
+
+    def has_cross_attention(self, block: int) -> bool:
+        """Whether block number `block` (from 0) attends to the caption."""
+        every = self.cross_attn_every
+        return self.text_dim > 0 and every > 0 and block % every == 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -169,7 +177,8 @@ class StructMAR(nn.Module):
         if config.num_categories:
             self.layout_embed = LayoutEmbedder(config.num_categories, width, config.layout_fourier)
         if config.text_dim:
-            self.text_null = nn.Parameter(torch.zeros(1, 1, config.text_dim))
+            if config.has_cross_attention(0):
+                self.text_null = nn.Parameter(torch.zeros(1, 1, config.text_dim))
             self.text_pool_proj = nn.Linear(config.text_dim, width)
             nn.init.zeros_(self.text_pool_proj.weight)
             nn.init.zeros_(self.text_pool_proj.bias)
@@ -180,7 +189,7 @@ class StructMAR(nn.Module):
 
     def _blocks(self, width: int, depth: int, num_heads: int) -> nn.ModuleList:
         config = self.config
-        text_dims = [config.text_dim if index % config.cross_attn_every == 0 else 0 for index in range(depth)]
+        text_dims = [config.text_dim if config.has_cross_attention(index) else 0 for index in range(depth)]
         return nn.ModuleList(
             Block(
                 width,
@@ -270,8 +279,9 @@ class StructMAR(nn.Module):
         return self.text_pool_proj(text.pooled) * present  # [B, D]
 
     def _text_with_null(self, batch_size: int, text: TextContext | None) -> tuple[Tensor | None, Tensor | None]:
-        """Puts the learned null token in front; it is valid exactly where an image has no text."""
-        if not self.config.text_dim:
+        """Puts the learned null token in front; it is valid exactly where an image has no text. Without any
+        cross-attention there is no context."""
+        if not self.config.has_cross_attention(0):
             return None, None
         null = self.text_null.expand(batch_size, -1, -1)  # [B, 1, C]
         if text is None:
