@@ -195,12 +195,19 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
 
 def add_preview_args(parser: argparse.ArgumentParser) -> None:
     """Samples of a fixed set of layouts while training."""
-    group = parser.add_argument_group("previews")
+    group = parser.add_argument_group("previews and scores while training")
     group.add_argument(
-        "--online_eval", action=SWITCH, default=False, help="sample a fixed set of layouts every --eval_freq epochs"
+        "--online_eval", action=SWITCH, default=False,
+        help="sample a fixed set of layouts every --eval_freq epochs, and score them with --eval_detector"
+    )  # fmt: skip
+    group.add_argument("--eval_freq", type=int, default=40, help="epochs between rounds of --online_eval")
+    group.add_argument(
+        "--eval_detector", default="", help="detector that scores (Faster R-CNN or YOLOX .onnx); empty: pictures only"
     )
-    group.add_argument("--eval_freq", type=int, default=40, help="epochs between previews of --online_eval")
+    group.add_argument("--eval_profile", default="structmar-256", help="protocol of the scores: name or yaml file")
+    group.add_argument("--eval_images", type=int, default=64, help="layouts scored: the profile's first ones")
     group.add_argument("--sample_freq", type=int, default=0, help="optimizer steps between previews; 0: none")
-    group.add_argument("--eval_split", default="", help="split the layouts come from; empty: --coco_split")
+    group.add_argument("--eval_split", default="",
+                       help="split of the layouts; empty: --coco_split (pictures), the profile's (scores)")  # fmt: skip
     group.add_argument("--num_preview", type=int, default=8, help="images in a preview")
     group.add_argument("--eval_bsz", type=int, default=8, help="images sampled at a time")

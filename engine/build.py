@@ -16,11 +16,16 @@ import torch
 
 from engine.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data import CocoLayoutDataset, DataConfig, ResumableSampler
+from engine.eval_set import EvalSet, load_eval_set
+from engine.evaluate import Judge
 from engine.inputs import CocoInputs, DropRates
 from engine.loading import CocoBatches, coco_batches
+from engine.online_eval import OnlineEvaluation
 from engine.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.parallel import compile_blocks, shard, wrap
+from engine.pipeline import require_same_categories
 from engine.previews import Preview
+from engine.profiles import load_profile
 from engine.scenes import Scene, scenes_from_dataset
 from engine.state import (
     Identity,
@@ -34,6 +39,8 @@ from engine.state import (
     resumed_position,
 )
 from engine.train import Learner, Position, TrainConfig, TrainingRun
+from models.detections import DetectorSettings
+from models.detector import load_detector
 from models.masking import cosine_masked_counts
 from models.sampling import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
@@ -45,6 +52,7 @@ from util.config import resolved_dict
 from util.distributed import DistInfo, barrier
 from util.ema import Ema
 from util.rng import derive_seed
+from util.types import Category
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +190,24 @@ def build_scenes(args: argparse.Namespace, training: CocoLayoutDataset) -> Seque
     return scenes_from_dataset(index, training.config.img_size, args.num_preview)
 
 
+def build_online_targets(
+    args: argparse.Namespace, config: StructMARConfig, categories: Sequence[Category], device: torch.device
+) -> tuple[EvalSet, Judge] | None:
+    """What --online_eval scores and what by; None without a detector. Raises ValueError where the parts do not fit."""
+    if not (args.online_eval and args.eval_detector):
+        return None
+    profile = load_profile(args.eval_profile)
+    if profile.resolution != config.img_size or profile.max_objects > config.max_objects:
+        raise ValueError(
+            f"--eval_profile {profile.name} has {profile.resolution} px and up to {profile.max_objects} objects, "
+            f"the model {config.img_size} px and {config.max_objects}"
+        )
+    eval_set = load_eval_set(args.coco_root, profile, args.eval_split or None, max_images=args.eval_images)
+    require_same_categories(eval_set.categories, categories, f"--coco_root {args.coco_root} {eval_set.split}")
+    settings = DetectorSettings(profile.min_score, profile.nms_iou, profile.max_detections)
+    return eval_set, Judge.of(load_detector(args.eval_detector, device, settings), eval_set.categories)
+
+
 def build_learner(args: argparse.Namespace, config: StructMARConfig, source: Source, dist: DistInfo) -> Learner:
     """Model with its weights, what trains selected, sharded or wrapped; optimizer and EMA, restored if continued."""
     torch.manual_seed(derive_seed(args.seed, "init"))  # modules are initialised from the global generator
@@ -236,6 +262,7 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
     if has_previews:
         cosine_masked_counts(config.num_tokens, sampling.num_iter)  # raises if num_iter does not fit
     scenes = build_scenes(args, dataset) if has_previews else []
+    scored = build_online_targets(args, config, categories, dist.device)
     source = find_source(args.output_dir, args.resume, not args.no_auto_resume, args.train_mode)
     check_identity(source, identity)
 
@@ -252,6 +279,19 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
         learner, frozen.codec, frozen.text_encoder, scenes, sampling, args.seed, args.eval_bsz, args.precision, dist,
         output_dir / "samples",
     )  # fmt: skip
+    evaluation = None
+    if scored is not None:
+        evaluation = OnlineEvaluation(
+            learner,
+            frozen.codec,
+            frozen.text_encoder,
+            *scored,
+            sampling,
+            args.seed,
+            args.eval_bsz,
+            args.precision,
+            dist,
+        )
     run = TrainingRun(
         config=train_config(args),
         learner=learner,
@@ -261,6 +301,7 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
         dist=dist,
         save=saver(learner, output_dir, args.train_mode, identity, values, global_batch, dist),
         preview=preview if has_previews else None,
+        evaluate=evaluation,
     )
     log_size(run, batches, dist)
     return Prepared(run, start, values)

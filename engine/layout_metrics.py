@@ -58,12 +58,12 @@ class ImageScore:
 def score_image(target: Target, detections_of_image: Sequence[Mapping[str, Any]], match_score: float) -> ImageScore:
     """Scores the detections ({image_id, category_id, bbox xywh in output pixels, score}) of one picture.
 
-    Wanted are the boxes that the model was given, crowds apart; all other visible boxes are ignore regions: a
-    detection without partner that lies in one of its class to at least half is neither right nor wrong.
+    Wanted are the boxes that the model was given (crowds too, where a profile gives them); all other visible boxes are
+    ignore regions: a detection without partner that lies in one of its class to at least half is neither right nor wrong.
     The order of detections does not matter. Raises ValueError for detections of another image.
     """
     check_detections(detections_of_image, [target.image_id])
-    is_wanted = target.conditioned & ~target.crowd
+    is_wanted = target.conditioned
     wanted, wanted_ids = target.boxes_px[is_wanted], target.category_ids[is_wanted]
     boxes, category_ids, confidences = _confident(detections_of_image, match_score)
     ious = _intersections(wanted, boxes)

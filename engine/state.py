@@ -170,7 +170,8 @@ def is_backbone(source: Source) -> bool:
 def _refuse_other_config(source: Source, wanted: Mapping[str, Any]) -> None:
     skipped = {*TRAINING_FIELDS}
     if is_backbone(source):
-        skipped |= {"num_categories", "text_dim", "rope_mode", "max_objects", "layout_bias_value", "class_num"}
+        skipped |= {"num_categories", "text_dim", "rope_mode", "max_objects", "class_num", "cross_attn_every"}
+        skipped |= {"layout_bias_value", "layout_bias_encoder", "layout_bias_decoder", "layout_fourier"}
     found = source.state["config"]
     names = [name for name in {**wanted, **found} if name not in skipped and found.get(name) != wanted.get(name)]
     if names:

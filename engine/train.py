@@ -92,7 +92,8 @@ class Learner:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A stage, ready to go. save writes checkpoint-last.pth; preview samples images (every process calls both)."""
+    """A stage, ready to go. save writes checkpoint-last.pth; preview samples images, evaluate scores some
+    (every process calls all three)."""
 
     config: TrainConfig
     learner: Learner
@@ -102,6 +103,7 @@ class TrainingRun:
     dist: DistInfo
     save: Callable[[Position], None]
     preview: Callable[[int, MetricWriter], None] | None = None
+    evaluate: Callable[[int, MetricWriter], None] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -176,10 +178,13 @@ class _Loop:
         if _is_due(step, config.save_steps) or (is_epoch_end and _is_due(epoch, config.save_epochs)):
             self.save()
         is_preview_epoch = is_epoch_end and _is_due(epoch, config.preview_epochs)
-        if self.run.preview is not None and (_is_due(step, config.preview_steps) or is_preview_epoch):
-            self.meter.check()
-            self.run.preview(step, self.writer)
-            self.run.learner.model.train()
+        rounds = [self.run.preview] if _is_due(step, config.preview_steps) or is_preview_epoch else []
+        rounds += [self.run.evaluate] if is_preview_epoch else []
+        for shown in rounds:
+            if shown is not None:
+                self.meter.check()
+                shown(step, self.writer)
+                self.run.learner.model.train()
 
     def asked_to_stop(self) -> int | None:
         """The signal, agreed on by all processes (torchrun passes it to each, not at the same step)."""

@@ -20,7 +20,7 @@ BELOW_ONE: Check = (lambda value: 0 <= value < 1, "must lie in [0, 1)")
 RULES: dict[str, Check] = {
     **dict.fromkeys(("batch_size", "accum_iter", "epochs", "max_steps", "log_freq", "save_last_freq", "lr", "eval_bsz",
                      "num_preview", "num_threads", "eval_freq", "latent_scale", "class_num", "diffloss_d", "diffloss_w",
-                     "num_iter", "num_sampling_steps"), POSITIVE),
+                     "num_iter", "num_sampling_steps", "eval_images"), POSITIVE),
     **dict.fromkeys(("blr", "min_lr", "warmup_epochs", "weight_decay", "grad_clip", "num_workers", "save_freq_steps",
                      "sample_freq", "seed", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("label_drop_prob", "text_drop_prob", "layout_drop_prob", "hflip_prob", "min_area",
@@ -54,14 +54,16 @@ def validate_train_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--output_dir {args.output_dir} is a file")
     for flag in ("coco_root", "vae_path", "clip_path"):
         require_path(flag, values[flag])
-    if args.resume:
-        require_path("resume", args.resume)
+    for flag in ("resume", "eval_detector"):
+        if values[flag]:
+            require_path(flag, values[flag])
 
 
 WHERE_TO_GET = {
     "coco_root": "it holds annotations/ and the image folders, see https://cocodataset.org/#download",
     "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar",
     "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
+    "eval_detector": "a Faster R-CNN (.pth) or a YOLOX export (.onnx)",
     "resume": "MAR's weights are linked from https://github.com/LTH14/mar; checkpoints lie in the run folders",
 }
 

@@ -20,7 +20,7 @@ class Conditions:
     """Inputs of every iteration of the backbone, built by `StructMAR.embed_conditions`.
 
     base: [B, D], the token that fills the buffer. layout_tokens: [B, N, D] or None (a model without layout parts).
-    layout_bias: [B, L, N] or None (no layout anywhere). text: [B, T, C] or None (a model without text parts), with
+    layout_bias: [B, L, N] or None (no layout anywhere). text: [B, T, C] or None (a model without cross-attention), with
     text_valid: [B, T] bool, at least one per row.
     """
 

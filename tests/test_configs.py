@@ -10,15 +10,16 @@ import yaml
 from engine.arguments import train_parser
 from engine.build import model_config, sampling_config, train_config
 from engine.profiles import available_profiles, load_profile
-from scripts import sample
+from scripts import evaluate_layout, sample
 from tests.test_main_mar import STAGE_1, STAGE_2, words
 from util.config import parse_args, resolved_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = sorted((ROOT / "configs").glob("*.yaml"))
 SAMPLE = [path for path in EVERY if path.stem.endswith("_sample")]
+EVALUATE = [path for path in EVERY if path.stem.endswith("_eval")]
 PROFILES = [path for path in EVERY if path.stem.startswith("eval_")]
-MAIN_MAR = [path for path in EVERY if path not in SAMPLE + PROFILES]
+MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES]
 
 
 def parse(*argv: str) -> dict:
@@ -37,6 +38,13 @@ def test_it_parses_and_its_sizes_fit(path):
 @pytest.mark.parametrize("path", SAMPLE, ids=lambda path: path.name)
 def test_settings_of_the_sampler_parse(path):
     parse_args(sample.get_parser(), ["--config", str(path)])
+
+
+@pytest.mark.parametrize("path", EVALUATE, ids=lambda path: path.name)
+def test_settings_of_the_evaluation_parse(path):
+    args = parse_args(evaluate_layout.get_parser(), ["--config", str(path)])
+    evaluate_layout.check_args(args)
+    assert load_profile(args.profile).name in available_profiles()
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -35,7 +36,7 @@ def target(*boxes: tuple[int, list[float]], ignored: int = 0, crowds: int = 0, i
         scene=text_scene(""),  # not read
         boxes_px=np.array([box for _, box in boxes], dtype=np.float64).reshape(-1, 4),
         category_ids=np.array([category for category, _ in boxes], dtype=np.int64),
-        conditioned=np.array([i < num_wanted or i >= num_wanted + ignored for i in range(len(boxes))], dtype=bool),
+        conditioned=np.array([i < num_wanted for i in range(len(boxes))], dtype=bool),
         crowd=np.array([i >= num_wanted + ignored for i in range(len(boxes))], dtype=bool),
     )
 
@@ -245,3 +246,10 @@ def test_by_size_has_its_edges_in_the_upper_class() -> None:
     assert table["large"] == pytest.approx({"count": 1, "mIoU": 0.8, "SR50": 1.0})
     empty = by_size([], (10.0, 20.0))["large"]
     assert empty["count"] == 0 and math.isnan(empty["mIoU"])
+
+
+def test_a_crowd_that_the_model_was_given_is_wanted() -> None:
+    crowd = target((CAT, A), crowds=1)
+    given = dataclasses.replace(crowd, conditioned=np.array([True]))
+    assert len(scored(crowd).ious) == 0
+    assert len(scored(given).ious) == 1

@@ -55,11 +55,17 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
     out = tmp_path / "output" / "quickstart_smoke"
     steps = [line.split()[1] for line in first.stdout.splitlines() if line.startswith("== ")]
-    assert steps == [f"{number}/6" for number in range(1, 7)]
-    assert first.stdout.splitlines()[-3:-1] == [
+    assert steps == [f"{number}/7" for number in range(1, 8)]
+    assert first.stdout.splitlines()[-5:-1] == [
         f"The committed weights: {out / 'committed' / 'grid.png'}",
+        f"                       {out / 'evaluation_committed' / 'report.html'}",
         f"Your own model:        {out / 'samples' / 'grid.png'}",
+        f"                       {out / 'evaluation_own' / 'report.html'}",
     ]
+    for which in ("committed", "own"):
+        rows = [line.split("|")[1].strip() for line in first.stdout.splitlines() if line.startswith("| ")]
+        assert rows.count("real images") == rows.count("shuffled layouts") == 2 and f"StructMAR ({which})" in rows
+        assert (out / f"evaluation_{which}" / "report.html").is_file()
     for name in ("committed", "samples"):
         check_pictures(out / name)
     stages = [read_checkpoint(out / name) for name in ("stage1", "stage2")]
