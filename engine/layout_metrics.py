@@ -59,7 +59,7 @@ def score_image(target: Target, detections_of_image: Sequence[Mapping[str, Any]]
     """Scores the detections ({image_id, category_id, bbox xywh in output pixels, score}) of one picture.
 
     Wanted are the boxes that the model was given (crowds too, where a profile gives them); all other visible boxes are
-    ignore regions: a detection without partner that lies in one of its class to at least half is neither right nor wrong.
+    ignore regions: a detection without partner that lies at least half in one of its class is neither right nor wrong.
     The order of detections does not matter. Raises ValueError for detections of another image.
     """
     check_detections(detections_of_image, [target.image_id])
