@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,7 +184,7 @@ def generate(run: EvaluationRun) -> None:
         logger.info("generating %d of %d images on this process", num_images, len(targets) * len(sets))
     with bar(len(todo) * plan.config.num_iter, "generating (iterations)") as ticks:
         for (_, seed, folder, scenes), chunk in todo:
-            generate_chunk(run.generation.pipeline, chunk, scenes, seed, plan, folder, lambda: bool(ticks.update()))
+            generate_chunk(run.generation.pipeline, chunk, scenes, seed, plan, folder, ticked(ticks))
 
 
 def picture_rows(run: EvaluationRun) -> list[PictureRow]:
@@ -219,7 +219,7 @@ def detect_row(run: EvaluationRun, row: PictureRow) -> Row:
     own = len(range(run.dist.rank, num_batches, run.dist.world_size))
     with bar(own * len(row.sources), f"detecting: {row.name}") as ticks:
         for source in row.sources:
-            found.append(detect(run.judge, targets, source, run.dist, size, lambda: bool(ticks.update())))
+            found.append(detect(run.judge, targets, source, run.dist, size, ticked(ticks)))
     return Row(row.name, row.kind, row.seeds, tuple(found))
 
 
@@ -327,8 +327,8 @@ def locate_pictures(run: EvaluationRun, rows: Sequence[PictureRow], lines: Seque
             line["picture"] = (folder / name).relative_to(run.output_dir).as_posix()
 
 
-def gallery_source(run: EvaluationRun) -> Any:
-    """The picture of a line of per_image.jsonl."""
+def gallery_source(run: EvaluationRun) -> Callable[[Mapping[str, Any]], Picture | None]:
+    """The picture of a line of per_image.jsonl; None for rows that are not shown."""
     targets = {target.image_id: target for target in run.eval_set.targets}
 
     def picture_of(line: Mapping[str, Any]) -> Picture | None:
@@ -356,6 +356,15 @@ def write_text(path: Path, content: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def ticked(ticks: tqdm[Any]) -> Callable[[], None]:
+    """Moves the bar by one."""
+
+    def tick() -> None:
+        ticks.update()
+
+    return tick
 
 
 def bar(total: int, description: str) -> AbstractContextManager[tqdm[Any]]:

@@ -101,7 +101,7 @@ def _figure(entry: Entry, picture: Picture | None, resolution: int | None) -> st
             f'<figcaption><p class="score"><strong>{score}</strong> '
             f'<span class="quiet">SR50 {format_number(entry["SR50"])} · {escape(str(entry["extra"]))} extra</span></p>',
             f"<p>{escape(entry['prompt'])}</p>",
-            f'<p class="quiet">image {escape(str(entry["image_id"]))} · seed {escape(str(entry["seed"]))}</p>',
+            f'<p class="quiet">{escape(_identity(entry))}</p>',
             "</figcaption></figure>",
         ]
     )
@@ -216,3 +216,9 @@ def _inside(x: float, y: float, width: float, view: tuple[float, float]) -> Plat
 def _overlap(a: Plate, b: Plate) -> float:
     """Area that both cover."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _identity(entry: Entry) -> str:
+    """Which picture it is; pictures that nothing random made have no seed."""
+    image = f"image {entry['image_id']}"
+    return image if entry["seed"] is None else f"{image} · seed {entry['seed']}"

@@ -126,9 +126,7 @@ def tiny_run(mode: str = "full", num_batches: int = 4, lr: float = 1e-3, **confi
             lambda position: None,
         )
     )
-    tiny.run = replace(
-        tiny.run, save=tiny.saved.append, preview=lambda step, writer: tiny.previews.append(step)
-    )
+    tiny.run = replace(tiny.run, save=tiny.saved.append, preview=lambda step, writer: tiny.previews.append(step))
     return tiny
 
 

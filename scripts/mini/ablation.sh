@@ -32,11 +32,11 @@ ROOT="${ABLATION_ROOT:+$ABLATION_ROOT/}"
 DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
 STEPS="${STEPS:-1000}" IMAGES="${IMAGES:-500}" SEEDS="${SEEDS:-0}"
 NUM_TRAIN=6000 NUM_VAL=500 BATCH=48 SUFFIX="" EXTRA=()
-SAMPLE=(--num_iter 64 --num_sampling_steps 50 --cfg 3.0 --temperature 0.95 --clip_x0 5.0 --batch_size 50)
+SAMPLE=()
 if [ "${1:-}" = "--smoke" ]; then
     DATA="${DATA}_smoke" CACHE="${CACHE}_smoke" SUFFIX="_smoke"
     STEPS=2 IMAGES=4 NUM_TRAIN=96 NUM_VAL=16 BATCH=24 EXTRA=(--diffusion_batch_mul 1)
-    SAMPLE=(--num_iter 4 --num_sampling_steps 5 --cfg 3.0 --clip_x0 5.0 --batch_size 4 --num_resamples 20)
+    SAMPLE=(--num_iter 4 --num_sampling_steps 5 --batch_size 4 --num_resamples 20)
 elif [ $# -gt 0 ]; then
     echo "usage: [STEPS=1000] [IMAGES=500] [SEEDS=0] bash scripts/mini/ablation.sh [--smoke]" >&2
     exit 2
@@ -82,10 +82,9 @@ for name in "${NAMES[@]}"; do
     layout=()
     if [ "$name" = text_only ]; then layout=(--no_layout_run); fi
     # shellcheck disable=SC2086  # SEEDS is a list
-    $python -m scripts.evaluate_layout --profile mini --coco_root "$DATA" --coco_split val2017 \
-        --resume "$OUT/$name/checkpoint-last.pth" --detector $MINI/fasterrcnn_mini.pth --name "$name" \
-        --output_dir "$evaluation" --max_images "$IMAGES" --seeds $SEEDS "${FROZEN[@]}" "${RUN[@]}" "${SAMPLE[@]}" \
-        ${layout[@]+"${layout[@]}"}
+    $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --name "$name" \
+        --resume "$OUT/$name/checkpoint-last.pth" --output_dir "$evaluation" --max_images "$IMAGES" --seeds $SEEDS \
+        "${RUN[@]}" ${SAMPLE[@]+"${SAMPLE[@]}"} ${layout[@]+"${layout[@]}"}
 done
 
 step "table"
