@@ -37,7 +37,7 @@ from models.detections import BoxDetector, DetectorSettings
 from models.detector import RESNET50_FPN_V2, load_detector
 from models.vae import LatentCodec
 from util.checkpoint import sha256_file
-from util.config import parse_args
+from util.config import HelpFormatter, parse_args
 from util.distributed import DistInfo, init_distributed, shutdown
 from util.images import load_image
 from util.logging import setup_logging
@@ -46,10 +46,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_DETECTOR = f"./pretrained_models/{RESNET50_FPN_V2}_coco.pth"
 IMAGE_SIZES = ("profile", "source")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it is written, and every default."""
 
 
 def get_parser() -> argparse.ArgumentParser:

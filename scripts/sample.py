@@ -38,7 +38,7 @@ from models.structmar import StructMAR, preset_config
 from models.text import TextEncoder
 from models.vae import LatentCodec
 from util.coco import BoxFilters, CocoIndex
-from util.config import parse_args, resolved_dict
+from util.config import HelpFormatter, parse_args, resolved_dict
 from util.distributed import init_distributed
 from util.images import Picture, save_png
 from util.logging import progress, setup_logging
@@ -47,10 +47,6 @@ logger = logging.getLogger(__name__)
 
 GRID_MAX = 64
 MAX_SEED = 2**63 - 1
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it is written, and every default."""
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -21,6 +21,10 @@ CONFIG_FLAG = "--config"
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and every default."""
+
+
 class ConfigError(ValueError):
     """A config file that does not fit the parser. The message names the file, the key and the value."""
 

@@ -1,8 +1,8 @@
 """Logs, metrics and progress bars. Rank 0 speaks; other ranks only warn.
 
-    metrics.jsonl   one JSON object a line, {"step": 120, "loss": 0.31, ...}; null where a value is not finite
-    tensorboard/    the same scalars, and images
-    log.txt         what the console showed
+metrics.jsonl   one JSON object a line, {"step": 120, "loss": 0.31, ...}; null where a value is not finite
+tensorboard/    the same scalars, and images
+log.txt         what the console showed
 """
 
 from __future__ import annotations

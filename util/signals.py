@@ -1,12 +1,12 @@
 """Stopping on request: SIGTERM and SIGINT are noted, and the loop ends at a point of its own choosing.
 
-    with StopRequest() as stop:
-        for batch in batches:
-            step(batch)
-            if any_rank(stop.is_set):
-                save()
-                break
-    sys.exit(stop.exit_code)
+with StopRequest() as stop:
+    for batch in batches:
+        step(batch)
+        if any_rank(stop.is_set):
+            save()
+            break
+sys.exit(stop.exit_code)
 """
 
 from __future__ import annotations
