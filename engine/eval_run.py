@@ -36,7 +36,7 @@ from engine.pipeline import Pipeline
 from engine.report import format_table, write_report
 from engine.scenes import Scene, empty_layout
 from models.vae import LatentCodec
-from util.checkpoint import resolve_checkpoint, sha256_file
+from util.checkpoint import sha256_tensors
 from util.distributed import DistInfo, barrier, gather_objects
 from util.images import Picture, load_image, to_model_range, to_picture
 from util.logging import progress
@@ -127,7 +127,7 @@ def generation_identity(run: EvaluationRun) -> Json:
     checkpoint = {key: value for key, value in pipeline.describe().items() if key != "path"}
     return {
         **checkpoint,
-        "sha256": sha256_file(resolve_checkpoint(pipeline.source)),
+        "weights_sha256": sha256_tensors(pipeline.model.state_dict()),
         "sampling": asdict(plan.config),
         "batch_size": plan.chunk,
         "precision": plan.precision,

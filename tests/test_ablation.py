@@ -179,7 +179,7 @@ def test_variants_differ_in_one_part_only(tmp_path: Path, monkeypatch: pytest.Mo
     assert (args.layout_drop_prob, args.train_mode, args.max_steps) == (1, "full", 2 if arguments else 1000)
     images = 96 if arguments else 6000
     assert args.epochs == -(-args.max_steps * args.batch_size // images)  # the cosine ends where the run does
-    scored = {folder_of(line): vars(evaluate_layout.get_parser().parse_args(shlex.split(line)[2:]))
+    scored = {folder_of(line): vars(parse_args(evaluate_layout.get_parser(), shlex.split(line)[2:]))
               for line in evaluations(lines)}  # fmt: skip
     for name, values in scored.items():
         assert values["resume"] == f"{values['output_dir'].removesuffix('/evaluation')}/checkpoint-last.pth"

@@ -12,9 +12,10 @@ from PIL import Image
 import engine.eval_run
 import scripts.evaluate_layout
 from engine.profiles import load_profile
+from engine.weights import load_for_sampling
 from tests.eval_world import BOXES, write_dataset, write_detector, write_profile
 from tests.tiny import World, write_world
-from util.checkpoint import sha256_file
+from util.checkpoint import sha256_file, sha256_tensors
 from util.types import Category
 
 FAST = ["--num_iter", "4", "--num_sampling_steps", "4", "--clip_x0", "3", "--device", "cpu", "--num_resamples", "20"]
@@ -76,7 +77,8 @@ def test_a_checkpoint_from_generation_to_report(world, evaluate, tmp_path, capsy
     profile = load_profile(world.root / "tiny.yaml")
     assert (results["profile"]["name"], results["profile"]["hash"]) == ("tiny", profile.hash)
     assert results["dataset"]["num_images"] == len(BOXES) and results["seeds"] == [0, 3]
-    assert results["source"]["sha256"] == sha256_file(world.checkpoint)
+    weights = load_for_sampling(world.checkpoint).model.state_dict()
+    assert results["source"]["weights_sha256"] == sha256_tensors(weights)
     assert results["detector"] == {
         "arch": "fasterrcnn_mini",
         "id": sha256_file(world.root / "detector.pth"),

@@ -18,7 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import ROOT
-from util.checkpoint import load_plain, safetensors_metadata, save_atomic, save_safetensors_atomic, sha256_file
+from util.checkpoint import (
+    load_plain,
+    safetensors_metadata,
+    save_atomic,
+    save_safetensors_atomic,
+    sha256_file,
+    sha256_tensors,
+)
 
 STATE: dict[str, Any] = {
     "model": OrderedDict(weight=torch.arange(6.0).view(2, 3), half=torch.ones(2, dtype=torch.bfloat16)),
@@ -227,3 +234,16 @@ def test_every_truncation_is_an_error(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"weights")
     assert sha256_file(tmp_path / "x") == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_the_hash_of_tensors_is_of_their_content():
+    weights = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3, dtype=torch.int64)}
+    same = {"a": torch.tensor(3), "b": torch.arange(6.0).reshape(3, 2).T.contiguous().T.reshape(2, 3)}
+    assert sha256_tensors(weights) == sha256_tensors(same)
+    others = [
+        weights | {"a": torch.tensor(4)},
+        weights | {"a": torch.tensor(3, dtype=torch.int32)},
+        weights | {"b": weights["b"].reshape(3, 2)},
+        {"c": weights["b"], "a": weights["a"]},
+    ]
+    assert len({sha256_tensors(each) for each in [weights, *others]}) == 5
