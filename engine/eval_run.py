@@ -44,7 +44,7 @@ from util.logging import progress
 logger = logging.getLogger(__name__)
 
 IDENTITY_FILE = "generation.json"
-REAL, VAE, NO_LAYOUT, SHUFFLED = "real images", "VAE round trip", "no layout", "shuffled layouts"
+RESERVED_NAMES = REAL, VAE, NO_LAYOUT, SHUFFLED = "real images", "VAE round trip", "no layout", "shuffled layouts"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, SWITCH, add_config_arg, 
 from engine.build import sampling_config
 from engine.eval_images import GenerationPlan, PictureOf, find_images, folder_pictures
 from engine.eval_quality import QualityMetrics, load_quality_metrics
-from engine.eval_run import EvaluationRun, Generation, round_trip, run_evaluation
+from engine.eval_run import RESERVED_NAMES, EvaluationRun, Generation, round_trip, run_evaluation
 from engine.eval_set import EvalSet, apply_geometry, load_eval_set
 from engine.evaluate import Judge, unknown_categories
 from engine.generate import PRECISIONS
@@ -128,6 +128,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"say what is scored by exactly one of --resume, --images; got {given}")
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
         raise ValueError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
+    if args.name in RESERVED_NAMES:
+        raise ValueError(f"--name {args.name!r} is the name of another row: {', '.join(RESERVED_NAMES)} are")
     for name in ("no_layout_run", "rescore"):
         if args.images and vars(args)[name]:
             raise ValueError(f"--{name} is for generated images (--resume), got --images {args.images}")

@@ -14,6 +14,7 @@ import scripts.evaluate_layout
 from engine.profiles import load_profile
 from engine.weights import load_for_sampling
 from tests.eval_world import BOXES, write_dataset, write_detector, write_profile
+from tests.test_parallel import in_two_processes
 from tests.tiny import World, write_world
 from util.checkpoint import sha256_file, sha256_tensors
 from util.types import Category
@@ -125,6 +126,14 @@ def test_a_killed_run_goes_on_to_the_same_results(evaluate, tmp_path, monkeypatc
     assert {name: (images / name).stat().st_mtime_ns for name in kept} == kept
 
 
+@pytest.mark.integration
+def test_two_processes_give_what_one_gives(evaluate, tmp_path):
+    evaluate("one", seeds=[0, 5])
+    in_two_processes(lambda _: len(evaluate("two", seeds=[0, 5])), join_group=False)
+    for name in ("results.json", "per_image.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
 def test_rescore_takes_another_detector_and_never_generates(world, evaluate, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--rescore: no .*generation.json"):
         evaluate(rescore=True)
@@ -205,6 +214,7 @@ def test_unknown_classes(world, evaluate, tmp_path):
         ({"profile": "coco-original"}, "asks for photographs at their own sizes, the checkpoint makes 32 px"),
         ({"num_iter": 65}, "--num_iter 65 exceeds the 64 tokens of an image"),
         ({"fid": "nowhere.pth"}, "nowhere.pth"),
+        ({"name": "real images"}, "--name 'real images' is the name of another row"),
         ({"image_size": "source"}, "--image_size source is for --images"),
     ],
 )

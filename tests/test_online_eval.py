@@ -9,6 +9,7 @@ import main_mar
 from engine.profiles import load_profile
 from tests.coco_fixture import CATEGORIES
 from tests.eval_world import write_detector
+from tests.test_parallel import in_two_processes
 from tests.tiny_run import argv, read_metrics, write_world
 from util.types import Category
 
@@ -45,6 +46,13 @@ def test_every_round_is_scored_on_the_same_scenes(world):
     assert set(rounds[0]) == {"step", "eval/AP", "eval/AP50", "eval/mIoU", "eval/SR50", "eval/extra_rate"}
     assert rounds[0]["eval/extra_rate"] >= 0 and 0 <= rounds[0]["eval/mIoU"] <= 1
     assert "evaluation of 3 layouts at step 4" in (world / "scored" / "log.txt").read_text()
+
+
+@pytest.mark.integration
+def test_two_processes_share_the_work(world):
+    in_two_processes(lambda _: main_mar.main(scored(world, output="shared", epochs=1, eval_bsz=2)), join_group=False)
+    rounds = [entry for entry in read_metrics(world, "shared") if "eval/AP50" in entry]
+    assert len(rounds) == 1 and 0 <= rounds[0]["eval/mIoU"] <= 1
 
 
 def test_scores_change_nothing_that_is_trained(world):
