@@ -17,10 +17,12 @@ from engine.evaluate import (
     shuffle_layouts,
     without_nan,
 )
+from engine.profiles import load_profile
 from models.detections import Detections
 from models.detector import load_detector
 from tests.eval_world import BOXES, ColourDetector, colour_judge, tiny_profile, write_dataset, write_detector
 from tests.tiny import CATEGORIES
+from util.boxes import xyxy_to_xywh
 from util.distributed import DistInfo
 from util.types import Category
 
@@ -132,3 +134,22 @@ def test_nan_becomes_null():
         "a": [None, 1.0],
         "b": [None, {"c": None}],
     }
+
+
+@pytest.mark.parametrize("name", ["structmar-256", "coco2017-instdiff", "creati2565", "coco-original"])
+def test_perfect_detections_of_real_annotations_score_one(shared, name):
+    """COCO's own boxes, through centre crop, squash or as they are: AP and mIoU 1, nothing extra."""
+    eval_set = load_eval_set(shared / "data" / "coco_mini", load_profile(name), split="val2017")
+    found = [
+        {"image_id": target.image_id, "category_id": int(category), "bbox": xyxy_to_xywh(box).tolist(), "score": 0.9}
+        for target in eval_set.targets
+        for box, category in zip(
+            target.boxes_px[target.conditioned], target.category_ids[target.conditioned], strict=True
+        )
+    ]
+    assert len(found) > 100
+    entry, _ = Scorer(eval_set, 3).score(Row("perfect", "model", (None,), (found,)))
+    assert entry["conditioned"]["AP"]["value"] == pytest.approx(1.0)
+    assert entry["layout"]["mIoU"]["value"] == pytest.approx(1.0, abs=1e-6)
+    assert (entry["layout"]["SR50_image"]["value"], entry["layout"]["extra_rate"]["value"]) == (1.0, 0.0)
+    assert entry["full"]["AP"]["value"] <= 1.0 + 1e-9
