@@ -51,7 +51,7 @@ def find_images(folder: str | Path, targets: Sequence[Target], source_size: bool
     by_name: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES:
-            by_name.setdefault(path.stem.lstrip("0") if path.stem.isdigit() else path.stem, []).append(path)
+            by_name.setdefault(str(int(path.stem)) if path.stem.isdecimal() else path.stem, []).append(path)
     found: dict[int, Path] = {}
     missing = []
     for target in targets:
