@@ -182,7 +182,7 @@ def generate(run: EvaluationRun) -> None:
     num_images = sum(len(chunk) for _, chunk in todo)
     if num_images:
         logger.info("generating %d of %d images on this process", num_images, len(targets) * len(sets))
-    with bar(len(todo) * plan.config.num_iter, "generating (iterations)") as ticks:
+    with bar(run.dist, len(todo) * plan.config.num_iter, "generating (iterations)") as ticks:
         for (_, seed, folder, scenes), chunk in todo:
             generate_chunk(run.generation.pipeline, chunk, scenes, seed, plan, folder, ticked(ticks))
 
@@ -217,7 +217,7 @@ def detect_row(run: EvaluationRun, row: PictureRow) -> Row:
     found = []
     num_batches = -(-len(targets) // size)
     own = len(range(run.dist.rank, num_batches, run.dist.world_size))
-    with bar(own * len(row.sources), f"detecting: {row.name}") as ticks:
+    with bar(run.dist, own * len(row.sources), f"detecting: {row.name}") as ticks:
         for source in row.sources:
             found.append(detect(run.judge, targets, source, run.dist, size, ticked(ticks)))
     return Row(row.name, row.kind, row.seeds, tuple(found))
@@ -367,6 +367,6 @@ def ticked(ticks: tqdm[Any]) -> Callable[[], None]:
     return tick
 
 
-def bar(total: int, description: str) -> AbstractContextManager[tqdm[Any]]:
+def bar(dist: DistInfo, total: int, description: str) -> AbstractContextManager[tqdm[Any]]:
     """A progress bar with the time that is left, on rank 0."""
-    return progress(total=total, desc=description)
+    return progress(total=total, desc=description, rank=dist.rank)
