@@ -14,6 +14,7 @@ from scripts.mini.colour_accuracy import (
     NONE,
     ColourSet,
     Item,
+    accuracy,
     box_weights,
     hidden_share,
     judge,
@@ -156,3 +157,20 @@ def test_mistakes_are_named(root: Path, tmp_path: Path) -> None:
         read_pictures(tmp_path, colour_set)
     with pytest.raises(SystemExit, match=r"instances_val2014.json does not exist"):
         colour_accuracy.main(["--coco_root", str(root), "--split", "val2014"])
+
+
+def test_two_colours_of_one_class_are_not_determined(root: Path) -> None:
+    """ "a red apple and a green apple" does not say which box is which; two red ones are both red."""
+    content = json.loads((root / "annotations" / "instances_val2017.json").read_text())
+    found = load_colour_set(root, "val2017")
+    for item in found.items:
+        same = {
+            entry["colour"]
+            for entry in content["annotations"]
+            if entry["image_id"] == item.image_id and entry["category_id"] == item.category_id
+        }
+        assert item.is_determined == (len(same) == 1)
+    weights = np.array([[1, 1], [2, 0]])
+    right, index = np.array([True, False, True]), np.array([0, 0, 1])
+    assert accuracy(right, index, weights).value == pytest.approx(2 / 3)
+    assert accuracy(right, index, weights).low == pytest.approx(0.5, abs=0.01)
