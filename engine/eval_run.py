@@ -31,9 +31,9 @@ from engine.eval_images import (
 )
 from engine.eval_quality import QualityMetrics
 from engine.eval_set import EvalSet, Target
-from engine.evaluate import FORMAT, Json, Judge, Row, Scorer, add_percent_of_bound, detect, shuffle_layouts, without_nan
+from engine.evaluate import Json, Judge, Row, Scorer, add_percent_of_bound, detect, shuffle_layouts, without_nan
 from engine.pipeline import Pipeline
-from engine.report import format_table, write_report
+from engine.report import FORMAT, format_table, write_report
 from engine.scenes import Scene, empty_layout
 from models.vae import LatentCodec
 from util.checkpoint import sha256_tensors

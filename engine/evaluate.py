@@ -28,7 +28,6 @@ from util.boxes import xywh_to_xyxy
 from util.distributed import DistInfo, gather_objects
 from util.types import Category
 
-FORMAT = "structmar-eval-1"
 BOOTSTRAP_SEED = 0
 SUCCESS_IOU = 0.5
 COMPARED = (("conditioned", "AP"), ("conditioned", "AP50"), ("layout", "mIoU"))

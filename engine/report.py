@@ -18,6 +18,7 @@ from engine.gallery import Entry, PictureOf, choose_cases, gallery
 from engine.report_style import LEGEND, STYLE
 
 FORMAT = "structmar-eval-1"
+SOURCE_FACTS = ("folder", "stage", "step", "weights")  # of "source", in the heading; the settings hold the rest
 REAL_IMAGES = "real images"  # the row that is the bound of the others
 MAX_CLASSES = 80  # of a chart
 AREAS = (("small", "APs"), ("medium", "APm"), ("large", "APl"))
@@ -169,7 +170,8 @@ def _page(title: str, body: str) -> str:
 def _header(results: Results, folder: Path) -> str:
     profile, dataset, detector = results["profile"], results["dataset"], results["detector"]
     kind = "reward detector" if detector["is_reward"] else "detector"
-    source = ", ".join(f"{key} {_plain(value)}" for key, value in results["source"].items() if key != "kind")
+    identity = {key: value for key, value in results["source"].items() if key in SOURCE_FACTS}
+    source = ", ".join(f"{key} {_plain(value)}" for key, value in identity.items())
     facts = {
         "profile": f"{profile['name']} · {profile['hash']}",
         "images": f"{dataset['num_images']} of {dataset['split']} · ids {dataset['ids_hash']}",
