@@ -187,7 +187,7 @@ def read_targets(args: argparse.Namespace, profile: Profile, detector: BoxDetect
 
 
 def require_photos(eval_set: EvalSet) -> None:
-    """Raises FileNotFoundError or ValueError for the first photograph that is missing or has another size."""
+    """Raises FileNotFoundError for the first photograph that is missing, with the flag that does without."""
     folder = eval_set.root / eval_set.split
     if not folder.is_dir():
         raise FileNotFoundError(f"no photographs at {folder}: they are the bound; --no-real_bound scores without it")
