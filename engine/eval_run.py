@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from engine.pipeline import Pipeline
 from engine.report import FORMAT, format_table, write_report
 from engine.scenes import Scene, empty_layout
 from models.vae import LatentCodec
-from util.checkpoint import sha256_tensors
+from util.checkpoint import sha256_tensors, write_atomic
 from util.distributed import DistInfo, barrier, gather_objects
 from util.images import Picture, load_image, to_model_range, to_picture
 from util.logging import progress
@@ -351,11 +350,7 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Atomically: the file is there in full or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, lambda file: file.write(content.encode("utf-8")))
 
 
 def ticked(ticks: tqdm[Any]) -> Callable[[], None]:

@@ -44,7 +44,7 @@ def save_atomic(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises ValueError naming the entry if something in `obj` is neither a tensor nor a plain value (it would not load).
     """
     _check_plain(obj, "checkpoint")
-    _write_atomic(Path(path), lambda file: torch.save(obj, file))
+    write_atomic(Path(path), lambda file: torch.save(obj, file))
 
 
 def save_safetensors_atomic(
@@ -53,7 +53,7 @@ def save_safetensors_atomic(
     """Like `save_atomic`, for named tensors in the safetensors format (contiguous copies, on the CPU)."""
     payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = safetensors.torch.save(payload, metadata=dict(metadata or {}))
-    _write_atomic(Path(path), lambda file: file.write(content))
+    write_atomic(Path(path), lambda file: file.write(content))
 
 
 def load_plain(
@@ -114,7 +114,8 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """The file is there in full, on the disk, or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
