@@ -58,11 +58,24 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What the reverse processes went through, by token position.
+
+    states: [B, L, S + 1, C] float32, the starting noise first, then the token after reverse step 0, 1, ... (noisiest
+    first). log_probs: [B, L, S] float32, of the draw of each reverse step; 0 at the last one, which draws nothing.
+    """
+
+    states: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
 class SampleOutput:
-    """latents: [B, C, h, w], scaled. orders: [B, L], each image's order (uncovered from its end)."""
+    """latents: [B, C, h, w], scaled. orders: [B, L], each image's order (uncovered from its end). trace: or None."""
 
     latents: Tensor
     orders: Tensor
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
