@@ -1,0 +1,99 @@
+"""Watches for over-optimisation: the reward rises while a detector that is not the reward sees worse images.
+
+A held-out evaluation is bad when its AP50 lies more than `drop` below the best one so far, while the mean reward since
+the evaluation before is higher than it was at that best. After `patience` bad evaluations in a row the guard speaks.
+A reward that falls together with AP50 is a failing run, not a fooled detector: that is not what this guard is for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+GUARD_MODES = ("off", "warn", "stop")
+ROUNDING = 1e-9  # .60 - .58 is a little more than .02
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What the guard remembers, plain values. best_reward: the mean reward that belongs to the best evaluation; None as
+    long as there is none, which is so before the first update. num_bad: bad evaluations in a row, up to now."""
+
+    best_step: int | None = None
+    best_ap50: float | None = None
+    best_reward: float | None = None
+    num_bad: int = 0
+
+
+class OverOptimisationGuard:
+    """mode: `off` never speaks, `warn` and `stop` do; to stop is up to the caller (see `stops`). drop: in AP50 as a
+    share, .02 is two points. patience: bad evaluations in a row.
+
+    Raises ValueError on values outside their ranges.
+    """
+
+    def __init__(self, mode: str, drop: float = 0.02, patience: int = 2) -> None:
+        if mode not in GUARD_MODES:
+            raise ValueError(f"guard must be one of {GUARD_MODES}, got {mode!r}")
+        if not 0 <= drop <= 1:
+            raise ValueError(f"guard_drop must lie within 0 and 1 (a share of AP50), got {drop}")
+        if patience < 1:
+            raise ValueError(f"guard_patience must be at least 1, got {patience}")
+        self.mode = mode
+        self.drop = drop
+        self.patience = patience
+        self._state = GuardState()
+
+    @property
+    def stops(self) -> bool:
+        """Whether a message of this guard ends the run."""
+        return self.mode == "stop"
+
+    def update(self, step: int, mean_reward: float | None, ap50: float) -> str | None:
+        """Takes one held-out evaluation; returns a message for the user, or None while all is well.
+
+        mean_reward: of the rollouts since the evaluation before, None if there were none: before the first update. Then
+        the first reward that comes is taken for this evaluation's too: its rollouts start from the same weights.
+        ap50: share in [0, 1]. Raises ValueError if a number is not finite or ap50 not in its range.
+        """
+        if not 0 <= ap50 <= 1:  # also refuses NaN
+            raise ValueError(f"step {step}: the held-out AP50 must lie within 0 and 1, got {ap50}")
+        if mean_reward is not None and not math.isfinite(mean_reward):
+            raise ValueError(f"step {step}: the mean reward must be finite, got {mean_reward}")
+        self._state = advance(self._state, step, mean_reward, ap50, self.drop)
+        if self.mode == "off" or self._state.num_bad < self.patience or mean_reward is None:
+            return None
+        return _message(self._state, step, mean_reward, ap50)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint; `restore` takes them back."""
+        return asdict(self._state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from `state()`. Raises ValueError naming the fields if one is missing or unknown."""
+        known = {field.name for field in fields(GuardState)}
+        if known != set(state):
+            missing, unknown = sorted(known - set(state)), sorted(set(state) - known)
+            raise ValueError(f"guard state: missing fields {missing}, unknown fields {unknown}")
+        self._state = GuardState(**state)
+
+
+def advance(state: GuardState, step: int, mean_reward: float | None, ap50: float, drop: float) -> GuardState:
+    """The state after one more evaluation. A tie with the best keeps the earlier one."""
+    if state.best_ap50 is None or ap50 > state.best_ap50:
+        return GuardState(step, ap50, mean_reward)
+    best_reward = mean_reward if state.best_reward is None else state.best_reward
+    is_higher = mean_reward is not None and best_reward is not None and mean_reward > best_reward
+    is_bad = is_higher and state.best_ap50 - ap50 > drop + ROUNDING
+    return GuardState(state.best_step, state.best_ap50, best_reward, state.num_bad + 1 if is_bad else 0)
+
+
+def _message(state: GuardState, step: int, mean_reward: float, ap50: float) -> str:
+    assert state.best_ap50 is not None, "a bad evaluation has a better one before it"
+    return (
+        f"step {step}: the policy may be fooling the reward. Held-out AP50 is {100 * ap50:.1f} %, after "
+        f"{100 * state.best_ap50:.1f} % at step {state.best_step}, while the mean reward rose from "
+        f"{state.best_reward:.4f} to {mean_reward:.4f} (bad evaluations in a row: {state.num_bad}). "
+        f"Go back to step {state.best_step}, raise --kl_coef or lower --lr."
+    )
