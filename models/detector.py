@@ -1,30 +1,33 @@
 """The detectors that score and reward generated images: frozen, from a local file.
 
-A file `*.onnx` is a YOLOX (models/yolox.py); any other one is torchvision's Faster R-CNN, in one of two architectures:
-`fasterrcnn_resnet50_fpn_v2` (torchvision's, with its COCO weights file as it is downloaded: a bare state dict, whose 91
-labels are COCO's category ids), and `SMALL`, a seven-layer convolutional backbone of stride 8 for small images. The
-latter's file states architecture and categories, {"model", "arch", "categories"}; the former may come in such a file
-too.
+A file `*.onnx` is a YOLOX (models/yolox.py); any other one is torchvision's Faster R-CNN, in one of three
+architectures: `fasterrcnn_resnet50_fpn_v2` (torchvision's, with its COCO weights file as it is downloaded: a bare state
+dict, whose 91 labels are COCO's category ids), and two for small images. `SMALL` is seven plain convolutions of stride
+8 with BatchNorm. `SMALL_FPN` has residual blocks with GroupNorm, a pyramid of strides 4 and 8, another input size and
+other anchors, so that its errors are less like those of `SMALL`: where one is the reward, the other judges. The small
+ones' files state architecture and categories, {"model", "arch", "categories"}; the large one's may too.
 
 Images go in at any size, [3, H, W] in [0, 1]; boxes come out in pixels of that size. Training is torchvision's own
 (`detector.model(images, targets)` gives the losses).
 
-Shape letters: n detections of an image, B images, C channels, K labels (categories and the background).
+Shape letters: n detections of an image, B images, C and D channels, K labels (categories and the background).
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn_v2
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from models.detections import BoxDetector as BoxDetector
 from models.detections import Detections as Detections
@@ -37,14 +40,25 @@ from util.types import Category
 logger = logging.getLogger(__name__)
 
 SMALL = "fasterrcnn_mini"
+SMALL_FPN = "fasterrcnn_mini_fpn"
 RESNET50_FPN_V2 = "fasterrcnn_resnet50_fpn_v2"
-ARCHITECTURES = (SMALL, RESNET50_FPN_V2)
+ARCHITECTURES = (SMALL, SMALL_FPN, RESNET50_FPN_V2)
 
 SMALL_INPUT_SIDE = 128
 _SMALL_LAYERS = ((24, 2), (32, 1), (48, 2), (64, 1), (96, 2), (96, 1), (96, 1))  # channels, stride
 _SMALL_HEAD_WIDTH = 128
 _SMALL_ANCHOR_SIDES = (22, 38, 66)
 _SMALL_ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
+
+SMALL_FPN_INPUT_SIDE = 96
+_FPN_STEM_WIDTH = 32
+_FPN_LEVEL_WIDTHS = (48, 96)  # of strides 4 and 8
+_FPN_WIDTH = 64
+_FPN_HEAD_WIDTH = 128
+_FPN_POOLED_SIDE = 6
+_FPN_ANCHOR_SIDES = ((16, 24), (34, 50))  # by level, pixels of the input
+_FPN_ANCHOR_RATIOS = (0.6, 1.0, 1.7)
+_FPN_SPLIT_SIDE = 30  # regions of this side (root of the area) and more are read from stride 8, others from stride 4
 _CLASSIFIER_WEIGHT = "roi_heads.box_predictor.cls_score.weight"
 _WHERE_TO_GET = (
     f"{RESNET50_FPN_V2}'s is https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth"
@@ -87,6 +101,70 @@ def _build_small(num_classes: int) -> FasterRCNN:
     )
 
 
+class NormalizedConv(nn.Sequential):
+    """3x3 convolution without bias and GroupNorm in groups of 8 channels: [B, C, H, W] -> [B, D, H / s, W / s]."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__(nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False), nn.GroupNorm(width // 8, width))
+
+
+class ResidualLevel(nn.Module):
+    """A strided convolution, then one residual block: [B, C, H, W] -> [B, D, H / 2, W / 2]."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.down = NormalizedConv(width_in, width, 2)
+        self.first = NormalizedConv(width, width, 1)
+        self.second = NormalizedConv(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.down(x))  # [B, D, H / 2, W / 2]
+        return F.silu(x + self.second(F.silu(self.first(x))))  # [B, D, H / 2, W / 2]
+
+
+class SmallPyramid(nn.Module):
+    """A feature pyramid of two levels: [B, 3, H, W] -> {"0": [B, C, H / 4, W / 4], "1": [B, C, H / 8, W / 8]}."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        fine, coarse = _FPN_LEVEL_WIDTHS
+        self.stem = NormalizedConv(3, _FPN_STEM_WIDTH, 2)
+        self.fine = ResidualLevel(_FPN_STEM_WIDTH, fine)
+        self.coarse = ResidualLevel(fine, coarse)
+        self.pyramid = FeaturePyramidNetwork([fine, coarse], _FPN_WIDTH)
+        self.out_channels = _FPN_WIDTH  # torchvision's FasterRCNN asks for it
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        fine = self.fine(F.silu(self.stem(x)))  # [B, 48, H / 4, W / 4]
+        levels: dict[str, Tensor] = self.pyramid(OrderedDict([("0", fine), ("1", self.coarse(fine))]))
+        return levels
+
+
+def _build_small_fpn(num_classes: int) -> FasterRCNN:
+    backbone = SmallPyramid()
+    pooled = MultiScaleRoIAlign(
+        ["0", "1"], _FPN_POOLED_SIDE, sampling_ratio=2, canonical_scale=_FPN_SPLIT_SIDE, canonical_level=3
+    )
+    return FasterRCNN(
+        backbone,
+        min_size=SMALL_FPN_INPUT_SIDE,
+        max_size=SMALL_FPN_INPUT_SIDE,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+        rpn_anchor_generator=AnchorGenerator(_FPN_ANCHOR_SIDES, (_FPN_ANCHOR_RATIOS,) * 2),
+        rpn_pre_nms_top_n_train=300,
+        rpn_post_nms_top_n_train=150,
+        rpn_pre_nms_top_n_test=150,
+        rpn_post_nms_top_n_test=80,
+        rpn_batch_size_per_image=128,
+        box_roi_pool=pooled,
+        box_head=TwoMLPHead(_FPN_WIDTH * _FPN_POOLED_SIDE**2, _FPN_HEAD_WIDTH),
+        box_predictor=SmallPredictor(_FPN_HEAD_WIDTH, num_classes),
+        box_batch_size_per_image=64,
+        box_detections_per_img=50,
+    )
+
+
 class SmallPredictor(nn.Module):
     """Class scores [n, K] and a box per class [n, 4 K] from features [n, width]; torchvision's parameter names."""
 
@@ -108,6 +186,8 @@ def build_detector(arch: str, num_classes: int) -> FasterRCNN:
         raise ValueError(f"a detector needs at least 2 labels (one is the background), got num_classes={num_classes}")
     if arch == SMALL:
         return _build_small(num_classes)
+    if arch == SMALL_FPN:
+        return _build_small_fpn(num_classes)
     if arch == RESNET50_FPN_V2:
         return fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=num_classes)
     raise ValueError(f"unknown detector {arch!r}; known are {', '.join(ARCHITECTURES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from models.detector import (
     RESNET50_FPN_V2,
     SMALL,
+    SMALL_FPN,
     Detections,
     DetectorSettings,
     build_detector,
@@ -31,14 +33,34 @@ def images(count: int) -> list[Tensor]:
     return list(torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
 
 
-def write(path: Path, **changes: object) -> Path:
-    content = detector_checkpoint(build_detector(SMALL, 4), SMALL, CATEGORIES, torch.float16)
+def write(path: Path, model_arch: str = SMALL, **changes: object) -> Path:
+    content = detector_checkpoint(build_detector(model_arch, 4), model_arch, CATEGORIES, torch.float16)
     save_atomic({**content, **changes}, path)
     return path
 
 
 def test_mini_is_small() -> None:
     assert sum(p.numel() for p in build_detector(SMALL, 13).parameters()) <= 1_200_000
+    assert sum(p.numel() for p in build_detector(SMALL_FPN, 13).parameters()) <= 750_000
+
+
+def test_the_two_small_ones_share_no_layer_and_no_anchor() -> None:
+    plain, pyramid = build_detector(SMALL, 4), build_detector(SMALL_FPN, 4)
+    assert {type(m) for m in plain.backbone.modules()} & {torch.nn.BatchNorm2d, torch.nn.GroupNorm} == {
+        torch.nn.BatchNorm2d
+    }
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in pyramid.modules())
+    assert plain.transform.min_size != pyramid.transform.min_size
+    sides = [
+        {side / model.transform.max_size for level in model.rpn.anchor_generator.sizes for side in level}
+        for model in (plain, pyramid)
+    ]
+    assert not sides[0] & sides[1]
+
+
+def test_the_pyramid_has_strides_4_and_8() -> None:
+    levels = build_detector(SMALL_FPN, 4).backbone(torch.zeros(1, 3, 96, 64))
+    assert {name: level.shape for name, level in levels.items()} == {"0": (1, 64, 24, 16), "1": (1, 64, 12, 8)}
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -50,9 +72,11 @@ def test_wrong_arguments_are_refused() -> None:
         detector_checkpoint(build_detector(SMALL, 3), SMALL, CATEGORIES, torch.float16)
 
 
-def test_a_step_lowers_the_loss_and_every_parameter_learns() -> None:
-    model = build_detector(SMALL, 4).train()
-    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 44.0]]), "labels": torch.tensor([2])} for _ in range(2)]
+@pytest.mark.parametrize("arch", [SMALL, SMALL_FPN])
+def test_a_step_lowers_the_loss_and_every_parameter_learns(arch: str) -> None:
+    model = build_detector(arch, 4).train()
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 44.0], [2.0, 30.0, 14.0, 41.0]])  # one for each level of the pyramid
+    targets = [{"boxes": boxes, "labels": torch.tensor([2, 1])} for _ in range(2)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     totals = []
     for _ in range(6):
@@ -67,12 +91,13 @@ def test_a_step_lowers_the_loss_and_every_parameter_learns() -> None:
     assert totals[-1] < totals[0]
 
 
-def test_file_round_trip(tmp_path: Path) -> None:
-    model = build_detector(SMALL, 4).eval()
-    save_atomic(detector_checkpoint(model, SMALL, CATEGORIES, torch.float32), tmp_path / "detector.pth")
+@pytest.mark.parametrize("arch", [SMALL, SMALL_FPN])
+def test_file_round_trip(tmp_path: Path, arch: str) -> None:
+    model = build_detector(arch, 4).eval()
+    save_atomic(detector_checkpoint(model, arch, CATEGORIES, torch.float32), tmp_path / "detector.pth")
     detector = load_faster_rcnn(tmp_path / "detector.pth")
     assert detector.categories == tuple(CATEGORIES)
-    assert detector.arch == SMALL
+    assert detector.arch == arch
     assert len(detector.id) == 64
     assert not any(p.requires_grad for p in detector.model.parameters())
     with torch.no_grad():
@@ -88,6 +113,13 @@ def test_half_precision_file_loads_as_single_precision(tmp_path: Path) -> None:
     path = write(tmp_path / "detector.pth")
     assert path.stat().st_size < 2.5 * 2**20
     assert all(p.dtype == torch.float32 for p in load_faster_rcnn(path).model.parameters())
+
+
+def test_a_file_of_one_small_one_is_no_file_of_the_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"does not fit {SMALL}: lacks backbone"):
+        load_detector(write(tmp_path / "detector.pth", SMALL_FPN, arch=SMALL))
+    (found,) = load_detector(write(tmp_path / "detector.pth", SMALL_FPN), settings=DetectorSettings())(images(1))
+    assert len(found.scores) > 0
 
 
 def test_torchvisions_coco_file_loads(tmp_path: Path) -> None:
@@ -206,7 +238,18 @@ def test_softening_keeps_size_and_range() -> None:
 def test_training_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps at once, and four steps cut off after the state of the second, write the same weights."""
     make_dataset(tmp_path / "data", DatasetSettings(num_train=8, num_val=4, size=64), num_workers=1)
-    common = ["--data", str(tmp_path / "data"), "--steps", "4", "--batch_size", "4", "--save_freq", "2"]
+    common = [
+        "--data",
+        str(tmp_path / "data"),
+        "--arch",
+        SMALL_FPN,
+        "--steps",
+        "4",
+        "--batch_size",
+        "4",
+        "--save_freq",
+        "2",
+    ]
     whole, resumed = tmp_path / "whole.pth", tmp_path / "resumed.pth"
     train_detector.main([*common, "--output", str(whole)])
 
@@ -223,5 +266,7 @@ def test_training_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     train_detector.main([*common, "--output", str(resumed)])
     expected, found = load_faster_rcnn(whole).model.state_dict(), load_faster_rcnn(resumed).model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert (tmp_path / "whole.json").is_file()
+    assert load_faster_rcnn(whole).arch == SMALL_FPN
+    settings = json.loads((tmp_path / "whole.json").read_text())["settings"]
+    assert settings["arch"] == SMALL_FPN
     assert not train_detector.state_file(resumed).exists()

@@ -1,6 +1,11 @@
-"""Trains the mini world's Faster R-CNN, the yardstick of layout fidelity there, and writes it for `load_detector`.
+"""Trains one of the mini world's two Faster R-CNNs and writes it for `load_detector`.
 
-    python -m scripts.mini.train_detector --data data/mini_coco --output pretrained_models/mini/fasterrcnn_mini.pth
+    python -m scripts.mini.train_detector --output pretrained_models/mini/fasterrcnn_mini.pth
+    python -m scripts.mini.train_detector --output pretrained_models/mini/fasterrcnn_mini_judge.pth \
+        --arch fasterrcnn_mini_fpn --seed 1
+
+The first is the yardstick of layout fidelity and stage 3's reward; the second, of another architecture and seed, judges
+whether what pleases the first is more than its weakness.
 
 The loss is torchvision's: objectness and box regression of the proposals, class and box regression of the regions.
 Images are flipped at random, and some are softened (shrunk and enlarged) or overlaid with noise, because the images it
@@ -32,7 +37,15 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
 
-from models.detector import SMALL, BoxDetector, Detections, build_detector, detector_checkpoint, load_detector
+from models.detector import (
+    SMALL,
+    SMALL_FPN,
+    BoxDetector,
+    Detections,
+    build_detector,
+    detector_checkpoint,
+    load_detector,
+)
 from scripts.mini.training import batch_indices, learning_rate, load_images, load_state, save_state
 from util.checkpoint import save_atomic
 from util.rng import derive_seed, generator
@@ -55,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/mini_coco"), help="COCO folder of make_dataset")
     parser.add_argument("--output", type=Path, default=Path(f"pretrained_models/mini/{SMALL}.pth"))
+    parser.add_argument("--arch", choices=(SMALL, SMALL_FPN), default=SMALL)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
@@ -129,7 +143,7 @@ def train(args: argparse.Namespace, data: Boxes) -> FasterRCNN:
     """Trains from the state beside the output, if there is one, or from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(args.seed, "detector", "init"))  # layer initialisers know no other generator
-        model = build_detector(SMALL, len(data.categories) + 1)
+        model = build_detector(args.arch, len(data.categories) + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     state_path, settings = state_file(args.output), resumable_settings(args)
     start = 0
@@ -228,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_split(args.data, "train2017", args.max_images)
     held_out = load_split(args.data, "val2017", args.max_images)
     model = train(args, data)
-    save_atomic(detector_checkpoint(model, SMALL, data.categories, torch.float16), args.output)
+    save_atomic(detector_checkpoint(model, args.arch, data.categories, torch.float16), args.output)
     state_file(args.output).unlink(missing_ok=True)
     detector = load_detector(args.output)
     scores = evaluate(detector, held_out)
