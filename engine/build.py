@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from engine.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data import CocoLayoutDataset, DataConfig, ResumableSampler
@@ -38,7 +40,7 @@ from engine.state import (
     restore,
     resumed_position,
 )
-from engine.train import Learner, Position, TrainConfig, TrainingRun
+from engine.train import Learner, Position, SupervisedStep, TrainConfig, TrainingRun
 from models.detections import DetectorSettings
 from models.detector import load_detector
 from models.masking import cosine_masked_counts
@@ -48,6 +50,7 @@ from models.text import TextEncoder
 from models.vae import LatentCodec
 from models.weights import select_trainable, summarize_trainable
 from util.checkpoint import LAST_NAME, save_atomic
+from util.coco import CocoIndex
 from util.config import resolved_dict
 from util.distributed import DistInfo, barrier
 from util.ema import Ema
@@ -161,23 +164,23 @@ def require_fitting_vae(config: StructMARConfig, codec: LatentCodec, vae_path: s
             raise ValueError(f"--{flag} is {wanted}, but the VAE {vae_path} has {found}")
 
 
-def build_dataset(args: argparse.Namespace, config: DataConfig, frozen: Frozen) -> CocoLayoutDataset:
+def build_dataset(
+    args: argparse.Namespace, config: DataConfig, index: CocoIndex, frozen: Frozen, has_images: bool = True
+) -> CocoLayoutDataset:
     """The training data, from images or from what the cache folder holds (latents/, text/ or both)."""
-    index = config.load_index()
     if not args.use_cached:
-        return CocoLayoutDataset(index, config)
+        return CocoLayoutDataset(index, config, has_images=has_images)
     root, latents, texts = Path(args.cached_path), None, None
-    if (root / "latents").is_dir():
+    if has_images and (root / "latents").is_dir():
         key = LatentCacheKey(frozen.codec.id, frozen.codec.latent_scale, config.split, config.img_size)
         latents = LatentCache(root / "latents", key)
     if (root / "text").is_dir():
         texts = TextCache(root / "text", TextCacheKey(frozen.text_encoder.id, config.split))
     if latents is None and texts is None:
-        raise FileNotFoundError(
-            f"--cached_path {root} has neither latents/ nor text/: make them with python -m scripts.cache_latents"
-        )
+        wanted = "neither latents/ nor text/" if has_images else "no text/"
+        raise FileNotFoundError(f"--cached_path {root} has {wanted}: make it with python -m scripts.cache_latents")
     logger.info("cached latents: %s; cached text: %s", latents is not None, texts is not None)
-    return CocoLayoutDataset(index, config, latents, texts)
+    return CocoLayoutDataset(index, config, latents, texts, has_images)
 
 
 def build_scenes(args: argparse.Namespace, training: CocoLayoutDataset) -> Sequence[Scene]:
@@ -208,26 +211,47 @@ def build_online_targets(
     return eval_set, Judge.of(load_detector(args.eval_detector, device, settings), eval_set.categories)
 
 
-def build_learner(args: argparse.Namespace, config: StructMARConfig, source: Source, dist: DistInfo) -> Learner:
-    """Model with its weights, what trains selected, sharded or wrapped; optimizer and EMA, restored if continued."""
+def build_model(args: argparse.Namespace, config: StructMARConfig, source: Source, stage: str) -> StructMAR:
+    """A model with the source's weights, on the CPU."""
     torch.manual_seed(derive_seed(args.seed, "init"))  # modules are initialised from the global generator
     model = StructMAR(config)
-    load_weights(model, source, args.train_mode)
+    load_weights(model, source, stage)
+    return model
+
+
+def place_model(args: argparse.Namespace, model: StructMAR, dist: DistInfo) -> StructMAR:
+    """The same model on its device, compiled and sharded if asked for. What trains is selected before."""
     model.to(dist.device)
-    select_trainable(model, args.train_mode)
-    for part, total, trained in summarize_trainable(model):
-        logger.info("  %-10s %13s parameters, %13s train", part, f"{total:,}", f"{trained:,}")
     units = model.fsdp_units()
     if args.compile:
         compile_blocks(units)
     if args.fsdp:
         shard(model, units, dist.device, dist.world_size)
+    return model
+
+
+def build_learner(
+    args: argparse.Namespace,
+    model: StructMAR,
+    mode: str,
+    source: Source,
+    dist: DistInfo,
+    as_module: Callable[[StructMAR], nn.Module] = lambda model: model,
+) -> Learner:
+    """What trains selected, the model placed and wrapped; optimizer and EMA, restored if continued.
+
+    as_module: the module that a step calls, with the model inside.
+    """
+    select_trainable(model, mode)
+    for part, total, trained in summarize_trainable(model):
+        logger.info("  %-10s %13s parameters, %13s train", part, f"{total:,}", f"{trained:,}")
+    place_model(args, model, dist)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     schedule_lr = absolute_lr(args.lr, args.blr, args.batch_size * args.accum_iter * dist.world_size)
     optimizer = build_optimizer(trainable, schedule_lr, args.weight_decay)
-    learner = Learner(
-        model, wrap(model, dist.device, dist.world_size), trainable, optimizer, Ema(trainable, args.ema_rate)
-    )
+    called = as_module(model)
+    wrapped = called if isinstance(model, FSDPModule) else wrap(called, dist.device, dist.world_size)
+    learner = Learner(model, wrapped, trainable, optimizer, Ema(trainable, args.ema_rate))
     restore(learner, source)
     return learner
 
@@ -251,7 +275,8 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
     sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
     frozen = build_frozen(args, dist.device)
     require_fitting_vae(sizes, frozen.codec, args.vae_path)
-    dataset = build_dataset(args, data_config(args, sizes.img_size, sizes.max_objects), frozen)
+    data = data_config(args, sizes.img_size, sizes.max_objects)
+    dataset = build_dataset(args, data, data.load_index(), frozen)
     categories = dataset.index.categories
     config = model_config(args, len(categories), frozen.text_encoder.dim)
     identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
@@ -268,7 +293,8 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
 
     values = resolved_dict(args)
     log_changed_args(source, values, NOT_TRAINING)
-    learner = build_learner(args, config, source, dist)
+    model = build_model(args, config, source, args.train_mode)
+    learner = build_learner(args, model, args.train_mode, source, dist)
     batches = coco_batches(
         dataset, sampler, config.max_objects, args.num_workers, args.pin_mem and dist.device.type == "cuda"
     )
@@ -292,12 +318,13 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
             args.precision,
             dist,
         )
+    settings = train_config(args)
     run = TrainingRun(
-        config=train_config(args),
+        config=settings,
         learner=learner,
         schedule=lr_schedule(args, dist.world_size),
         batches=batches,
-        make_inputs=coco_inputs(args, frozen, dist.device),
+        step=SupervisedStep(settings, learner, coco_inputs(args, frozen, dist.device), dist),
         dist=dist,
         save=saver(learner, output_dir, args.train_mode, identity, values, global_batch, dist),
         preview=preview if has_previews else None,
@@ -327,11 +354,12 @@ def saver(
     args: dict[str, Any],
     global_batch: int,
     dist: DistInfo,
+    extra: Callable[[], dict[str, Any]] = dict,
 ) -> Callable[[Position], None]:
-    """Writes checkpoint-last.pth, atomically, on rank 0."""
+    """Writes checkpoint-last.pth, atomically, on rank 0. extra: what this stage keeps besides (every process calls)."""
 
     def save(position: Position) -> None:
-        content = checkpoint_content(learner, position, stage, identity, args, global_batch)
+        content = checkpoint_content(learner, position, stage, identity, args, global_batch) | extra()
         if dist.is_main:
             save_atomic(content, output_dir / LAST_NAME)
             logger.info("saved %s at epoch %d, step %d", output_dir / LAST_NAME, position.epoch, position.step)

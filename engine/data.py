@@ -82,7 +82,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with one caption. Either pixels [3, H, W] in [-1, 1] or moments [2C, h, w] (from a cache) are there.
+    """One image with one caption. Either pixels [3, H, W] in [-1, 1] or moments [2C, h, w] (from a cache) are there, or
+    neither in a dataset without images.
 
     text_states: [t, C] from a cache, or None where the caption is still to be encoded.
     """
@@ -99,7 +100,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels: [B, 3, H, W] in [-1, 1], or moments: [B, 2C, h, w]. text: None where captions are still to be encoded."""
+    """pixels: [B, 3, H, W] in [-1, 1], or moments: [B, 2C, h, w], or neither (captions and layouts alone). text: None
+    where captions are still to be encoded."""
 
     image_ids: list[int]
     captions: list[str]
@@ -164,13 +166,19 @@ class CocoLayoutDataset(Dataset[Sample]):
         config: DataConfig,
         latents: LatentCache | None = None,
         texts: TextCache | None = None,
+        has_images: bool = True,
     ) -> None:
-        """Raises FileNotFoundError if images are needed and missing, ValueError if config, index and caches differ."""
+        """has_images: False gives captions and layouts alone; no image and no latent is read then.
+
+        Raises FileNotFoundError if images are needed and missing, ValueError if config, index and caches differ.
+        """
         if index.split != config.split or index.filters != config.filters:
             raise ValueError(
                 f"the index is of {index.split}, {index.filters}; asked for {config.split}, {config.filters}"
             )
-        if latents is None:
+        if not has_images:
+            latents = None
+        elif latents is None:
             index.require_images()
         else:
             _check_latents(latents, index, config)
@@ -180,6 +188,7 @@ class CocoLayoutDataset(Dataset[Sample]):
         self.config = config
         self.latents = latents
         self.texts = texts
+        self.has_images = has_images
         counts = [len(image.captions) if config.caption_mode == "all" else 1 for image in index.images]
         self._first_items = np.concatenate([[0], np.cumsum(counts)])
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -205,7 +214,7 @@ class CocoLayoutDataset(Dataset[Sample]):
         caption, caption_id = image.captions[chosen], image.caption_ids[chosen]
         crop = self._plan_crop(image, caption_id)
         is_flipped = self._is_flipped(image, caption, caption_id)
-        pixels = self._pixels(position, crop, is_flipped) if self.latents is None else None
+        pixels = self._pixels(position, crop, is_flipped) if self.has_images and self.latents is None else None
         moments = self.latents.moments(image.id, is_flipped) if self.latents is not None else None
         states = self.texts.states(caption_id, caption) if self.texts is not None else None
         layout = make_layout(image, crop, is_flipped, self.index.filters)

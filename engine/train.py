@@ -1,8 +1,9 @@
 """The training loop of every stage: takes ready objects, parses nothing, writes through the callbacks it is given.
 
-A step is `accum_iter` passes over a batch each, one clip, one AdamW update, one EMA update. Everything random in a pass
-comes from a generator keyed by (seed, step, pass, rank), so a run that stops and continues makes the draws of one that
-did not: N + N steps are 2N steps, bit for bit on a CPU. Dropout has no generator of its own: PyTorch's global one is
+What a step does is a `Step`. The one of stages 1 and 2 is here (stage 3's: engine/grpo_step.py): `accum_iter` passes
+over a batch each, one clip, one AdamW update, one EMA update. Everything random in a pass comes from a generator keyed
+by (seed, step, pass, rank), so a run that stops and continues makes the draws of one that did not: N + N steps are 2N
+steps, bit for bit on a CPU. Dropout has no generator of its own: PyTorch's global one is
 re-seeded by the same key before each pass.
 
 Left out: gradient scaling (bf16 needs none), dynamic batch sizes, several data sources.
@@ -53,6 +54,7 @@ class TrainConfig:
     save_steps: int = 0
     preview_epochs: int = 0
     preview_steps: int = 0
+    eval_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,37 @@ class Learner:
     ema: Ema
 
 
+class Step(Protocol):
+    """What one step does with its batches. shown: the metrics of a log line.
+
+    take: one step; returns how many images this process saw. check: raises FloatingPointError where a value was not
+    finite. read: the metrics since the last read, the same names on every process; checks first.
+    """
+
+    @property
+    def shown(self) -> tuple[str, ...]: ...
+
+    def take(self, position: Position, micro_batches: Iterator[Any]) -> int: ...
+
+    def check(self) -> None: ...
+
+    def read(self) -> dict[str, float]: ...
+
+
 @dataclass(frozen=True)
 class TrainingRun:
-    """A stage, ready to go. save writes checkpoint-last.pth; preview samples images, evaluate scores some
-    (every process calls all three)."""
+    """A stage, ready to go. save writes checkpoint-last.pth; preview shows images; evaluate scores some and may return
+    a reason to end the run (every process calls all three)."""
 
     config: TrainConfig
     learner: Learner
     schedule: LrSchedule
     batches: Batches
-    make_inputs: MakeInputs
+    step: Step
     dist: DistInfo
     save: Callable[[Position], None]
     preview: Callable[[int, MetricWriter], None] | None = None
-    evaluate: Callable[[int, MetricWriter], None] | None = None
+    evaluate: Callable[[int, MetricWriter], str | None] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,9 +135,10 @@ class TrainingRun:
 
 
 def train(run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFlag) -> int | None:
-    """Trains from `start` to the end, or until `stop`. Saves at the end either way. Returns the signal that stopped it.
+    """Trains from `start` to the end, until `stop` or until an evaluation says so, and saves then.
 
-    Raises ValueError if an epoch has no full step, FloatingPointError where a loss or gradient is not finite.
+    Returns the signal that stopped it. Raises ValueError if an epoch has no full step, FloatingPointError where a loss
+    or gradient is not finite.
     """
     if run.steps_per_epoch < 1:
         raise ValueError(f"an epoch has {len(run.batches)} batches, fewer than accum_iter={run.config.accum_iter}")
@@ -132,18 +152,17 @@ def train(run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFla
 
 
 class _Loop:
-    """Where the loop stands: position, meter, clock."""
+    """Where the loop stands: position, clock, and why it is to end early."""
 
     def __init__(self, run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFlag) -> None:
         self.run, self.position, self.writer, self.stop = run, start, writer, stop
-        self.meter = Meter(run.dist.device, run.dist.rank)
         self.saved_step: int | None = None
+        self.reason_to_end: str | None = None
         self.clock = time.perf_counter()
         self.num_images = 0
 
     def run_epochs(self) -> int | None:
         run, signum = self.run, None
-        run.learner.model.train()
         bar: Any = progress(total=run.total_steps, initial=self.position.step, unit="step", rank=run.dist.rank)
         with bar:
             while not self.is_finished() and signum is None:
@@ -155,7 +174,7 @@ class _Loop:
         return signum
 
     def is_finished(self) -> bool:
-        return self.position.step >= self.run.total_steps
+        return self.position.step >= self.run.total_steps or self.reason_to_end is not None
 
     def run_epoch(self, bar: Any) -> int | None:
         """One epoch, or what is left of it. Returns the signal that cut it short."""
@@ -163,7 +182,10 @@ class _Loop:
         batches = self.run.batches.of_epoch(epoch, self.position.batch)
         while self.position.epoch == epoch and not self.is_finished():
             micro_batches = islice(batches, config.accum_iter)
-            self.num_images += take_step(self.run, self.position, micro_batches, self.meter)
+            step_of_epoch = self.position.batch // config.accum_iter
+            end_of_step = epoch + (step_of_epoch + 1) / self.run.steps_per_epoch
+            set_lr(self.run.learner.optimizer, self.run.schedule.at(end_of_step))
+            self.num_images += self.run.step.take(self.position, micro_batches)
             self.position = advance(self.position, config.accum_iter, self.run.steps_per_epoch)
             bar.update(1)
             self.after_step(is_epoch_end=self.position.epoch != epoch)
@@ -178,13 +200,14 @@ class _Loop:
         if _is_due(step, config.save_steps) or (is_epoch_end and _is_due(epoch, config.save_epochs)):
             self.save()
         is_preview_epoch = is_epoch_end and _is_due(epoch, config.preview_epochs)
-        rounds = [self.run.preview] if _is_due(step, config.preview_steps) or is_preview_epoch else []
-        rounds += [self.run.evaluate] if is_preview_epoch else []
-        for shown in rounds:
-            if shown is not None:
-                self.meter.check()
-                shown(step, self.writer)
-                self.run.learner.model.train()
+        if self.run.preview is not None and (_is_due(step, config.preview_steps) or is_preview_epoch):
+            self.run.step.check()
+            self.run.preview(step, self.writer)
+        if self.run.evaluate is not None and (_is_due(step, config.eval_steps) or is_preview_epoch):
+            self.run.step.check()
+            self.reason_to_end = self.run.evaluate(step, self.writer)
+            if self.reason_to_end is not None:
+                logger.warning("ending at step %d: %s", step, self.reason_to_end)
 
     def asked_to_stop(self) -> int | None:
         """The signal, agreed on by all processes (torchrun passes it to each, not at the same step)."""
@@ -196,21 +219,21 @@ class _Loop:
         return (signum or DEFAULT_SIGNUM) if any_rank(signum is not None) else None
 
     def log(self) -> None:
-        loss, grad_norm = self.meter.read()
+        own = self.run.step.read()
         now = time.perf_counter()
         rate = self.num_images * self.run.dist.world_size / max(now - self.clock, 1e-9)
         self.clock, self.num_images = now, 0
-        means = reduce_mean({"loss": loss, "grad_norm": grad_norm})
+        means = reduce_mean(own)
         position, lr = self.position, self.run.learner.optimizer.param_groups[0]["lr"]
         epoch = position.epoch + position.batch / (self.run.steps_per_epoch * self.run.config.accum_iter)
         self.writer.scalars(position.step, {**means, "lr": lr, "epoch": epoch, "images_per_second": rate})
-        logger.info(
-            "step %d  epoch %.2f  loss %.4f  grad norm %.3f  lr %.2e  %.1f images/s",
-            position.step, epoch, means["loss"], means["grad_norm"], lr, rate,
-        )  # fmt: skip
+        shown = "  ".join(
+            f"{name.replace('_', ' ')} {means[name]:.4f}" for name in self.run.step.shown if name in means
+        )
+        logger.info("step %d  epoch %.2f  %s  lr %.2e  %.1f images/s", position.step, epoch, shown, lr, rate)
 
     def save(self) -> None:
-        self.meter.check()
+        self.run.step.check()
         self.run.save(self.position)
         self.saved_step = self.position.step
 
@@ -218,30 +241,44 @@ class _Loop:
 DEFAULT_SIGNUM = 15  # SIGTERM, for a process that hears of the signal from another one
 
 
-def take_step(run: TrainingRun, position: Position, micro_batches: Iterator[Any], meter: Meter) -> int:
-    """One optimizer step. Returns how many images this process saw."""
-    config, learner, rank = run.config, run.learner, run.dist.rank
-    step_of_epoch = position.batch // config.accum_iter
-    set_lr(learner.optimizer, run.schedule.at(position.epoch + (step_of_epoch + 1) / run.steps_per_epoch))
-    num_images = 0
-    for micro, batch in enumerate(micro_batches):
-        draws = generator(config.seed, "train", position.step, micro, rank)
-        inputs = run.make_inputs(batch, position.epoch, draws)
-        mask, diffusion = learner.model.sample_training_draws(len(inputs), draws, config.mask_ratio_min)
-        torch.manual_seed(derive_seed(config.seed, "dropout", position.step, micro, rank))
-        is_last = micro + 1 == config.accum_iter
-        loss = backward_pass(learner.wrapped, inputs, mask, diffusion, config.precision, config.accum_iter, is_last)
-        meter.watch("latents", inputs.latents, position.step)
-        if inputs.text is not None:
-            meter.watch("text", inputs.text.pooled, position.step)
-        meter.add_loss(loss, position.step)
-        num_images += len(inputs)
-    assert micro + 1 == config.accum_iter, "an epoch's batches ended in the middle of a step"
-    meter.add_norm(clip_gradients(learner.trainable.values(), config.grad_clip), position.step)
-    learner.optimizer.step()
-    learner.optimizer.zero_grad(set_to_none=True)
-    learner.ema.update()
-    return num_images
+class SupervisedStep:
+    """Stages 1 and 2: the diffusion loss on the batches' own images. A `Step`."""
+
+    shown = ("loss", "grad_norm")
+
+    def __init__(self, config: TrainConfig, learner: Learner, make_inputs: MakeInputs, dist: DistInfo) -> None:
+        self.config, self.learner, self.make_inputs, self.dist = config, learner, make_inputs, dist
+        self.meter = Meter(dist.device, dist.rank)
+
+    def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
+        config, learner, meter, rank = self.config, self.learner, self.meter, self.dist.rank
+        learner.model.train()
+        num_images = 0
+        for micro, batch in enumerate(micro_batches):
+            draws = generator(config.seed, "train", position.step, micro, rank)
+            inputs = self.make_inputs(batch, position.epoch, draws)
+            mask, diffusion = learner.model.sample_training_draws(len(inputs), draws, config.mask_ratio_min)
+            torch.manual_seed(derive_seed(config.seed, "dropout", position.step, micro, rank))
+            is_last = micro + 1 == config.accum_iter
+            loss = backward_pass(learner.wrapped, inputs, mask, diffusion, config.precision, config.accum_iter, is_last)
+            meter.watch("latents", inputs.latents, position.step)
+            if inputs.text is not None:
+                meter.watch("text", inputs.text.pooled, position.step)
+            meter.add_loss(loss, position.step)
+            num_images += len(inputs)
+        assert micro + 1 == config.accum_iter, "an epoch's batches ended in the middle of a step"
+        meter.add_norm(clip_gradients(learner.trainable.values(), config.grad_clip), position.step)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.ema.update()
+        return num_images
+
+    def check(self) -> None:
+        self.meter.check()
+
+    def read(self) -> dict[str, float]:
+        loss, grad_norm = self.meter.read()
+        return {"loss": loss, "grad_norm": grad_norm}
 
 
 def backward_pass(
