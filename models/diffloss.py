@@ -115,7 +115,7 @@ class SimpleMLPAdaLN(nn.Module):
         x = self.input_proj(x)  # [r, W]
         condition = self.time_embed(timesteps) + self.cond_embed(z)  # [r, W]
         for block in self.res_blocks:
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, condition, use_reentrant=False)  # [r, W]
             else:
                 x = block(x, condition)  # [r, W]
@@ -136,10 +136,14 @@ class DiffLoss(nn.Module):
         stacked = torch.stack([torch.tensor(table, dtype=torch.float32) for table in tables.values()])
         self.register_buffer("tables", stacked, persistent=False)  # [8, 1000]
 
+    def tables_at(self, timesteps: Tensor) -> dict[str, Tensor]:
+        """The training schedule's coefficients by name. timesteps: [...] int64; each table is [..., 1] float32."""
+        rows = self.tables[:, timesteps, None]  # [8, ..., 1]
+        return dict(zip(self.table_names, rows.unbind(0), strict=True))  # each [..., 1]
+
     def token_loss(self, target: Tensor, z: Tensor, draws: DiffusionDraws) -> Tensor:
         """Loss of each token. target: [r, C] clean; z: [r, D]; returns [r] float32."""
-        rows = self.tables[:, draws.timesteps, None]  # [8, r, 1]
-        tables = dict(zip(self.table_names, rows.unbind(0), strict=True))  # each [r, 1]
+        tables = self.tables_at(draws.timesteps)  # each [r, 1]
         target = target.float()  # [r, C]
         x = add_noise(target, draws.noise, tables)  # [r, C]
         output = self.net(x, draws.timesteps, z)  # [r, 2C]

@@ -169,14 +169,30 @@ class ReverseStep:
         self, x: Tensor, eps: Tensor, fraction: Tensor, noise: Tensor, temperature: float, clip_x0: float | None
     ) -> Tensor:
         """x_t -> x_{t-1}. x, eps, fraction, noise: [r, C] float32; clip_x0 bounds the predicted token; gives [r, C]."""
-        x0 = self.x0_from_x * x - self.x0_from_eps * eps  # [r, C]
-        if clip_x0 is not None:
-            x0 = x0.clamp(-clip_x0, clip_x0)  # [r, C]
-        mean = self.mean_from_x0 * x0 + self.mean_from_x * x  # [r, C]
         if self.is_last:
-            return mean
-        log_variance = _log_variance(fraction, self.log_variance_min, self.log_variance_max)  # [r, C]
+            return self._mean(x, eps, clip_x0)
+        mean, log_variance = self.distribution(x, eps, fraction, clip_x0)  # each [r, C]
         return mean + (0.5 * log_variance).exp() * noise * temperature  # [r, C]
+
+    def distribution(self, x: Tensor, eps: Tensor, fraction: Tensor, clip_x0: float | None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, at temperature 1, of the Gaussian that x_{t-1} is drawn from. All [..., C] float32.
+
+        The last step draws nothing: it returns the mean.
+        """
+        log_variance = _log_variance(fraction, self.log_variance_min, self.log_variance_max)  # [..., C]
+        return self._mean(x, eps, clip_x0), log_variance
+
+    def _mean(self, x: Tensor, eps: Tensor, clip_x0: float | None) -> Tensor:
+        x0 = self.x0_from_x * x - self.x0_from_eps * eps  # [..., C]
+        if clip_x0 is not None:
+            x0 = x0.clamp(-clip_x0, clip_x0)  # [..., C]
+        return self.mean_from_x0 * x0 + self.mean_from_x * x  # [..., C]
+
+
+def normal_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log N(x; mean, exp(log_std)^2), summed over the channels. All [..., C]; returns [...]."""
+    scaled = (x - mean) * (-log_std).exp()  # [..., C]
+    return (-0.5 * scaled.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)  # [...]
 
 
 @lru_cache

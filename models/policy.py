@@ -1,16 +1,50 @@
-"""Log-probabilities of sampled tokens under a StructMAR: what a policy gradient needs of the model.
+"""Log-probabilities of sampled tokens under a StructMAR, with gradients: what a policy gradient needs of the model.
 
-Shape letters: n images, L image tokens, C token channels, p tokens scored in one pass of the backbone, K draws (noise
-draws or reverse steps) per token, S reverse steps.
+A masked autoregressive model has no likelihood at hand, since every token comes out of a diffusion head. Two estimators
+stand in for it, behind one interface:
+
+`ElboEstimator` scores a finished token x by its denoising error at shared noise levels and noises,
+
+    l = -kappa / K * sum_k || eps_k - eps_theta(sqrt(bar_k) x + sqrt(1 - bar_k) eps_k, t_k, z) ||^2,
+
+and `TrajectoryEstimator` scores the recorded reverse steps x_t -> x_{t-1}, which are Gaussian,
+
+    l_t = log N(x_{t-1}; mu_theta(x_t, t, z), (temperature * sigma_theta)^2).
+
+Both rebuild the backbone's inputs from the final tokens and the order alone: a token never changes once it is drawn.
+Random choices (`Draws`) are made once and shared by the old, the current and the reference policy, so that at equal
+weights their log-probabilities are equal to the bit; with draws of their own the ratio would be noise.
+Left out: the probability of the order (it is drawn uniformly), the variational terms of the training loss, several
+reverse processes per token. The model must be in eval mode (dropout would be a different policy at every call).
+
+Shape letters: n images, L image tokens, C token channels, m masked tokens, p tokens scored in one pass of the backbone,
+K draws (noise draws or reverse steps) per token, S reverse steps.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from models.sampling import Trace
+from models.diffloss import DiffusionDraws
+from models.diffusion import NUM_TRAIN_STEPS, ReverseStep, add_noise, normal_log_prob, reverse_steps
+from models.masking import TokenMask, cosine_masked_counts
+from models.sampling import (
+    SampleOutput,
+    SamplingConfig,
+    Trace,
+    choose_branches,
+    combine_branches,
+    guidance_scales,
+    iteration_ids,
+)
+from models.structmar import StructMAR, gather_tokens
 from util.types import LayoutBatch, TextContext
 
 
@@ -30,6 +64,24 @@ class Samples:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def rows(self, rows: slice) -> Samples:
+        """Some of the images."""
+        text, layout, trace = self.text, self.layout, self.trace
+        if text is not None:
+            text = TextContext(text.tokens[rows], text.valid[rows], text.pooled[rows])
+        if layout is not None:
+            layout = LayoutBatch(layout.boxes_xyxy[rows], layout.categories[rows], layout.valid[rows])
+        if trace is not None:
+            trace = Trace(trace.states[rows], trace.log_probs[rows])
+        return Samples(self.tokens[rows], self.orders[rows], text, layout, trace)
+
+
+def collect_samples(
+    model: StructMAR, output: SampleOutput, text: TextContext | None, layout: LayoutBatch | None
+) -> Samples:
+    """The sampler's output as Samples; text and layout are those it was given."""
+    return Samples(model.patchify(output.latents), output.orders, text, layout, output.trace)
 
 
 @dataclass(frozen=True)
@@ -60,3 +112,251 @@ class Draws:
     noise: Tensor | None
     steps: tuple[int, ...] | None
     iteration: int
+
+    def rows(self, rows: slice) -> Draws:
+        """Those of some of the images."""
+        noise = None if self.noise is None else self.noise[rows]  # [., p, K, C]
+        kept_ids, token_ids, timesteps = self.kept_ids[rows], self.token_ids[rows], self.timesteps[rows]
+        return Draws(kept_ids, token_ids, timesteps, noise, self.steps, self.iteration)
+
+
+class Estimator(Protocol):
+    """needs_trace: the samples must have been recorded (`sample(..., record=True)`)."""
+
+    @property
+    def needs_trace(self) -> bool: ...
+
+    def draw(self, samples: Samples, generator: torch.Generator) -> list[Draws]:
+        """The random choices, one entry per pass of the backbone. They are drawn on the generator's device."""
+
+    def log_probs(self, model: StructMAR, samples: Samples, draws: Draws) -> PolicyOutput:
+        """One pass, with gradients if they are enabled."""
+
+
+def draw_iterations(counts: Sequence[int], num_masks: int, generator: torch.Generator) -> list[int]:
+    """`num_masks` iterations of the sampler, ascending, stratified over the tokens in the order they are uncovered.
+
+    Position u_j = (j + U_j) / num_masks of the L tokens falls into the iteration that uncovers that token, so an
+    iteration is hit in proportion to the tokens it uncovers: the mean over passes of the mean over a pass's tokens is,
+    in expectation, the mean over all tokens. counts: `cosine_masked_counts`.
+    """
+    num_tokens = counts[0]
+    uniform = torch.rand(num_masks, dtype=torch.float64, generator=generator, device=generator.device)
+    positions = [(index + u) / num_masks * num_tokens for index, u in enumerate(uniform.tolist())]
+    return [sum(1 for hidden in counts[1:-1] if num_tokens - hidden <= position) for position in positions]
+
+
+def _check_masks(num_masks: int, num_iter: int) -> None:
+    if num_iter < 1:
+        raise ValueError(f"num_iter must be at least 1, got {num_iter}")
+    if not 1 <= num_masks <= num_iter:
+        raise ValueError(f"num_masks must lie between 1 and num_iter = {num_iter}, got {num_masks}")
+
+
+@dataclass(frozen=True)
+class ElboEstimator:
+    """Scores all masked tokens of `num_masks` masks of the rollout by their denoising error; the log-probability of a
+    token is its mean over `num_draws` pairs (t, eps), taken before the ratio is.
+
+    num_iter: the sampler's. num_draws: even; half as many timesteps, stratified, are each used with eps and with -eps.
+    kappa: scale of the log-probability, hence of ratio and KL.
+
+    What to know: (1) The difference of two such log-probabilities holds the error of the Monte Carlo mean, so k3 of it
+    is a penalty on the change of eps, not a KL divergence in nats. (2) Samples drawn with guidance are off-policy for
+    these unguided log-probabilities, and the temperature is ignored: allowed, but a caller should say so. (3) Uniform t
+    scales the score's gradient by a factor below 1 that depends on the data's density; it is exact in direction only
+    for a shift of the mean. (4) A lower bound: for negative advantages, widening the bound's gap lowers the objective
+    too, so keep the clip and the KL.
+    """
+
+    num_iter: int
+    num_masks: int = 4
+    num_draws: int = 8
+    kappa: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_masks(self.num_masks, self.num_iter)
+        if self.num_draws < 2 or self.num_draws % 2:
+            raise ValueError(f"num_draws must be even and at least 2, got {self.num_draws}")
+        if not self.kappa > 0:
+            raise ValueError(f"kappa must be positive, got {self.kappa}")
+
+    @property
+    def needs_trace(self) -> bool:
+        return False
+
+    def draw(self, samples: Samples, generator: torch.Generator) -> list[Draws]:
+        """See `Estimator`. All images share the sizes of the masks; orders, timesteps and noises are their own."""
+        counts = cosine_masked_counts(samples.orders.shape[1], self.num_iter)
+        iterations = draw_iterations(counts, self.num_masks, generator)
+        return [self._draw_pass(samples, counts[iteration], iteration, generator) for iteration in iterations]
+
+    def _draw_pass(self, samples: Samples, num_masked: int, iteration: int, generator: torch.Generator) -> Draws:
+        orders, device = samples.orders, samples.tokens.device
+        half, source = self.num_draws // 2, generator.device
+        shape = (len(samples), num_masked, half)
+        uniform = torch.rand(shape, generator=generator, device=source)  # [n, m, K / 2]
+        strata = torch.arange(half, device=source)  # [K / 2]
+        timesteps = ((strata + uniform) * (NUM_TRAIN_STEPS / half)).long().clamp(max=NUM_TRAIN_STEPS - 1)
+        noise = torch.randn(*shape, samples.tokens.shape[2], generator=generator, device=source)  # [n, m, K / 2, C]
+        return Draws(
+            kept_ids=orders[:, num_masked:].sort(dim=1).values,
+            token_ids=orders[:, :num_masked].sort(dim=1).values,
+            timesteps=torch.cat([timesteps, timesteps], dim=2).to(device),
+            noise=torch.cat([noise, -noise], dim=2).to(device),
+            steps=None,
+            iteration=iteration,
+        )
+
+    def log_probs(self, model: StructMAR, samples: Samples, draws: Draws) -> PolicyOutput:
+        """One pass: log_prob [n, p], mean (the predicted eps) [n, p, K, C]."""
+        if draws.noise is None:
+            raise ValueError("these draws have no noise: they are another estimator's")
+        target = gather_tokens(samples.tokens, draws.token_ids)[:, :, None]  # [n, p, 1, C]
+        noisy = add_noise(target, draws.noise, model.diffloss.tables_at(draws.timesteps))  # [n, p, K, C]
+        output = model.denoise(
+            samples.tokens,
+            draws.kept_ids,
+            draws.token_ids,
+            noisy,
+            draws.timesteps,
+            text=samples.text,
+            layout=samples.layout,
+        )  # [n, p, K, 2C]
+        eps = output.float().chunk(2, dim=-1)[0]  # [n, p, K, C]
+        errors = (draws.noise - eps).square().sum(-1)  # [n, p, K]
+        return PolicyOutput(-self.kappa * errors.mean(-1), eps)
+
+
+@dataclass(frozen=True)
+class TrajectoryEstimator:
+    """Scores recorded reverse steps of the tokens uncovered in `num_masks` iterations: exact log-probabilities, one per
+    (token, step), in float32.
+
+    config: the rollout's. num_draws: how many of the allowed steps a pass scores (None: all). skipped: steps left out
+    at either end, at least 1. The last step draws nothing; the step before it and the first two turn a small change of
+    eps into a huge one of the log-probability (at 100 steps the first one's KL is a million times the median step's)
+    and have next to no say in the outcome: about 0.2 % of the gradient in one dimension.
+
+    What to know: the policy is the guided one. Only the fully conditioned branch gets a gradient; the others are
+    computed without. The variance is the full branch's, as in the sampler. With guidance of 1 there is one branch.
+    """
+
+    config: SamplingConfig
+    num_masks: int = 16
+    num_draws: int | None = None
+    skipped: int = 2
+
+    def __post_init__(self) -> None:
+        _check_masks(self.num_masks, self.config.num_iter)
+        if self.config.temperature == 0:
+            raise ValueError("log-probabilities need draws, which have no density at temperature 0")
+        if self.skipped < 1:
+            raise ValueError(f"skipped must be at least 1 (the last step draws nothing), got {self.skipped}")
+        allowed = len(self.allowed_steps)
+        if allowed < 1:
+            raise ValueError(
+                f"no reverse step is left: {len(self.reverse_steps)} steps, {self.skipped} skipped at either end"
+            )
+        if self.num_draws is not None and not 1 <= self.num_draws <= allowed:
+            raise ValueError(f"num_draws must lie between 1 and the {allowed} allowed steps, got {self.num_draws}")
+
+    @property
+    def needs_trace(self) -> bool:
+        return True
+
+    @property
+    def reverse_steps(self) -> tuple[ReverseStep, ...]:
+        return reverse_steps(self.config.num_sampling_steps, self.config.t_max)
+
+    @property
+    def allowed_steps(self) -> range:
+        """Indices into `reverse_steps` that may be scored."""
+        return range(self.skipped, len(self.reverse_steps) - self.skipped)
+
+    def draw(self, samples: Samples, generator: torch.Generator) -> list[Draws]:
+        """See `Estimator`. All images and tokens of a pass share its reverse steps."""
+        counts = cosine_masked_counts(samples.orders.shape[1], self.config.num_iter)
+        iterations = draw_iterations(counts, self.num_masks, generator)
+        return [self._draw_pass(samples, counts, iteration, generator) for iteration in iterations]
+
+    def _draw_pass(self, samples: Samples, counts: Sequence[int], iteration: int, generator: torch.Generator) -> Draws:
+        steps = tuple(self.allowed_steps)
+        if self.num_draws is not None:
+            chosen = torch.randperm(len(steps), generator=generator, device=generator.device)[: self.num_draws]
+            steps = tuple(steps[index] for index in sorted(chosen.tolist()))
+        kept_ids, token_ids = iteration_ids(samples.orders, counts, iteration)  # [n, L - m], [n, p]
+        told = torch.tensor([self.reverse_steps[step].timestep for step in steps], device=samples.tokens.device)  # [K]
+        return Draws(kept_ids, token_ids, told.expand(*token_ids.shape, -1), None, steps, iteration)
+
+    def log_probs(self, model: StructMAR, samples: Samples, draws: Draws) -> PolicyOutput:
+        """One pass: log_prob [n, p, K], mean and log_std (of the next state) [n, p, K, C]."""
+        if samples.trace is None:
+            raise ValueError("the samples have no trace: record them (sample(..., record=True))")
+        if draws.steps is None:
+            raise ValueError("these draws have no reverse steps: they are another estimator's")
+        states = samples.trace.states  # [n, L, S + 1, C]
+        at = draws.token_ids[..., None, None].expand(-1, -1, *states.shape[2:])  # [n, p, S + 1, C]
+        states = states.gather(1, at)  # [n, p, S + 1, C]
+        before = torch.stack([states[:, :, step] for step in draws.steps], dim=2)  # [n, p, K, C]
+        after = torch.stack([states[:, :, step + 1] for step in draws.steps], dim=2)  # [n, p, K, C]
+        eps, fraction = self._predict(model, samples, draws, before)  # each [n, p, K, C]
+        steps = [self.reverse_steps[step] for step in draws.steps]
+        parts = [
+            step.distribution(before[:, :, k], eps[:, :, k], fraction[:, :, k], self.config.clip_x0)
+            for k, step in enumerate(steps)
+        ]  # K pairs of [n, p, C]
+        mean = torch.stack([part[0] for part in parts], dim=2)  # [n, p, K, C]
+        log_variance = torch.stack([part[1] for part in parts], dim=2)  # [n, p, K, C]
+        log_std = 0.5 * log_variance + math.log(self.config.temperature)  # [n, p, K, C]
+        return PolicyOutput(normal_log_prob(after, mean, log_std), mean, log_std)
+
+    def _predict(self, model: StructMAR, samples: Samples, draws: Draws, noisy: Tensor) -> tuple[Tensor, Tensor]:
+        """The guided eps and the full branch's variance fraction, each [n, p, K, C] float32."""
+        num_tokens = samples.orders.shape[1]
+        names, config = choose_branches(self.config, samples.text is not None, samples.layout is not None)
+        next_masked = cosine_masked_counts(num_tokens, config.num_iter)[draws.iteration + 1]
+        eps, fractions = {}, {}
+        for name in names:
+            with nullcontext() if name == "full" else torch.no_grad():
+                output = model.denoise(
+                    samples.tokens,
+                    draws.kept_ids,
+                    draws.token_ids,
+                    noisy,
+                    draws.timesteps,
+                    text=None if name == "null" else samples.text,
+                    layout=samples.layout if name == "full" else None,
+                    full_precision_head=True,
+                )  # [n, p, K, 2C]
+            eps[name], fractions[name] = output.float().chunk(2, dim=-1)  # each [n, p, K, C]
+        return combine_branches(eps, *guidance_scales(config, num_tokens, next_masked)), fractions["full"]
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The arguments of `StructMAR.forward`."""
+
+    latents: Tensor
+    mask: TokenMask
+    draws: DiffusionDraws
+    labels: Tensor | None = None
+    text: TextContext | None = None
+    layout: LayoutBatch | None = None
+
+
+class Policy(nn.Module):
+    """A model and an estimator behind one `forward`, since wrappers such as DDP act on `forward` alone."""
+
+    def __init__(self, model: StructMAR, estimator: Estimator) -> None:
+        super().__init__()
+        self.model = model
+        self.estimator = estimator
+
+    def forward(self, inputs: Samples | LossInputs, draws: Draws | None = None) -> PolicyOutput | Tensor:
+        """Samples with the draws of one pass give a PolicyOutput; LossInputs give the model's own loss, a scalar."""
+        if isinstance(inputs, LossInputs):
+            return self.model(inputs.latents, inputs.mask, inputs.draws, inputs.labels, inputs.text, inputs.layout)
+        if draws is None:
+            raise ValueError("the log-probabilities of samples need draws")
+        return self.estimator.log_probs(self.model, inputs, draws)

@@ -14,14 +14,15 @@ S reverse steps, r rows (tokens), p tokens uncovered in one iteration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from models.conditioning import Conditions
-from models.diffusion import ReverseStep, reverse_steps
+from models.diffusion import ReverseStep, normal_log_prob, reverse_steps
 from models.masking import cosine_masked_counts, sample_orders
 from models.structmar import StructMAR, gather_tokens
 from util.types import LayoutBatch, TextContext
@@ -90,17 +91,36 @@ class Branches:
 
     def combine(self, eps: Tensor, w_text: float, w_layout: float) -> Tensor:
         """eps: [G, r, C], a prediction per branch; returns the guided [r, C]."""
-        by_name = dict(zip(self.names, eps.unbind(0), strict=True))
-        full = by_name["full"]  # [r, C]
-        if len(self.names) == 1:
-            return full
-        if "text" not in by_name:
-            return by_name["null"] + w_text * (full - by_name["null"])  # [r, C]
-        text = by_name["text"]  # [r, C]
-        guided = w_layout * (full - text)  # [r, C]
-        if "null" not in by_name:
-            return text + guided  # [r, C]
-        return by_name["null"] + w_text * (text - by_name["null"]) + guided  # [r, C]
+        return combine_branches(dict(zip(self.names, eps.unbind(0), strict=True)), w_text, w_layout)
+
+
+def combine_branches(eps: Mapping[str, Tensor], w_text: float, w_layout: float) -> Tensor:
+    """eps: the prediction of each branch that is there, each [..., C]; returns the guided [..., C]."""
+    full = eps["full"]  # [..., C]
+    if len(eps) == 1:
+        return full
+    if "text" not in eps:
+        return eps["null"] + w_text * (full - eps["null"])  # [..., C]
+    text = eps["text"]  # [..., C]
+    guided = w_layout * (full - text)  # [..., C]
+    if "null" not in eps:
+        return text + guided  # [..., C]
+    return eps["null"] + w_text * (text - eps["null"]) + guided  # [..., C]
+
+
+def choose_branches(config: SamplingConfig, has_text: bool, has_layout: bool) -> tuple[tuple[str, ...], SamplingConfig]:
+    """The names of the branches that have a weight (`full` first), and the config with the scale of an absent condition
+    set to the other's."""
+    if not has_layout:
+        config = replace(config, cfg_layout=config.cfg_text)
+    elif not has_text:
+        config = replace(config, cfg_text=config.cfg_layout)
+    names = ["full"]
+    if config.cfg_text != config.cfg_layout:
+        names.append("text")
+    if config.cfg_text != 1.0:
+        names.append("null")
+    return tuple(names), config
 
 
 def embed_branches(
@@ -111,18 +131,15 @@ def embed_branches(
     layout: LayoutBatch | None,
     labels: Tensor | None,
 ) -> tuple[Branches, SamplingConfig]:
-    """The branches that have a weight, and the config with the scale of an absent condition set to the other's."""
+    """Embeds the branches of `choose_branches`, and gives its config."""
     has_text = text is not None or labels is not None
-    if layout is None:
-        config = replace(config, cfg_layout=config.cfg_text)
-    elif not has_text:
-        config = replace(config, cfg_text=config.cfg_layout)
+    names, config = choose_branches(config, has_text, layout is not None)
     parts = {"full": model.embed_conditions(batch_size, labels, text, layout)}
-    if config.cfg_text != config.cfg_layout:
+    if "text" in names:
         parts["text"] = model.embed_conditions(batch_size, labels, text, None)
-    if config.cfg_text != 1.0:
+    if "null" in names:
         parts["null"] = model.embed_conditions(batch_size)
-    return Branches(tuple(parts), stack_conditions(list(parts.values()))), config
+    return Branches(names, stack_conditions([parts[name] for name in names])), config
 
 
 def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
@@ -155,6 +172,18 @@ def guidance(scale: float, config: SamplingConfig, num_tokens: int, next_masked:
     return 1 + (scale - 1) * (num_tokens - max(1, next_masked)) / num_tokens
 
 
+def guidance_scales(config: SamplingConfig, num_tokens: int, next_masked: int) -> tuple[float, float]:
+    """The scales of text and of layout in one iteration."""
+    text, layout = (guidance(scale, config, num_tokens, next_masked) for scale in (config.cfg_text, config.cfg_layout))
+    return text, layout
+
+
+def iteration_ids(orders: Tensor, counts: Sequence[int], iteration: int) -> tuple[Tensor, Tensor]:
+    """The tokens visible in an iteration [B, L - now] and those it uncovers [B, p], ascending. orders: [B, L]."""
+    now, after = counts[iteration], counts[iteration + 1]
+    return orders[:, now:].sort(dim=1).values, orders[:, after:now].sort(dim=1).values
+
+
 def reverse_process(
     model: StructMAR,
     z: Tensor,
@@ -162,8 +191,12 @@ def reverse_process(
     scales: tuple[float, float],
     noise: Tensor,
     config: SamplingConfig,
+    record: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """Draws r tokens. z: [G, r, D]; noise: [S + 1, r, C], the start and one per reverse step; gives [r, C] float32."""
+    """Draws r tokens. z: [G, r, D]; noise: [S + 1, r, C], the start and one per reverse step; gives [r, C] float32.
+
+    record: gets, per reverse step, the state after it [r, C] and the log-probability of its draw [r].
+    """
     num_branches = z.shape[0]
     flat_z = z.flatten(0, 1)  # [G * r, D]
     steps = reverse_steps(config.num_sampling_steps, config.t_max)
@@ -176,8 +209,21 @@ def reverse_process(
             output = _head(model, x, step, flat_z, num_branches)  # [G, r, 2C]
         eps, fraction = output.float().chunk(2, dim=-1)  # each [G, r, C]
         guided = branches.combine(eps, *scales)  # [r, C]
+        before = x  # [r, C]
         x = step(x, guided, fraction[0], noise[index + 1], config.temperature, config.clip_x0)  # [r, C]
+        if record is not None:
+            record.append((x, _drawn_log_prob(step, before, guided, fraction[0], x, config)))
     return x
+
+
+def _drawn_log_prob(
+    step: ReverseStep, before: Tensor, eps: Tensor, fraction: Tensor, after: Tensor, config: SamplingConfig
+) -> Tensor:
+    """Of one reverse step from `before` to `after`; all [r, C]; gives [r], 0 for the last step."""
+    if step.is_last:
+        return after.new_zeros(len(after))  # [r]
+    mean, log_variance = step.distribution(before, eps, fraction, config.clip_x0)  # each [r, C]
+    return normal_log_prob(after, mean, 0.5 * log_variance + math.log(config.temperature))  # [r]
 
 
 def _head(model: StructMAR, x: Tensor, step: ReverseStep, flat_z: Tensor, num_branches: int) -> Tensor:
@@ -192,8 +238,12 @@ def uncover(
     noise: NoiseSource,
     config: SamplingConfig,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    trace: Trace | None = None,
 ) -> Tensor:
-    """The loop. orders: [B, L]; noise(iteration, S + 1, p) gives [S + 1, B, p, C]; returns tokens [B, L, C] float32."""
+    """The loop. orders: [B, L]; noise(iteration, S + 1, p) gives [S + 1, B, p, C]; returns tokens [B, L, C] float32.
+
+    trace: filled in place if given (`empty_trace`).
+    """
     batch_size, num_tokens = orders.shape
     num_branches = len(branches.names)
     counts = cosine_masked_counts(num_tokens, config.num_iter)
@@ -201,23 +251,39 @@ def uncover(
     tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
     iterations: Iterable[int] = range(config.num_iter)
     for iteration in iterations if progress is None else progress(iterations):
-        now, after = counts[iteration], counts[iteration + 1]
-        kept_ids = orders[:, now:].sort(dim=1).values  # [B, L - now]
-        target_ids = orders[:, after:now].sort(dim=1).values  # [B, p]
+        kept_ids, target_ids = iteration_ids(orders, counts, iteration)  # [B, L - now], [B, p]
         z = model.predict(
             tokens.repeat(num_branches, 1, 1), kept_ids.repeat(num_branches, 1), branches.conditions
         )  # [G * B, L, D]
         z = gather_tokens(z, target_ids.repeat(num_branches, 1))  # [G * B, p, D]
         z = z.unflatten(0, (num_branches, batch_size)).flatten(1, 2)  # [G, B * p, D]
-        draws = noise(iteration, num_steps + 1, now - after).flatten(1, 2)  # [S + 1, B * p, C]
-        scales = (
-            guidance(config.cfg_text, config, num_tokens, after),
-            guidance(config.cfg_layout, config, num_tokens, after),
-        )
-        drawn = reverse_process(model, z, branches, scales, draws, config)  # [B * p, C]
+        draws = noise(iteration, num_steps + 1, target_ids.shape[1]).flatten(1, 2)  # [S + 1, B * p, C]
+        scales = guidance_scales(config, num_tokens, counts[iteration + 1])
+        record: list[tuple[Tensor, Tensor]] | None = None if trace is None else []
+        drawn = reverse_process(model, z, branches, scales, draws, config, record)  # [B * p, C]
+        if trace is not None and record is not None:
+            _write_trace(trace, target_ids, draws[0], record)
         drawn = drawn.unflatten(0, (batch_size, -1))  # [B, p, C]
         tokens = tokens.scatter(1, target_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
     return tokens
+
+
+def empty_trace(orders: Tensor, channels: int, config: SamplingConfig) -> Trace:
+    """Room for the reverse processes of the images of `orders` [B, L]. Raises ValueError at temperature 0."""
+    if config.temperature == 0:
+        raise ValueError("recording needs draws, which have no density at temperature 0")
+    num_steps = len(reverse_steps(config.num_sampling_steps, config.t_max))
+    states = torch.zeros(*orders.shape, num_steps + 1, channels, device=orders.device)  # [B, L, S + 1, C]
+    return Trace(states, torch.zeros(*orders.shape, num_steps, device=orders.device))
+
+
+def _write_trace(trace: Trace, token_ids: Tensor, start: Tensor, record: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Puts one iteration's tokens in their places. token_ids: [B, p]; start: [B * p, C]; record: S pairs."""
+    shape = token_ids.shape
+    states = torch.stack([start, *(state for state, _ in record)], dim=1).unflatten(0, shape)  # [B, p, S + 1, C]
+    log_probs = torch.stack([log_prob for _, log_prob in record], dim=1).unflatten(0, shape)  # [B, p, S]
+    trace.states.scatter_(1, token_ids[..., None, None].expand_as(states), states)
+    trace.log_probs.scatter_(1, token_ids[..., None].expand_as(log_probs), log_probs)
 
 
 @torch.no_grad()
@@ -229,10 +295,12 @@ def sample(
     layout: LayoutBatch | None = None,
     labels: Tensor | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    record: bool = False,
 ) -> SampleOutput:
     """Samples one image per generator. The model must be in eval mode; conditions lie on its device, [B, ...].
 
-    Raises ValueError if the number of images disagrees, or num_iter exceeds the number of tokens.
+    record: keeps the reverse processes. Raises ValueError if the number of images disagrees, num_iter exceeds the
+    number of tokens, or a recording is wanted at temperature 0.
     """
     batch_size = len(generators)
     for name, given in (("text", text), ("layout", layout), ("labels", labels)):
@@ -241,11 +309,12 @@ def sample(
     assert not model.training, "sampling needs model.eval()"
     device = model.fake_latent.device
     orders = sample_orders(batch_size, model.config.num_tokens, generators).to(device)  # [B, L]
+    trace = empty_trace(orders, model.config.token_dim, config) if record else None
 
     def noise(_iteration: int, num_draws: int, num_tokens: int) -> Tensor:
         shape = (num_draws, num_tokens, model.config.token_dim)
         return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators], dim=1).to(device)
 
     branches, config = embed_branches(model, config, batch_size, text, layout, labels)
-    tokens = uncover(model, branches, orders, noise, config, progress)  # [B, L, C]
-    return SampleOutput(model.unpatchify(tokens), orders)
+    tokens = uncover(model, branches, orders, noise, config, progress, trace)  # [B, L, C]
+    return SampleOutput(model.unpatchify(tokens), orders, trace)

@@ -1,0 +1,126 @@
+"""The architecture of a StructMAR as plain values: widths, depths, which parts exist; and the named sizes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+ROPE_MODES = ("gated", "full", "off")
+
+
+@dataclass(frozen=True)
+class StructMARConfig:
+    """The architecture. `num_categories` or `text_dim` of 0 leave the layout or text parts out; without both, and with
+    `rope_mode` off, what remains is MAR. `cross_attn_every` k lets every k-th block attend to the caption; 0 lets none,
+    so that the caption enters by its pooled projection alone."""
+
+    img_size: int = 256
+    vae_stride: int = 16
+    patch_size: int = 1
+    vae_embed_dim: int = 16
+    encoder_embed_dim: int = 1024
+    encoder_depth: int = 16
+    encoder_num_heads: int = 16
+    decoder_embed_dim: int = 1024
+    decoder_depth: int = 16
+    decoder_num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_num: int = 1000
+    buffer_size: int = 64
+    diffloss_d: int = 3
+    diffloss_w: int = 1024
+    diffusion_batch_mul: int = 1
+    attn_dropout: float = 0.0
+    proj_dropout: float = 0.0
+    grad_checkpointing: bool = False
+    num_categories: int = 0
+    max_objects: int = 16
+    text_dim: int = 0
+    cross_attn_every: int = 1
+    rope_mode: str = "gated"
+    learned_pos: bool = True
+    layout_bias_value: float = math.inf
+    layout_bias_encoder: bool = True
+    layout_bias_decoder: bool = True
+    layout_fourier: bool = True
+
+    def __post_init__(self) -> None:
+        step = self.vae_stride * self.patch_size
+        if self.img_size <= 0 or self.img_size % step:
+            raise ValueError(f"img_size {self.img_size} is not a multiple of vae_stride x patch_size = {step}")
+        for part in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
+            if width % heads or (self.rope_mode != "off" and width // heads % 4):
+                raise ValueError(f"{part}: width {width} over {heads} heads must give head widths divisible by 4")
+        if self.rope_mode not in ROPE_MODES:
+            raise ValueError(f"rope_mode must be one of {ROPE_MODES}, got {self.rope_mode!r}")
+        if self.num_categories and self.max_objects > self.buffer_size:
+            raise ValueError(f"max_objects {self.max_objects} does not fit into buffer_size {self.buffer_size}")
+        if not self.layout_bias_value >= 0:
+            raise ValueError(f"layout_bias_value must be at least 0, got {self.layout_bias_value}")
+        if self.cross_attn_every < 0:
+            raise ValueError(f"cross_attn_every must be at least 0 (0: in no block), got {self.cross_attn_every}")
+        for name in ("diffusion_batch_mul", "buffer_size", "max_objects"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens as (rows, columns)."""
+        side = self.img_size // self.vae_stride // self.patch_size
+        return side, side
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def token_dim(self) -> int:
+        return self.vae_embed_dim * self.patch_size**2
+
+    def has_cross_attention(self, block: int) -> bool:
+        """Whether block number `block` (from 0) attends to the caption."""
+        every = self.cross_attn_every
+        return self.text_dim > 0 and every > 0 and block % every == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StructMARConfig:
+        """Raises ValueError naming the fields if one is missing or unknown."""
+        known = {field.name for field in fields(cls)}
+        if known != set(values):
+            missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+            raise ValueError(f"model config: missing fields {missing}, unknown fields {unknown}")
+        return cls(**values)
+
+
+def _sizes(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict[str, int]:
+    return {
+        "encoder_embed_dim": width,
+        "encoder_depth": depth,
+        "encoder_num_heads": heads,
+        "decoder_embed_dim": width,
+        "decoder_depth": depth,
+        "decoder_num_heads": heads,
+        "diffloss_d": head_depth,
+        "diffloss_w": head_width,
+    }
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "mar_mini": _sizes(128, 4, 4, 4, 256)
+    | {"img_size": 64, "vae_stride": 8, "buffer_size": 16, "max_objects": 8, "class_num": 12},
+    "mar_base": _sizes(768, 12, 12, 6, 1024),
+    "mar_large": _sizes(1024, 16, 16, 8, 1280),
+    "mar_huge": _sizes(1280, 20, 16, 12, 1536),
+}
+
+
+def preset_config(name: str, **overrides: Any) -> StructMARConfig:
+    """The named sizes with some fields replaced. Raises ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r}, choose one of {sorted(PRESETS)}")
+    return StructMARConfig(**(PRESETS[name] | overrides))
