@@ -66,14 +66,12 @@ def score_image(target: Target, detections_of_image: Sequence[Mapping[str, Any]]
     is_wanted = target.conditioned
     wanted, wanted_ids = target.boxes_px[is_wanted], target.category_ids[is_wanted]
     boxes, category_ids, confidences = _confident(detections_of_image, match_score)
-    ious = _intersections(wanted, boxes)
-    ious = _ratio(ious, areas(wanted)[:, None] + areas(boxes)[None, :] - ious)
-    ious = np.where(wanted_ids[:, None] == category_ids[None, :], ious, 0.0)  # [n, D]
-    rows, columns = _pair(ious, confidences)
+    ious = np.where(wanted_ids[:, None] == category_ids[None, :], pairwise_iou(wanted, boxes), 0.0)  # [n, D]
+    rows, columns = pair_boxes(ious, confidences)
 
     scores, distances, paired = np.zeros(len(wanted)), np.full(len(wanted), np.nan), np.zeros(len(wanted))
     paired[rows], scores[rows] = ious[rows, columns], confidences[columns]
-    distances[rows] = np.linalg.norm(_centres(wanted[rows]) - _centres(boxes[columns]), axis=1) / np.hypot(*target.size)
+    distances[rows] = np.linalg.norm(centres(wanted[rows]) - centres(boxes[columns]), axis=1) / np.hypot(*target.size)
 
     is_ignored = _inside(boxes, category_ids, target.boxes_px[~is_wanted], target.category_ids[~is_wanted])
     is_ignored[columns] = False
@@ -152,15 +150,27 @@ def _confident(
     return boxes, category_ids, np.array([each["score"] for each in kept], dtype=np.float64)
 
 
-def _pair(ious: np.ndarray, confidences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One-to-one pairs (rows, columns) of the largest total IoU. ious: [n, D], 0 between classes.
+def pair_boxes(gains: np.ndarray, confidences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One-to-one pairs (rows, columns) of the largest total gain. gains: [n, D] >= 0 (IoUs), 0 where none may be.
 
+    Of equal gains the more confident column wins. confidences: [D] in [0, 1].
     One assignment over all classes is one within each: pairs across classes gain nothing and are dropped.
     """
-    gain = np.where(ious > 0, ious + CONFIDENCE_WEIGHT * confidences, 0.0)
-    rows, columns = linear_sum_assignment(gain, maximize=True)
-    is_pair = ious[rows, columns] > 0
+    total = np.where(gains > 0, gains + CONFIDENCE_WEIGHT * confidences, 0.0)
+    rows, columns = linear_sum_assignment(total, maximize=True)
+    is_pair = gains[rows, columns] > 0
     return rows[is_pair], columns[is_pair]
+
+
+def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Intersection over union [n, m] of xyxy boxes [n, 4] and [m, 4]; 0 for a box without area."""
+    shared = _intersections(first, second)
+    return _ratio(shared, areas(first)[:, None] + areas(second)[None, :] - shared)
+
+
+def centres(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """[n, 4] -> [n, 2]."""
+    return (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
 
 
 def _inside(boxes: np.ndarray, category_ids: np.ndarray, regions: np.ndarray, region_ids: np.ndarray) -> np.ndarray:
@@ -181,10 +191,6 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """numerator / denominator, 0 where the denominator is 0 (a box without area shares nothing)."""
     denominator = np.broadcast_to(denominator, numerator.shape)
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator > 0)
-
-
-def _centres(boxes_xyxy: np.ndarray) -> np.ndarray:
-    return (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
 
 
 def _gather(scores: Sequence[ImageScore], name: str) -> np.ndarray:
