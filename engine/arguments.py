@@ -1,4 +1,4 @@
-"""Every command-line flag, in groups: the mains and the scripts pick the groups they need.
+"""Every command-line flag, in groups: the mains and the scripts pick the groups they need (stage 3's: arguments_rl.py).
 
 MAR's flags keep MAR's names. A size whose default reads "the preset's" is None until `engine.build` asks the preset.
 Ranges are checked by `engine.validate`, whether a value came from the command line or from a YAML file.
@@ -117,8 +117,16 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--train_mode",
         default="text_layout",
-        help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts",
-    )
+        help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts; "
+             "backbone: full without the diffusion head",
+    )  # fmt: skip
+    add_length_args(group)
+    group.add_argument("--max_steps", type=int, default=None, help="stop after this many optimizer steps of this stage")
+    add_sft_args(group)
+
+
+def add_length_args(group: argparse._ArgumentGroup) -> None:
+    """Where a stage starts, how much it takes at a time, for how long."""
     group.add_argument("--resume", default="",
                        help="checkpoint file, or a folder with checkpoint-last.pth: continued if this stage wrote it, "
                             "else the weights to start from (MAR's, or another stage's EMA weights)")  # fmt: skip
@@ -127,7 +135,11 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch_size", type=int, default=64, help="images per process and forward pass")
     group.add_argument("--accum_iter", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument("--epochs", type=int, default=20, help="epochs of this stage")
-    group.add_argument("--max_steps", type=int, default=None, help="stop after this many optimizer steps of this stage")
+    group.add_argument("--ema_rate", type=float, default=0.9999, help="decay of the average of what trains")
+
+
+def add_sft_args(group: argparse._ArgumentGroup) -> None:
+    """The diffusion loss on given images."""
     group.add_argument(
         "--mask_ratio_min", type=float, default=0.7, help="smallest fraction of tokens masked in training"
     )
@@ -136,7 +148,6 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--text_drop_prob", type=float, default=0.0, help="probability of dropping the text alone")
     group.add_argument("--layout_drop_prob", type=float, default=0.0, help="probability of dropping the layout alone")
-    group.add_argument("--ema_rate", type=float, default=0.9999, help="decay of the average of what trains")
 
 
 def add_optim_args(parser: argparse.ArgumentParser) -> None:
@@ -201,13 +212,18 @@ def add_preview_args(parser: argparse.ArgumentParser) -> None:
         help="sample a fixed set of layouts every --eval_freq epochs, and score them with --eval_detector"
     )  # fmt: skip
     group.add_argument("--eval_freq", type=int, default=40, help="epochs between rounds of --online_eval")
+    add_score_args(group)
+    group.add_argument("--sample_freq", type=int, default=0, help="optimizer steps between previews; 0: none")
+    group.add_argument("--num_preview", type=int, default=8, help="images in a preview")
+
+
+def add_score_args(group: argparse._ArgumentGroup) -> None:
+    """Which layouts are scored while training, and by what."""
     group.add_argument(
         "--eval_detector", default="", help="detector that scores (Faster R-CNN or YOLOX .onnx); empty: pictures only"
     )
     group.add_argument("--eval_profile", default="structmar-256", help="protocol of the scores: name or yaml file")
     group.add_argument("--eval_images", type=int, default=64, help="layouts scored: the profile's first ones")
-    group.add_argument("--sample_freq", type=int, default=0, help="optimizer steps between previews; 0: none")
     group.add_argument("--eval_split", default="",
                        help="split of the layouts; empty: --coco_split (pictures), the profile's (scores)")  # fmt: skip
-    group.add_argument("--num_preview", type=int, default=8, help="images in a preview")
     group.add_argument("--eval_bsz", type=int, default=8, help="images sampled at a time")

@@ -262,6 +262,7 @@ class Prepared:
 
     run: TrainingRun
     start: Position
+    stage: str
     args: dict[str, Any]
 
 
@@ -331,7 +332,7 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
         evaluate=evaluation,
     )
     log_size(run, batches, dist)
-    return Prepared(run, start, values)
+    return Prepared(run, start, args.train_mode, values)
 
 
 def coco_inputs(args: argparse.Namespace, frozen: Frozen, device: torch.device) -> CocoInputs:

@@ -20,7 +20,7 @@ from engine.train import Learner
 from models.sampling import SamplingConfig
 from models.text import TextEncoder
 from models.vae import LatentCodec
-from util.distributed import DistInfo, barrier, gather_objects
+from util.distributed import DistInfo, gather_objects
 from util.images import Picture
 from util.logging import MetricWriter
 from util.rng import derive_seed
@@ -52,6 +52,10 @@ class OnlineEvaluation:
     dist: DistInfo
 
     def __call__(self, step: int, writer: MetricWriter) -> None:
+        self.score(step, writer)
+
+    def score(self, step: int, writer: MetricWriter) -> dict[str, float]:
+        """The numbers of SHOWN, on every process; rank 0 has written them."""
         pictures = self.sample()
         found = detect(
             self.judge,
@@ -60,13 +64,14 @@ class OnlineEvaluation:
             self.dist,
             self.batch_size,
         )
+        values: dict[str, float] = {}
         if self.dist.is_main:
             entry, _ = Scorer(self.eval_set, num_resamples=1).score(Row("model", "model", (self.seed,), (found,)))
-            values = {f"eval/{name}": float(entry[part][name]["value"]) for part, name in SHOWN}
-            writer.scalars(step, values)
-            shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+            values = {name: float(entry[part][name]["value"]) for part, name in SHOWN}
+            writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
             logger.info("evaluation of %d layouts at step %d: %s", len(self.eval_set.targets), step, shown)
-        barrier()
+        return gather_objects(values)[0]
 
     def sample(self) -> dict[int, Picture]:
         """Pictures by image id. Processes share the work, except where a sharded model needs all in every batch."""

@@ -2,7 +2,8 @@
 
 A checkpoint is a dictionary of plain values and whole tensors (the same file under one process, DDP and FSDP):
     format, stage (the train_mode), model, model_ema (what trains), optimizer (state by parameter name), epoch, step,
-    batch_in_epoch, global_batch, config, args, vae {id, latent_scale}, text_encoder {id}, categories [{id, name}].
+    batch_in_epoch, global_batch, config, args, vae {id, latent_scale}, text_encoder {id}, categories [{id, name}];
+    of stage 3 (grpo) also reward_detector (sha256), reference (what trains, as it was at the start) and held_out.
 
 --resume means *continue* where the same stage wrote the file (everything is restored), *start from* otherwise: MAR's
 weights or another stage's, averaged ones where there are, with a fresh optimizer at epoch 0. A checkpoint-last.pth of

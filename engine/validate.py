@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from models.weights import TRAIN_MODES
+from util.checkpoint import LAST_NAME
 
 COCO_MODES = tuple(mode for mode in TRAIN_MODES if mode != "class")
 
@@ -20,26 +21,67 @@ BELOW_ONE: Check = (lambda value: 0 <= value < 1, "must lie in [0, 1)")
 RULES: dict[str, Check] = {
     **dict.fromkeys(("batch_size", "accum_iter", "epochs", "max_steps", "log_freq", "save_last_freq", "lr", "eval_bsz",
                      "num_preview", "num_threads", "eval_freq", "latent_scale", "class_num", "diffloss_d", "diffloss_w",
-                     "num_iter", "num_sampling_steps", "eval_images"), POSITIVE),
+                     "num_iter", "num_sampling_steps", "eval_images", "max_rl_steps", "num_train_samples", "rl_masks",
+                     "rl_draws", "inner_epochs", "clip_range", "reward_batch_size", "guard_patience"), POSITIVE),
     **dict.fromkeys(("blr", "min_lr", "warmup_epochs", "weight_decay", "grad_clip", "num_workers", "save_freq_steps",
-                     "sample_freq", "seed", "temperature"), NOT_NEGATIVE),
+                     "sample_freq", "seed", "temperature", "kl_coef", "w_iou", "w_confidence", "w_centroid", "w_miss",
+                     "w_extra", "w_quality"), NOT_NEGATIVE),
     **dict.fromkeys(("label_drop_prob", "text_drop_prob", "layout_drop_prob", "hflip_prob", "min_area",
-                     "min_visibility", "ema_rate"), FRACTION),
-    **dict.fromkeys(("attn_dropout", "proj_dropout"), BELOW_ONE),
+                     "min_visibility", "ema_rate", "rl_step_ratio", "reward_min_score", "guard_drop"), FRACTION),
+    **dict.fromkeys(("attn_dropout", "proj_dropout", "reward_iou_floor"), BELOW_ONE),
+    "group_size": (lambda value: value >= 2, "must be at least 2: advantages compare images of one prompt"),
+    "reward_full_score": (lambda value: 0 < value <= 1, "must lie in (0, 1]"),
     "mask_ratio_min": (lambda value: 0 < value < 1, "must lie in (0, 1)"),
 }  # fmt: skip
 
 
 def validate_train_args(args: argparse.Namespace) -> None:
     """Raises ValueError for the first argument out of its range, FileNotFoundError for a missing path."""
-    values = vars(args)
-    for name, (holds, message) in RULES.items():
-        if values[name] is not None and not holds(values[name]):
-            raise ValueError(f"--{name} {message}, got {values[name]}")
+    _check_ranges(args)
     if args.train_mode == "class":
         raise ValueError("--train_mode class needs class labels, COCO has none: it is for pretraining scripts")
     if args.train_mode not in COCO_MODES:
         raise ValueError(f"--train_mode must be one of {', '.join(COCO_MODES)}, got '{args.train_mode}'")
+    _check_run(args)
+    _require_paths(args, needed=("coco_root", "vae_path", "clip_path"), optional=("resume", "eval_detector"))
+
+
+def validate_rl_args(args: argparse.Namespace) -> None:
+    """The same for stage 3."""
+    _check_ranges(args)
+    _check_run(args)
+    if args.crop != "center":
+        raise ValueError(f"--crop {args.crop}: stage 3 takes centre crops, a random one may leave no box to reward")
+    if args.temperature == 0:
+        raise ValueError("--temperature 0 samples the same image for a whole group: there is nothing to compare")
+    if not args.resume and not (Path(args.output_dir) / LAST_NAME).is_file():
+        raise ValueError("--resume is needed: stage 3 starts from a stage-2 checkpoint")
+    if (args.w_quality > 0) != bool(args.quality_clip_path):
+        raise ValueError(
+            f"--w_quality and --quality_clip_path belong together, got {args.w_quality} and '{args.quality_clip_path}'"
+        )
+    wrong = {"elbo": "exact", "trajectory": "eps"}[args.rl_estimator]
+    if args.kl_coef > 0 and args.kl_estimator == wrong:
+        raise ValueError(f"--kl_estimator {wrong} does not go with --rl_estimator {args.rl_estimator}")
+    if args.rl_estimator == "elbo" and args.rl_draws is not None and args.rl_draws % 2:
+        raise ValueError(f"--rl_draws must be even for --rl_estimator elbo (each noise goes with its negative), "
+                         f"got {args.rl_draws}")  # fmt: skip
+    _require_paths(
+        args,
+        needed=("coco_root", "vae_path", "clip_path", "detector_path"),
+        optional=("resume", "eval_detector", "quality_clip_path"),
+    )
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    values = vars(args)
+    for name, (holds, message) in RULES.items():
+        if values.get(name) is not None and not holds(values[name]):
+            raise ValueError(f"--{name} {message}, got {values[name]}")
+
+
+def _check_run(args: argparse.Namespace) -> None:
+    """Combinations of what all stages have."""
     if args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} is longer than --epochs {args.epochs}")
     if args.use_cached != bool(args.cached_path):
@@ -52,18 +94,21 @@ def validate_train_args(args: argparse.Namespace) -> None:
         raise ValueError("--output_dir is empty")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ValueError(f"--output_dir {args.output_dir} is a file")
-    for flag in ("coco_root", "vae_path", "clip_path"):
+
+
+def _require_paths(args: argparse.Namespace, needed: Sequence[str], optional: Sequence[str]) -> None:
+    values = vars(args)
+    for flag in (*needed, *(flag for flag in optional if values[flag])):
         require_path(flag, values[flag])
-    for flag in ("resume", "eval_detector"):
-        if values[flag]:
-            require_path(flag, values[flag])
 
 
 WHERE_TO_GET = {
     "coco_root": "it holds annotations/ and the image folders, see https://cocodataset.org/#download",
     "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar",
     "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
+    "detector_path": "fasterrcnn_resnet50_fpn_v2's weights are linked from torchvision's documentation",
     "eval_detector": "a Faster R-CNN (.pth) or a YOLOX export (.onnx)",
+    "quality_clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
     "resume": "MAR's weights are linked from https://github.com/LTH14/mar; checkpoints lie in the run folders",
 }
 

@@ -121,10 +121,17 @@ class Draws:
 
 
 class Estimator(Protocol):
-    """needs_trace: the samples must have been recorded (`sample(..., record=True)`)."""
+    """needs_trace: the samples must have been recorded (`sample(..., record=True)`). num_masks: passes of the backbone.
+    num_draws: per token; None: all reverse steps that may be scored."""
 
     @property
     def needs_trace(self) -> bool: ...
+
+    @property
+    def num_masks(self) -> int: ...
+
+    @property
+    def num_draws(self) -> int | None: ...
 
     def draw(self, samples: Samples, generator: torch.Generator) -> list[Draws]:
         """The random choices, one entry per pass of the backbone. They are drawn on the generator's device."""
@@ -212,6 +219,7 @@ class ElboEstimator:
         """One pass: log_prob [n, p], mean (the predicted eps) [n, p, K, C]."""
         if draws.noise is None:
             raise ValueError("these draws have no noise: they are another estimator's")
+        assert not model.training, "log-probabilities need model.eval()"
         target = gather_tokens(samples.tokens, draws.token_ids)[:, :, None]  # [n, p, 1, C]
         noisy = add_noise(target, draws.noise, model.diffloss.tables_at(draws.timesteps))  # [n, p, K, C]
         output = model.denoise(
@@ -295,6 +303,7 @@ class TrajectoryEstimator:
             raise ValueError("the samples have no trace: record them (sample(..., record=True))")
         if draws.steps is None:
             raise ValueError("these draws have no reverse steps: they are another estimator's")
+        assert not model.training, "log-probabilities need model.eval()"
         states = samples.trace.states  # [n, L, S + 1, C]
         at = draws.token_ids[..., None, None].expand(-1, -1, *states.shape[2:])  # [n, p, S + 1, C]
         states = states.gather(1, at)  # [n, p, S + 1, C]

@@ -17,10 +17,11 @@ from tests.conftest import ROOT
 
 LAYERS = {"util": 0, "models": 1, "engine": 2, "scripts": 3, "main_mar": 3, "main_rl": 3}
 MAX_LINES = 400
-NAMESPACE_READERS = {"engine/build.py", "engine/arguments.py", "engine/validate.py"}  # and mains and scripts
-NAMESPACE_HANDLERS = {"util/config.py", "util/checkpoint.py"}  # one makes them, the other finds them in MAR's files
-TOP_LEVEL = {"main_mar.py", "models", "engine", "util", "configs", "scripts", "tests", "requirements.txt", "README.md"}
-TOP_LEVEL_MAY = {"main_rl.py", "LICENSE", "pretrained_models"}
+NAMESPACE_READERS = {f"engine/{name}.py" for name in ("build", "build_rl", "arguments", "arguments_rl", "validate")}
+NAMESPACE_HANDLERS = {"util/config.py", "util/checkpoint.py", "engine/main.py"}  # make, find and pass them on
+TOP_LEVEL = {"main_mar.py", "main_rl.py", "models", "engine", "util", "configs", "scripts", "tests", "requirements.txt"}
+TOP_LEVEL |= {"README.md"}
+TOP_LEVEL_MAY = {"LICENSE", "pretrained_models"}
 NOT_TRACKED = {"data", "output", "__pycache__"}
 NUMPY_RANDOM = {"default_rng", "Generator", "SeedSequence", "PCG64", "Philox"}
 MINI = re.compile(r"(?<![a-z])mini(?![a-z])", re.IGNORECASE)

@@ -1,0 +1,28 @@
+"""Stage 3 of StructMAR: GRPO. The model samples images of COCO's captions and boxes, a frozen detector rewards them.
+
+    python main_rl.py --resume output/stage2_sft/checkpoint-last.pth --detector_path pretrained_models/detector.pth ...
+    torchrun --nproc_per_node 8 main_rl.py ...
+
+`python main_rl.py --help` lists every flag; `--config FILE.yaml` gives any of them. Before the first update the log
+says what the command will cost. The run folder (--output_dir) has args.yaml, environment.json, log.txt, metrics.jsonl,
+tensorboard/, rollouts/ and checkpoint-last.pth, which holds the reference of the KL too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from engine.arguments_rl import rl_parser
+from engine.build_rl import build_rl
+from engine.main import run_main
+from engine.validate import validate_rl_args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See `engine.main.run_main`."""
+    return run_main(rl_parser(), validate_rl_args, build_rl, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
