@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from models.structmar import StructMAR
 
-TRAIN_MODES = ("full", "text_layout", "text_proj", "class")
+TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class")
 
 TEXT_PARTS = ("text_null", "text_pool_proj.", ".cross.")
 LAYOUT_PARTS = ("layout_embed.",)
 ROPE_PARTS = (".rope_strength",)
 NEW_PARTS = (*TEXT_PARTS, *LAYOUT_PARTS, *ROPE_PARTS)
 CLASS_PARTS = ("class_emb.",)
+HEAD_PARTS = ("diffloss.",)
 
 
 def _belongs(name: str, parts: tuple[str, ...]) -> bool:
@@ -32,7 +33,8 @@ def is_trainable(name: str, mode: str) -> bool:
     """Whether parameter `name` trains in a mode.
 
     text_layout (stage 1): the new parts. text_proj: the text parts alone. full (stages 2 and 3): everything but the
-    class embedding, which images with captions never use. class: MAR itself.
+    class embedding, which images with captions never use. backbone: as full, without the diffusion head. class: MAR
+    itself.
     """
     if mode == "text_layout":
         return _belongs(name, NEW_PARTS)
@@ -40,6 +42,8 @@ def is_trainable(name: str, mode: str) -> bool:
         return _belongs(name, TEXT_PARTS)
     if mode == "full":
         return not _belongs(name, CLASS_PARTS)
+    if mode == "backbone":
+        return not _belongs(name, (*CLASS_PARTS, *HEAD_PARTS))
     if mode == "class":
         return not _belongs(name, NEW_PARTS)
     raise ValueError(f"unknown train_mode {mode!r}, choose one of {TRAIN_MODES}")

@@ -246,6 +246,7 @@ def test_trainable_sets() -> None:
         "text_layout": {"text", "layout", "rope"},
         "text_proj": {"text"},
         "full": parts - {"class_emb"},
+        "backbone": parts - {"class_emb", "head"},
         "class": parts - {"text", "layout", "rope"},
     }
     assert set(expected) == set(TRAIN_MODES)

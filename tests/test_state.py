@@ -107,7 +107,7 @@ def test_explicit_resume_into_another_folder_continues(world, reference, caplog)
 
 def test_killed_in_the_middle_of_a_step(world, reference):
     def run() -> int:
-        take = engine.train.take_step
+        take = engine.train.SupervisedStep.take
         count = itertools.count()
 
         def killing(*args: Any) -> int:
@@ -115,7 +115,7 @@ def test_killed_in_the_middle_of_a_step(world, reference):
                 os.kill(os.getpid(), signal.SIGKILL)
             return take(*args)
 
-        engine.train.take_step = killing
+        engine.train.SupervisedStep.take = killing
         return main_mar.main(flags(world, "killed", max_steps=5, save_freq_steps=1))
 
     assert in_child(run) == -signal.SIGKILL
@@ -152,7 +152,7 @@ def test_a_signal_saves_and_gives_the_exit_code(world, reference, signum):
     output = f"signal{int(signum)}"
 
     def run() -> int:
-        take = engine.train.take_step
+        take = engine.train.SupervisedStep.take
         count = itertools.count()
 
         def interrupted(*args: Any) -> int:
@@ -160,7 +160,7 @@ def test_a_signal_saves_and_gives_the_exit_code(world, reference, signum):
                 os.kill(os.getpid(), signum)
             return take(*args)
 
-        engine.train.take_step = interrupted
+        engine.train.SupervisedStep.take = interrupted
         return main_mar.main(flags(world, output, max_steps=5))
 
     assert in_child(run) == 128 + signum

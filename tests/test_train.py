@@ -14,7 +14,7 @@ import engine.train
 from engine.inputs import StepInputs
 from engine.meter import Meter
 from engine.optim import LrSchedule, absolute_lr, build_optimizer, clip_gradients, parameter_groups
-from engine.train import Learner, Position, TrainConfig, TrainingRun, advance, backward_pass, take_step, train
+from engine.train import Learner, Position, SupervisedStep, TrainConfig, TrainingRun, advance, backward_pass, train
 from models.diffloss import DiffusionDraws
 from models.masking import TokenMask
 from models.structmar import StructMAR, preset_config
@@ -121,7 +121,7 @@ def tiny_run(mode: str = "full", num_batches: int = 4, lr: float = 1e-3, **confi
             learner,
             LrSchedule(lr, 0.0, 0.0, settings.epochs, "constant"),
             FakeBatches([tiny_inputs(4, seed) for seed in range(num_batches)]),
-            lambda batch, epoch, draws: batch,
+            SupervisedStep(settings, learner, lambda batch, epoch, draws: batch, CPU),
             CPU,
             lambda position: None,
         )
@@ -278,13 +278,13 @@ def test_a_finished_run_stays_as_it_is():
 
 def test_a_signal_saves_in_the_middle_of_an_epoch():
     tiny, stop = tiny_run(), Stop()
-    take = tiny.run.make_inputs
+    take = tiny.run.step.make_inputs
 
     def count(batch: Any, epoch: int, draws: torch.Generator) -> StepInputs:
         stop.signum = 15 if tiny.run.learner.optimizer.state else None  # from the second step on
         return take(batch, epoch, draws)
 
-    tiny.run = replace(tiny.run, make_inputs=count)
+    tiny.run.step.make_inputs = count
     assert tiny.train(stop=stop) == 15
     assert tiny.saved == [Position(0, 2, 2)]
 
@@ -300,8 +300,7 @@ def test_only_what_trains_changes():
 
 def test_a_step_reads_nothing_back(monkeypatch):
     """No host sync: `.item()` and `.tolist()` wait for the device."""
-    tiny = tiny_run()
-    meter = Meter(CPU.device, 0)
+    step = tiny_run().run.step
 
     def refuse(self: torch.Tensor) -> None:
         raise AssertionError("a step read a tensor back")
@@ -309,8 +308,8 @@ def test_a_step_reads_nothing_back(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "item", refuse)
         patch.setattr(torch.Tensor, "tolist", refuse)
-        take_step(tiny.run, Position(), iter([tiny_inputs(4)]), meter)
-    assert meter.read()[0] > 0
+        step.take(Position(), iter([tiny_inputs(4)]))
+    assert step.read()["loss"] > 0
 
 
 # --- values that are not finite ------------------------------------------------------------------------------------

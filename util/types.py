@@ -86,6 +86,13 @@ class LayoutBatch:
         """drop: [B] bool. The rows that are True lose their layout."""
         return LayoutBatch(self.boxes_xyxy, self.categories, self.valid & ~drop[:, None])
 
+    def repeated(self, times: int) -> LayoutBatch:
+        """Every row `times` times in a row: [B * times, ...]."""
+        boxes, categories, valid = (
+            t.repeat_interleave(times, 0) for t in (self.boxes_xyxy, self.categories, self.valid)
+        )
+        return LayoutBatch(boxes, categories, valid)
+
     def __len__(self) -> int:
         return self.valid.shape[0]
 
@@ -121,6 +128,11 @@ class TextContext:
         """drop: [B] bool. The rows that are True lose their text."""
         kept = ~drop
         return TextContext(self.tokens, self.valid & kept[:, None], self.pooled * kept[:, None].to(self.pooled.dtype))
+
+    def repeated(self, times: int) -> TextContext:
+        """Every row `times` times in a row: [B * times, ...]."""
+        tokens, valid, pooled = (t.repeat_interleave(times, 0) for t in (self.tokens, self.valid, self.pooled))
+        return TextContext(tokens, valid, pooled)
 
     def __len__(self) -> int:
         return self.valid.shape[0]

@@ -6,7 +6,8 @@
 # configs/mini_stage2.yaml's other settings, but the cosine ends with the run, the average is over about 100 steps, and
 # there are no previews. IMAGES (500) held-out scenes are evaluated with each of SEEDS ("0"). Finished runs and
 # evaluations are kept, interrupted ones go on. Everything goes to output/mini/ablation_<STEPS>_steps of this folder, or
-# of $ABLATION_ROOT if that is set (an absolute path); data/ is looked for, or made, there too.
+# of $ABLATION_ROOT if that is set (an absolute path); data/ is looked for, or made, there too. VARIANTS="no_rope no_bias"
+# does these only and makes no table, so that two such commands can share a machine before the whole one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -16,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # no_fourier         boxes enter as four numbers, not as Fourier features
 # no_cross_attention the caption enters by its pooled projection alone
 # text_only          boxes are never given: what is where, as far as the caption says it. Evaluated without boxes too.
-NAMES=(full no_rope no_bias no_fourier no_cross_attention text_only)
+read -r -a NAMES <<<"${VARIANTS:-full no_rope no_bias no_fourier no_cross_attention text_only}"
 variant_flags() {
     case "$1" in
         full) ;;
@@ -25,6 +26,7 @@ variant_flags() {
         no_fourier) echo "--no-layout_fourier" ;;
         no_cross_attention) echo "--cross_attn_every 0" ;;
         text_only) echo "--layout_drop_prob 1" ;;
+        *) echo "unknown variant '$1'" >&2 && exit 2 ;;
     esac
 }
 
@@ -87,5 +89,6 @@ for name in "${NAMES[@]}"; do
         "${RUN[@]}" ${SAMPLE[@]+"${SAMPLE[@]}"} ${layout[@]+"${layout[@]}"}
 done
 
+if [ -n "${VARIANTS:-}" ]; then exit; fi
 step "table"
 $python -m scripts.mini.ablation_table --runs "$OUT" --output "$OUT/table.md"

@@ -25,7 +25,7 @@ from engine.generate import generate_class_images
 from engine.inputs import ClassBatch, ClassInputs
 from engine.optim import LrSchedule, build_optimizer
 from engine.state import Identity, check_identity, find_source, load_weights, restore, resumed_position
-from engine.train import Learner, TrainConfig, TrainingRun, train
+from engine.train import Learner, SupervisedStep, TrainConfig, TrainingRun, train
 from models.sampling import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.vae import LatentCodec
@@ -121,14 +121,15 @@ def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     logger.info("standard deviation of the scaled latents: %.3f", float(codec.mode(moments).std()))
     batches = SingleObjects(moments, labels, args.batch_size, args.seed)
     epochs = -(-args.steps // len(batches))
+    settings = TrainConfig(
+        args.seed, epochs, args.steps, precision=args.precision, log_freq=50, save_epochs=0, save_steps=250
+    )
     run = TrainingRun(
-        config=TrainConfig(
-            args.seed, epochs, args.steps, precision=args.precision, log_freq=50, save_epochs=0, save_steps=250
-        ),
+        config=settings,
         learner=learner,
         schedule=LrSchedule(args.lr, args.lr / 50, 2, args.steps / len(batches), "cosine"),
         batches=batches,
-        make_inputs=ClassInputs(codec, 0.1, args.seed, dist.device),
+        step=SupervisedStep(settings, learner, ClassInputs(codec, 0.1, args.seed, dist.device), dist),
         dist=dist,
         save=saver(learner, Path(args.work_dir), STAGE, identity, vars(args), args.batch_size, dist),
     )
