@@ -19,7 +19,8 @@ EVERY = sorted((ROOT / "configs").glob("*.yaml"))
 SAMPLE = [path for path in EVERY if path.stem.endswith("_sample")]
 EVALUATE = [path for path in EVERY if path.stem.endswith("_eval")]
 PROFILES = [path for path in EVERY if path.stem.startswith("eval_")]
-MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES]
+MAIN_RL = [path for path in EVERY if "stage3" in path.stem]
+MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES + MAIN_RL]
 
 
 def parse(*argv: str) -> dict:

@@ -1,0 +1,217 @@
+"""Tables and curves of the mini world's comparison of reward fine-tunings: what scripts/mini/rl_comparison.sh leaves.
+
+    python -m scripts.mini.rl_table --runs output/mini/rl_300_updates --names stage2 elbo trajectory no_kl
+
+Expected are <runs>/<name>/<sampling>/<detector>/ of `scripts.evaluate_layout`, <sampling>/colour.json of
+`scripts.mini.colour_accuracy`, and <runs>/<name>/metrics.jsonl of all but the first name, which is the baseline. One
+table for each sampling. Behind each number of the others stands its gain over the baseline with a 95 % interval over
+layouts, paired (scripts/mini/rl_measures.py). Evaluations of other images, profiles, detectors, sampling or seeds are
+an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.bootstrap import Interval
+from scripts.mini.colour_accuracy import FORMAT as COLOUR_FORMAT
+from scripts.mini.rl_curves import learning_curves
+from scripts.mini.rl_measures import (
+    NUM_RESAMPLES,
+    Evaluation,
+    Measured,
+    load_evaluation,
+    measure,
+    read_json,
+    row_names,
+    the_model,
+)
+from util.images import save_png
+from util.logging import METRICS_NAME
+
+LABELS = {
+    "stage2": "stage 2 (before)",
+    "elbo": "GRPO, elbo",
+    "trajectory": "GRPO, trajectory",
+    "no_kl": "GRPO, elbo, no KL",
+    "paper": "the released surrogate",
+}
+SAMPLINGS = {
+    "rollout": "Sampled as in training (no guidance)",
+    "guided": "Sampled with guidance (configs/mini_eval.yaml)",
+}
+REWARD, JUDGE, YOLOX = "reward", "judge", "yolox"
+DETECTORS = {REWARD: "reward detector", JUDGE: "judge", YOLOX: "YOLOX"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """detector: who judges. measure: one of rl_measures.MEASURES. factor: 100 for percent."""
+
+    detector: str
+    measure: str
+    head: str
+    factor: float
+    digits: int
+
+
+COLUMNS = (
+    Column(REWARD, "reward", "reward", 1.0, 3),
+    Column(REWARD, "AP50", "AP50", 100.0, 1),
+    Column(REWARD, "mIoU", "mIoU", 100.0, 1),
+    Column(JUDGE, "reward", "reward", 1.0, 3),
+    Column(JUDGE, "AP50", "AP50", 100.0, 1),
+    Column(JUDGE, "mIoU", "mIoU", 100.0, 1),
+    Column(JUDGE, "extra", "extra/image", 1.0, 2),
+    Column(YOLOX, "AP50", "AP50", 100.0, 1),
+    Column(YOLOX, "mIoU", "mIoU", 100.0, 1),
+)
+
+
+def plain(value: float, column: Column) -> str:
+    return f"{column.factor * value:.{column.digits}f}"
+
+
+def signed(found: Interval, column: Column) -> str:
+    value, low, high = (
+        f"{column.factor * number:+.{column.digits}f}" for number in (found.value, found.low, found.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def baseline_cell(found: Measured, column: Column) -> str:
+    ends = found.interval
+    return f"{plain(ends.value, column)} [{plain(ends.low, column)}, {plain(ends.high, column)}]"
+
+
+def gain_cell(found: Measured, baseline: Measured, column: Column) -> str:
+    return f"{plain(found.value, column)} ({signed(found.minus(baseline), column)})"
+
+
+def require_same(found: Evaluation, first: Evaluation) -> None:
+    """Raises ValueError naming the field, both folders and both values: such rows must not stand in one table."""
+    for field in ("profile", "dataset", "detector id", "sampling", "seeds"):
+        values = [_field(evaluation, field) for evaluation in (first, found)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{field} differs: {values[0]} in {first.folder}, {values[1]} in {found.folder}; "
+                "remove the folder that is not wanted"
+            )
+
+
+def require_same_images(found: Evaluation, first: Evaluation) -> None:
+    """Raises ValueError if two detectors have not judged pictures of the same weights."""
+    one, other = (each.results["source"].get("weights_sha256") for each in (first, found))
+    if one != other:
+        raise ValueError(f"weights_sha256 differs: {one} in {first.folder}, {other} in {found.folder}")
+
+
+def _field(evaluation: Evaluation, field: str) -> Any:
+    if field == "detector id":
+        return evaluation.results["detector"]["id"]
+    return evaluation.results[field]
+
+
+def colour_cell(path: Path) -> str:
+    """Share of right colours where the caption decides, in percent with its own interval. Raises ValueError."""
+    results = read_json(path)
+    if results.get("format") != COLOUR_FORMAT:
+        raise ValueError(f"{path} has format {results.get('format')!r}, expected {COLOUR_FORMAT!r}")
+    (row,) = [row for row in results["rows"] if row["kind"] == "model"]
+    value, low, high = (100 * row["accuracy_determined"][key] for key in ("value", "low", "high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def sampling_table(
+    runs: Path, names: Sequence[str], sampling: str, detectors: Sequence[str], num_resamples: int = NUM_RESAMPLES
+) -> str:
+    """The Markdown table of one sampling; names[0] is the baseline. Raises FileNotFoundError or ValueError."""
+    columns = [column for column in COLUMNS if column.detector in detectors]
+    evaluations = {
+        (name, detector): load_evaluation(runs / name / sampling / detector, num_resamples)
+        for name in names
+        for detector in detectors
+    }
+    for (name, detector), evaluation in evaluations.items():
+        require_same(evaluation, evaluations[names[0], detector])
+        require_same_images(evaluation, evaluations[name, detectors[0]])
+    heads = [f"{column.head}, {DETECTORS[column.detector]}" for column in columns]
+    lines = [f"| | {' | '.join(heads)} | colour |", "|---" + "|---:" * (len(columns) + 1) + "|"]
+    baseline = _measures(evaluations, names[0], detectors)
+    for name in names:
+        measured = baseline if name == names[0] else _measures(evaluations, name, detectors)
+        cells = []
+        for column in columns:
+            found, before = (each[column.detector][column.measure] for each in (measured, baseline))
+            cells.append(baseline_cell(found, column) if name == names[0] else gain_cell(found, before, column))
+        cells.append(colour_cell(runs / name / sampling / "colour.json"))
+        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines + _bounds(evaluations, names[0], columns, detectors))
+
+
+def _measures(
+    evaluations: dict[tuple[str, str], Evaluation], name: str, detectors: Sequence[str]
+) -> dict[str, dict[str, Measured]]:
+    found = {detector: evaluations[name, detector] for detector in detectors}
+    return {detector: measure(evaluation, the_model(evaluation)) for detector, evaluation in found.items()}
+
+
+def _bounds(
+    evaluations: dict[tuple[str, str], Evaluation], name: str, columns: Sequence[Column], detectors: Sequence[str]
+) -> list[str]:
+    """Lines of the baseline's bounds (real images, VAE round trip), where they were scored."""
+    lines = []
+    for row in row_names(evaluations[name, detectors[0]], "bound"):
+        measured = {detector: measure(evaluations[name, detector], row) for detector in detectors}
+        cells = [plain(measured[column.detector][column.measure].value, column) for column in columns]
+        lines.append(f"| {row} | {' | '.join(cells)} | |")
+    return lines
+
+
+def comparison(runs: Path, names: Sequence[str], detectors: Sequence[str], num_resamples: int = NUM_RESAMPLES) -> str:
+    """Both tables and what they are of, as Markdown. Raises FileNotFoundError or ValueError naming the file."""
+    parts = []
+    for sampling, title in SAMPLINGS.items():
+        parts.append(f"{title}:\n\n{sampling_table(runs, names, sampling, detectors, num_resamples)}")
+    results = load_evaluation(runs / names[0] / next(iter(SAMPLINGS)) / detectors[0], num_resamples).results
+    profile, dataset, seeds = results["profile"], results["dataset"], ", ".join(map(str, results["seeds"]))
+    parts.append(
+        f"Profile {profile['name']} ({profile['hash']}), {dataset['num_images']} images of {dataset['split']} (ids "
+        f"{dataset['ids_hash']}), seeds {seeds}. Reward: engine/rewards.py with the default weights. AP50, mIoU and "
+        "colour in percent. First line: [95 % interval over layouts]; others: (gain over it [95 %, paired over "
+        f"layouts]), {num_resamples} bootstrap resamples, one training each. The reward detector's columns are what "
+        "was trained for and no evidence of quality; the judge is another architecture, trained on the same scenes."
+    )
+    return "\n\n".join(parts)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder with one folder for each name")
+    parser.add_argument("--names", nargs="+", choices=tuple(LABELS), default=list(LABELS), help="the first: baseline")
+    parser.add_argument("--detectors", nargs="+", choices=tuple(DETECTORS), default=[REWARD, JUDGE])
+    parser.add_argument("--output", type=Path, default=None, help="write the tables to this file too")
+    parser.add_argument("--curves", type=Path, default=None, help="PNG of the learning curves (None: not drawn)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if args.curves is not None:
+            runs = {LABELS[name]: args.runs / name / METRICS_NAME for name in args.names[1:]}
+            save_png(learning_curves(runs), args.curves)
+        text = comparison(args.runs, args.names, args.detectors)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if args.output is not None:
+        args.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
