@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from models.diffloss import DiffusionDraws
 from models.masking import TokenMask
-from models.sampling import SamplingConfig, embed_branches, uncover
+from models.policy import Draws, ElboEstimator, Estimator, Samples, TrajectoryEstimator
+from models.sampling import SamplingConfig, Trace, embed_branches, empty_trace, uncover
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from util.types import LayoutBatch, TextContext
 
@@ -84,6 +85,26 @@ def test_sampling_loop(scales: tuple[float, float]) -> None:
 
     with torch.no_grad():
         branches, config = embed_branches(model, config, BATCH, text, layout, None)
-        tokens = uncover(model, branches, orders, noise, config)
-    assert tokens.device.type == "cuda"
+        trace = empty_trace(orders, CONFIG.token_dim, config)
+        tokens = uncover(model, branches, orders, noise, config, trace=trace)
+    assert tokens.device.type == trace.states.device.type == "cuda"
     assert model.unpatchify(tokens).shape == (BATCH, 16, 8, 8)
+
+
+GUIDED = SamplingConfig(num_iter=6, num_sampling_steps=8, cfg_text=1.5, cfg_layout=3.0, clip_x0=5.0)
+
+
+@pytest.mark.parametrize(
+    "estimator", [ElboEstimator(num_iter=6, num_draws=2), TrajectoryEstimator(GUIDED, 2)], ids=["elbo", "trajectory"]
+)
+def test_log_probabilities(estimator: Estimator) -> None:
+    """A pass of either estimator."""
+    model = build().eval()
+    text, layout = conditions_on_gpu()
+    with torch.device("cuda"), torch.no_grad():
+        trace = Trace(torch.randn(BATCH, CONFIG.num_tokens, 9, 16), torch.randn(BATCH, CONFIG.num_tokens, 8))
+        tokens, orders = torch.randn(BATCH, CONFIG.num_tokens, 16), torch.zeros(BATCH, CONFIG.num_tokens).long()
+        ids = torch.zeros(BATCH, 4, dtype=torch.int64)
+        draws = Draws(ids, ids, torch.zeros(BATCH, 4, 2).long(), torch.randn(BATCH, 4, 2, 16), (2, 3), 1)
+        output = estimator.log_probs(model, Samples(tokens, orders, text, layout, trace), draws)
+    assert output.log_prob.device.type == "cuda" and output.mean.shape == (BATCH, 4, 2, 16)
