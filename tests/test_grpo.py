@@ -60,9 +60,10 @@ def test_zscores_have_mean_zero_and_are_bounded_by_the_group_size() -> None:
 
 @pytest.mark.parametrize("norm", ["zscore", "center", "batch"])
 def test_equal_rewards_give_exactly_zero(norm: str) -> None:
-    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1, 0.4]])  # the mean of three 0.1 is not 0.1 in float32
+    rewards = torch.full((2, 7), 0.1)  # the mean of seven 0.1 is not 0.1 in float32
+    rewards[1, 6] = 0.4
     advantages = group_advantages(rewards, norm, batch_std=0.0)
-    assert advantages[0].tolist() == [0.0, 0.0, 0.0]
+    assert advantages[0].tolist() == [0.0] * 7
     assert advantages[1].abs().min() > 0
 
 
