@@ -8,7 +8,10 @@ import pytest
 import yaml
 
 from engine.arguments import train_parser
+from engine.arguments_rl import rl_parser
 from engine.build import model_config, sampling_config, train_config
+from engine.build_rl import build_estimator, grpo_config
+from engine.build_rl import train_config as rl_train_config
 from engine.profiles import available_profiles, load_profile
 from scripts import evaluate_layout, sample
 from tests.test_main_mar import STAGE_1, STAGE_2, words
@@ -36,6 +39,16 @@ def test_it_parses_and_its_sizes_fit(path):
     assert train_config(args).epochs >= args.warmup_epochs
 
 
+@pytest.mark.parametrize("path", MAIN_RL, ids=lambda path: path.name)
+def test_settings_of_stage_3_parse_and_fit_together(path):
+    args = parse_args(rl_parser(), ["--config", str(path)])
+    assert model_config(args, num_categories=80, text_dim=64).num_tokens >= args.num_iter
+    assert build_estimator(args, sampling_config(args)).num_masks <= args.num_iter
+    assert grpo_config(args, total_updates=1).kl_coef > 0
+    assert rl_train_config(args).epochs >= args.warmup_epochs
+    assert args.detector_path != args.eval_detector
+
+
 @pytest.mark.parametrize("path", SAMPLE, ids=lambda path: path.name)
 def test_settings_of_the_sampler_parse(path):
     parse_args(sample.get_parser(), ["--config", str(path)])
@@ -57,6 +70,7 @@ def test_there_is_something_to_parse():
     assert {path.name for path in MAIN_MAR} >= {
         "stage1_align.yaml", "stage2_sft.yaml", "mini_stage1.yaml", "mini_stage2.yaml",
     }  # fmt: skip
+    assert "mini_stage3.yaml" in {path.name for path in MAIN_RL}
 
 
 @pytest.mark.parametrize(("name", "command"), [("stage1_align", STAGE_1), ("stage2_sft", STAGE_2)])
@@ -70,6 +84,16 @@ def test_the_mini_stages_differ_only_where_stages_do():
     assert {name: one[name] for name in same} == {name: two[name] for name in same}
     assert two["resume"] == f"{one['output_dir']}/checkpoint-last.pth"
     assert (one["train_mode"], two["train_mode"]) == ("text_layout", "full")
+
+
+def test_mini_stage_3_starts_where_stage_2_is_evaluated():
+    three = resolved_dict(parse_args(rl_parser(), ["--config", str(ROOT / "configs" / "mini_stage3.yaml")]))
+    two = parse("--config", str(ROOT / "configs" / "mini_stage2.yaml"))
+    same = ("model", "img_size", "vae_path", "clip_path", "coco_root", "coco_split", "max_objects", "min_area")
+    assert {name: three[name] for name in same} == {name: two[name] for name in same}
+    evaluated = yaml.safe_load((ROOT / "configs" / "mini_eval.yaml").read_text())
+    assert (three["resume"], three["detector_path"]) == (evaluated["resume"], evaluated["detector"])
+    assert (three["cfg"], three["cfg_text"], three["cfg_layout"]) == (1, None, None)  # what elbo scores
 
 
 def test_the_command_line_wins():

@@ -14,9 +14,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 run_flags() {
     case "$1" in
-        elbo | paper) echo "--rl_estimator elbo" ;;
+        elbo) echo "--rl_estimator elbo" ;;
         trajectory) echo "--rl_estimator trajectory" ;;
-        no_kl) echo "--rl_estimator elbo --kl_coef 0" ;;
+        no_kl | paper) echo "--rl_estimator elbo --kl_coef 0" ;;
         *) echo "unknown run $1 in NAMES; known are elbo trajectory no_kl paper" >&2; return 2 ;;
     esac
 }

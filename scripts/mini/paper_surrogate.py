@@ -1,0 +1,100 @@
+"""Stage 3 with the surrogate of the paper's released engine instead of GRPO's, as a row of the comparison only.
+
+    python -m scripts.mini.paper_surrogate --config configs/mini_stage3.yaml --kl_coef 0 --output_dir output/mini/paper
+
+Takes main_rl.py's flags. The released loss is the denoising error of the sampled tokens times the advantage,
+
+    L = E[ A * sum_k || eps_k - eps_theta(sqrt(bar_k) x + sqrt(1 - bar_k) eps_k, t_k, z) ||^2 / K ],
+
+with a mask, timesteps and noises of its own at every step: no ratio, no clip, so where A < 0 an error without bound is
+raised. Everything else is engine/grpo_step.py's: rollouts, rewards, advantages, optimizer, numbers of steps and masks.
+
+Left out: the released KL. It compares errors at unshared noises, which is noise (about 45 where both models are the
+same one), and subtracts it from the reward; --kl_coef must be 0. Left out too: dropout in the update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from engine.arguments_rl import rl_parser
+from engine.build import Prepared
+from engine.build_rl import build_rl
+from engine.grpo_step import GrpoStep, Pass
+from engine.main import run_main
+from engine.parallel import gradient_sync
+from engine.rl_eval import HeldOutEvaluation, RolloutPreview
+from engine.train import Position
+from engine.validate import validate_rl_args
+from models.policy import ElboEstimator
+from util.distributed import DistInfo
+from util.rng import generator
+
+
+def weighted_error(log_prob: Tensor, advantages: Tensor) -> Tensor:
+    """Mean of advantage * denoising error. log_prob: [n, p], of ElboEstimator: minus the error; advantages: [n]."""
+    return -(advantages[:, None] * log_prob).mean()
+
+
+class PaperStep(GrpoStep):
+    """`GrpoStep` with the released loss. Raises ValueError for settings that this loss does not have."""
+
+    def __init__(self, step: GrpoStep) -> None:
+        if not isinstance(step.estimator, ElboEstimator):
+            raise ValueError(f"the released loss needs --rl_estimator elbo, got {type(step.estimator).__name__}")
+        if step.config.kl_coef != 0 or step.config.rl_step_ratio != 1:
+            raise ValueError(
+                "the released loss is for --kl_coef 0 and --rl_step_ratio 1, "
+                f"got {step.config.kl_coef} and {step.config.rl_step_ratio}"
+            )
+        super().__init__(step.config, step.learner, step.worker, step.estimator, None, None, step.dist)
+        self.one_mask = replace(step.estimator, num_masks=1)
+
+    def optimizer_step(
+        self, passes: Sequence[Pass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
+    ) -> None:
+        """As in GRPO, but every inner step has draws of its own."""
+        fresh = [self._redrawn(each, (position.step, inner, index)) for index, each in enumerate(passes)]
+        super().optimizer_step(fresh, batches, rl_share, position, inner)
+
+    def rl_backward(self, scored: Pass, weight: float, is_last: bool) -> None:
+        with gradient_sync(self._synced(), is_last):
+            current = self._outputs(self.learner.wrapped, scored.samples, scored.draws)
+            loss = weighted_error(current.log_prob, scored.advantages)
+            (weight * loss).backward()
+        self._note({"policy_loss": loss, "loss": loss})
+
+    def _redrawn(self, scored: Pass, key: Sequence[int]) -> Pass:
+        draws = generator(self.config.seed, "released loss", *key, self.dist.rank)
+        (fresh,) = self.one_mask.draw(scored.samples, draws)
+        return replace(scored, draws=fresh)
+
+
+def build(args: argparse.Namespace, dist: DistInfo) -> Prepared:
+    """main_rl.py's stage 3 with a `PaperStep`, which pictures and evaluation then look at."""
+    prepared = build_rl(args, dist)
+    run = prepared.run
+    assert isinstance(run.step, GrpoStep)
+    step = PaperStep(run.step)
+    preview, evaluate = run.preview, run.evaluate
+    if isinstance(preview, RolloutPreview):
+        preview = replace(preview, step=step)
+    if isinstance(evaluate, HeldOutEvaluation):
+        step.rewards_since_evaluation = evaluate.step.rewards_since_evaluation  # as restored; checkpoints write it
+        evaluate = replace(evaluate, step=step)
+    return replace(prepared, run=replace(run, step=step, preview=preview, evaluate=evaluate))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See `engine.main.run_main`."""
+    return run_main(rl_parser(), validate_rl_args, build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
