@@ -183,6 +183,14 @@ def build_dataset(
     return CocoLayoutDataset(index, config, latents, texts, has_images)
 
 
+def build_sampler(args: argparse.Namespace, dataset: CocoLayoutDataset, dist: DistInfo) -> ResumableSampler:
+    """This process's share of every epoch. Raises ValueError if an epoch is shorter than a step."""
+    sampler = ResumableSampler(len(dataset), dist.rank, dist.world_size, args.seed, args.batch_size)
+    if sampler.num_batches < args.accum_iter:
+        raise ValueError(f"--accum_iter {args.accum_iter} is more than the {sampler.num_batches} batches of an epoch")
+    return sampler
+
+
 def build_scenes(args: argparse.Namespace, training: CocoLayoutDataset) -> Sequence[Scene]:
     """The captions and boxes of the previews: of --eval_split, or of the training split."""
     split, index = args.eval_split or args.coco_split, training.index
@@ -258,12 +266,13 @@ def build_learner(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has checked everything and written nothing."""
+    """A run that has checked everything and written nothing. notes: what the log says first."""
 
     run: TrainingRun
     start: Position
     stage: str
     args: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
@@ -281,9 +290,7 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
     categories = dataset.index.categories
     config = model_config(args, len(categories), frozen.text_encoder.dim)
     identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
-    sampler = ResumableSampler(len(dataset), dist.rank, dist.world_size, args.seed, args.batch_size)
-    if sampler.num_batches < args.accum_iter:
-        raise ValueError(f"--accum_iter {args.accum_iter} is more than the {sampler.num_batches} batches of an epoch")
+    sampler = build_sampler(args, dataset, dist)
     has_previews = args.online_eval or args.sample_freq > 0
     if has_previews:
         cosine_masked_counts(config.num_tokens, sampling.num_iter)  # raises if num_iter does not fit
@@ -331,8 +338,7 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
         preview=preview if has_previews else None,
         evaluate=evaluation,
     )
-    log_size(run, batches, dist)
-    return Prepared(run, start, args.train_mode, values)
+    return Prepared(run, start, args.train_mode, values, (describe_size(run, batches, dist),))
 
 
 def coco_inputs(args: argparse.Namespace, frozen: Frozen, device: torch.device) -> CocoInputs:
@@ -340,11 +346,11 @@ def coco_inputs(args: argparse.Namespace, frozen: Frozen, device: torch.device) 
     return CocoInputs(frozen.codec, frozen.text_encoder, rates, args.seed, device)
 
 
-def log_size(run: TrainingRun, batches: CocoBatches, dist: DistInfo) -> None:
-    logger.info(
-        "%d images, %d steps per epoch, %d steps in all, %d processes on %s",
-        len(batches.dataset), run.steps_per_epoch, run.total_steps, dist.world_size, dist.device,
-    )  # fmt: skip
+def describe_size(run: TrainingRun, batches: CocoBatches, dist: DistInfo) -> str:
+    return (
+        f"{len(batches.dataset)} images, {run.steps_per_epoch} steps per epoch, {run.total_steps} steps in all, "
+        f"{dist.world_size} processes on {dist.device}"
+    )
 
 
 def saver(

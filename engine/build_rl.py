@@ -26,9 +26,10 @@ from engine.build import (
     build_learner,
     build_model,
     build_online_targets,
+    build_sampler,
     coco_inputs,
     data_config,
-    log_size,
+    describe_size,
     lr_schedule,
     model_config,
     place_model,
@@ -36,7 +37,7 @@ from engine.build import (
     sampling_config,
     saver,
 )
-from engine.data import CocoLayoutDataset, ResumableSampler
+from engine.data import CocoLayoutDataset
 from engine.eval_set import EvalSet
 from engine.evaluate import Judge, unknown_categories
 from engine.grpo_step import GrpoConfig, GrpoStep
@@ -97,7 +98,7 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> Prepared:
     reward = build_reward(args, categories, dist.device)
     config = model_config(args, len(categories), frozen.text_encoder.dim)
     identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
-    sampler = ResumableSampler(len(dataset), dist.rank, dist.world_size, args.seed, args.batch_size)
+    sampler = build_sampler(args, dataset, dist)
     scored = build_online_targets(args, config, categories, dist.device)
     if scored is not None and scored[1].detector.id == reward.detector_id:
         raise ValueError(
@@ -141,9 +142,8 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> Prepared:
         preview=RolloutPreview(step, categories, args.num_preview, args.reward_min_score, dist, output_dir),
         evaluate=held_out,
     )
-    log_size(run, batches, dist)
-    log_cost(args, config, sampling, estimator, total, frozen)
-    return Prepared(run, resumed_position(source, global_batch, args.accum_iter, steps_per_epoch), STAGE, values)
+    notes = (describe_size(run, batches, dist), *describe_cost(args, config, sampling, estimator, total, frozen))
+    return Prepared(run, resumed_position(source, global_batch, args.accum_iter, steps_per_epoch), STAGE, values, notes)
 
 
 def build_held_out(
@@ -294,14 +294,14 @@ def open_denoise(model: StructMAR) -> None:
         register_fsdp_forward_method(model, "denoise")
 
 
-def log_cost(
+def describe_cost(
     args: argparse.Namespace,
     config: StructMARConfig,
     sampling: SamplingConfig,
     estimator: Estimator,
     updates: int,
     frozen: Frozen,
-) -> None:
+) -> list[str]:
     """What the command implies, before anything is done."""
     cost = estimate_cost(
         config,
@@ -316,5 +316,4 @@ def log_cost(
         frozen.text_encoder.max_tokens,
         updates,
     )
-    for line in cost.describe():
-        logger.info("%s", line)
+    return cost.describe()

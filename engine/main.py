@@ -68,4 +68,6 @@ def _open_run_folder(args: argparse.Namespace, prepared: Prepared, dist: DistInf
         environment = {**describe_environment(dist.device), "processes": dist.world_size}
         (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     logger.info("run folder %s, stage '%s', from step %d", folder, prepared.stage, prepared.start.step)
+    for note in prepared.notes:
+        logger.info("%s", note)
     return MetricWriter(folder, dist.rank, prepared.start.step, args.log_dir)

@@ -61,6 +61,8 @@ def gradient_sync(wrapped: nn.Module, enabled: bool) -> Iterator[None]:
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """The sharded model's full weights, for calls other than `forward` (sampling). All processes must enter."""
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()  # else, before the first `forward`, every block would become a root
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()

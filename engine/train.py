@@ -40,7 +40,8 @@ SIGNAL_CHECK_FREQ = 10  # steps between the collective checks for a signal, with
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Lengths and intervals; an interval of 0 means never. max_steps: None for no bound."""
+    """Lengths and intervals; an interval of 0 means never. max_steps: None for no bound. With eval_steps the start is
+    evaluated too."""
 
     seed: int
     epochs: int
@@ -165,6 +166,8 @@ class _Loop:
         run, signum = self.run, None
         bar: Any = progress(total=run.total_steps, initial=self.position.step, unit="step", rank=run.dist.rank)
         with bar:
+            if run.config.eval_steps and self.position.step == 0:
+                self.evaluate()  # what the start is worth
             while not self.is_finished() and signum is None:
                 signum = self.run_epoch(bar)
         if self.position.step % run.config.log_freq and self.num_images:
@@ -203,11 +206,16 @@ class _Loop:
         if self.run.preview is not None and (_is_due(step, config.preview_steps) or is_preview_epoch):
             self.run.step.check()
             self.run.preview(step, self.writer)
-        if self.run.evaluate is not None and (_is_due(step, config.eval_steps) or is_preview_epoch):
-            self.run.step.check()
-            self.reason_to_end = self.run.evaluate(step, self.writer)
-            if self.reason_to_end is not None:
-                logger.warning("ending at step %d: %s", step, self.reason_to_end)
+        if _is_due(step, config.eval_steps) or is_preview_epoch:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        if self.run.evaluate is None:
+            return
+        self.run.step.check()
+        self.reason_to_end = self.run.evaluate(self.position.step, self.writer)
+        if self.reason_to_end is not None:
+            logger.warning("ending at step %d: %s", self.position.step, self.reason_to_end)
 
     def asked_to_stop(self) -> int | None:
         """The signal, agreed on by all processes (torchrun passes it to each, not at the same step)."""
