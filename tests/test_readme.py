@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from engine.arguments import train_parser
+from engine.arguments_rl import rl_parser
 from engine.validate import RULES
 from tests.conftest import ROOT
 from tests.test_main_mar import STAGE_1, STAGE_2, words
+from tests.test_main_rl import STAGE_3
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAUNCHER = re.compile(r"(torchrun( --\w+ \d+)*|(\.venv/bin/)?python) main_(\w+)\.py ")
@@ -111,43 +113,54 @@ def test_scripts_and_modules_in_the_text_exist() -> None:
 def test_links_inside_the_repository_lead_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
     assert targets
-    assert [target for target in targets if not (ROOT / target.split("#")[0]).exists()] == []
+    assert [target for target in targets if not (ROOT / target.split("#")[0]).exists()] == []  # "#heading": ROOT itself
 
 
-@pytest.mark.parametrize("paper", [STAGE_1, STAGE_2], ids=["stage1", "stage2"])
+@pytest.mark.parametrize("paper", [STAGE_1, STAGE_2, STAGE_3], ids=["stage1", "stage2", "stage3"])
 def test_the_papers_commands_are_there_unchanged(paper: str) -> None:
     assert paper.strip() in README
-    assert shlex.join(["python", "main_mar.py", *words(paper)]) in MAINS
+    assert shlex.join([*shlex.split(paper)[:2], *words(paper)]) in MAINS
 
 
-def test_what_is_not_there_yet_is_said_to_be_missing() -> None:
-    if (ROOT / "main_rl.py").exists():
-        assert any("main_rl.py" in command for command in MAINS)
-    else:
-        assert re.search(r"`main_rl\.py`\)? is not in this version", README)
+def test_every_anchor_is_a_heading() -> None:
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
-def flag_table() -> dict[str, str]:
-    """Flag -> its row (flag, default, meaning), of the section on the flags of main_mar.py."""
-    section = README.split("## Flags of main_mar.py", 1)[1].split("\n## ", 1)[0]
+def flag_table(program: str) -> dict[str, str]:
+    """Flag -> its row (flag, default, meaning), of the section on the program's flags."""
+    section = README.split(f"## Flags of {program}", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
-    return {flag: row for row in rows for flag in re.findall(r"--\w+", row.split("|")[1])}
+    return {flag: row for row in rows for flag in re.findall(r"^\| `(--\w+)`", row)}
 
 
-def test_the_table_has_every_flag_and_no_other() -> None:
-    flags = {
-        option
-        for action in train_parser()._actions
-        for option in action.option_strings
-        if option.startswith("--") and option not in ("--help", f"--no_{action.dest}", f"--no-{action.dest}")
-    }
-    assert {flag for flag in flag_table() if not flag.startswith("--no-")} == flags
+def facts(parser: argparse.ArgumentParser) -> dict[str, tuple[str, str]]:
+    """Flag -> its default and meaning as the table states them."""
+    stated = {}
+    for action in parser._actions:
+        choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
+        default = "" if action.default in (None, "") else str(action.default)
+        stated[f"--{action.dest}"] = (default, f"{action.help}{choices}")
+    del stated["--help"]
+    return stated
 
 
-def test_the_table_has_the_defaults() -> None:
-    stated = {flag: row.split("|")[2].strip() for flag, row in flag_table().items()}
-    defaults = {f"--{action.dest}": action.default for action in train_parser()._actions if action.dest != "help"}
-    assert stated == {flag: "" if value is None else str(value) for flag, value in defaults.items()}
+def cells(row: str) -> tuple[str, str]:
+    _, _, default, meaning, _ = row.split("|")
+    return default.strip(), meaning.strip()
+
+
+def test_the_table_of_stages_1_and_2_is_the_parsers() -> None:
+    assert {flag: cells(row) for flag, row in flag_table("main_mar.py").items()} == facts(train_parser())
+
+
+def test_the_table_of_stage_3_has_what_differs() -> None:
+    first, third = facts(train_parser()), facts(rl_parser())
+    differing = {flag: fact for flag, fact in third.items() if first.get(flag) != fact}
+    assert {flag: cells(row) for flag, row in flag_table("main_rl.py").items()} == differing
+    absent = README.split("## Flags of main_rl.py", 1)[1].split("and with these", 1)[0]
+    assert set(re.findall(r"--\w+", absent)) == first.keys() - third.keys()
 
 
 def test_nothing_was_left_to_fill_in() -> None:
