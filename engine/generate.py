@@ -128,9 +128,12 @@ def scene_grid(
     return make_grid(cells, columns, pad=GRID_GAP)
 
 
-def caption_bands(captions: Sequence[str], width: int) -> list[Picture]:
-    """Every caption in black on white, wrapped to `width` pixels; all bands have the height of the longest."""
-    font = ImageFont.load_default(max(11, width // 19))
+def caption_bands(captions: Sequence[str], width: int, font_size: int | None = None) -> list[Picture]:
+    """Every caption in black on white, wrapped to `width` pixels; all bands have the height of the longest.
+
+    font_size: in px; default: what suits an image that is `width` wide.
+    """
+    font = ImageFont.load_default(font_size or caption_font_size(width))
     wrapped = [_wrap(caption, font, width) for caption in captions]
     ascent_to_descent = font.getbbox("Ágjy")
     line_height = math.ceil(1.15 * (ascent_to_descent[3] - min(0, ascent_to_descent[1])))
@@ -143,6 +146,11 @@ def caption_bands(captions: Sequence[str], width: int) -> list[Picture]:
             draw.text((1, 2 + number * line_height), line, fill="black", font=font)
         bands.append(np.asarray(band))
     return bands
+
+
+def caption_font_size(width: int) -> int:
+    """Pixels, for the caption of an image `width` wide."""
+    return max(11, width // 19)
 
 
 def _batches(total: int, batch_size: int) -> Iterator[slice]:
