@@ -86,7 +86,7 @@ def test_every_run_has_the_same_budget_and_start(tmp_path: Path) -> None:
     found = trainings(lines)
     assert [Path(value_of(words, "--output_dir")).name for words in found] == RUNS
     assert [words[:2] for words in found] == [["main_rl.py", "--config"]] * 3 + [["-m", "scripts.mini.paper_surrogate"]]
-    own = {"elbo": [], "trajectory": [], "no_kl": ["--kl_coef", "0"], "paper": ["--kl_coef", "0"]}
+    own = {"elbo": [], "trajectory": ["--rl_masks", "4", "--rl_draws", "8"], "no_kl": ["--kl_coef", "0"], "paper": ["--kl_coef", "0"]}
     for name, words in zip(RUNS, found, strict=True):
         estimator = "trajectory" if name == "trajectory" else "elbo"
         assert words[words.index("--rl_estimator") :] == ["--rl_estimator", estimator, *own[name]]
@@ -102,7 +102,7 @@ def test_every_detector_judges_the_same_pictures(tmp_path: Path, monkeypatch: py
     assert code == 0
     monkeypatch.chdir(ROOT)
     found = [vars(parse_args(evaluate_layout.get_parser(), words[2:])) for words in evaluations(lines)]
-    out = tree.root / "output/mini/rl_300_updates"
+    out = tree.root / "output/mini/rl_200_updates"
     places = [Path(values["output_dir"]).relative_to(out).parts for values in found]
     detectors = ("reward", "judge", "yolox")
     assert places == [(n, s, d) for n in ("stage2", "elbo") for s in ("rollout", "guided") for d in detectors]

@@ -4,7 +4,8 @@
 #   bash scripts/mini/rl_comparison.sh                              has not been run at full length yet
 #   bash scripts/mini/rl_comparison.sh --detector yolox_nano.onnx   a third detector judges too
 #   bash scripts/mini/rl_comparison.sh --smoke                      a few updates of everything, to see that it works
-# Every run makes UPDATES (300) updates with configs/mini_stage3.yaml's settings. IMAGES (300) held-out layouts are drawn
+# Every run makes UPDATES (200) updates with configs/mini_stage3.yaml's settings; trajectory scores as many masks and
+# steps as cost what elbo's masks and draws cost (0.4 TFLOP an update). IMAGES (300) held-out layouts are drawn
 # with each of SEEDS ("0 1 2"), once as the rollouts are (no guidance) and once with configs/mini_eval.yaml's guidance,
 # and judged by the reward detector, by another one that was trained apart, and by --detector. NAMES picks the runs.
 # Finished runs and evaluations are kept, interrupted ones go on. Everything goes to output/mini/rl_<UPDATES>_updates of
@@ -15,20 +16,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 run_flags() {
     case "$1" in
         elbo) echo "--rl_estimator elbo" ;;
-        trajectory) echo "--rl_estimator trajectory" ;;
+        trajectory) echo "--rl_estimator trajectory --rl_masks 4 --rl_draws 8" ;;
         no_kl | paper) echo "--rl_estimator elbo --kl_coef 0" ;;
         *) echo "unknown run $1 in NAMES; known are elbo trajectory no_kl paper" >&2; return 2 ;;
     esac
 }
 usage() {
-    echo "usage: [UPDATES=300] [IMAGES=300] [SEEDS='0 1 2'] [NAMES='elbo trajectory no_kl paper']" \
+    echo "usage: [UPDATES=200] [IMAGES=300] [SEEDS='0 1 2'] [NAMES='elbo trajectory no_kl paper']" \
         "bash scripts/mini/rl_comparison.sh [--detector FILE] [--smoke]" >&2
     exit 2
 }
 
 ROOT="${RL_ROOT:+$RL_ROOT/}"
 DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
-UPDATES="${UPDATES:-300}" IMAGES="${IMAGES:-300}" SEEDS="${SEEDS:-0 1 2}"
+UPDATES="${UPDATES:-200}" IMAGES="${IMAGES:-300}" SEEDS="${SEEDS:-0 1 2}"
 read -r -a NAMES <<<"${NAMES:-elbo trajectory no_kl paper}"
 NUM_TRAIN=6000 NUM_VAL=500 SUFFIX="" EXTRA=() YOLOX=""
 SAMPLING=(--num_iter 16 --num_sampling_steps 25 --cfg_text 1 --cfg_layout 1 --temperature 1)
@@ -73,7 +74,7 @@ bash scripts/setup_env.sh
 python=.venv/bin/python
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
 source scripts/mini/precision.sh
-RUN=(--device cpu --num_threads "$OMP_NUM_THREADS")
+RUN=(--device cpu --num_threads "$OMP_NUM_THREADS" --precision "$PRECISION")
 
 step "scenes, latents and text states"
 $python -m scripts.mini.make_dataset --output_dir "$DATA" --num_train "$NUM_TRAIN" --num_val "$NUM_VAL"
@@ -108,7 +109,7 @@ evaluate() { # NAME WEIGHTS SAMPLING FLAGS...: images once, then every detector 
         $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --name "$name" \
             --resume "$weights" --detector "$(detector_file "$detector")" --output_dir "$folder/$detector" \
             --reward_detector $MINI/fasterrcnn_mini.pth --max_images "$IMAGES" --seeds $SEEDS "${RUN[@]}" \
-            --precision "$PRECISION" "$@" ${SCORE[@]+"${SCORE[@]}"} ${more[@]+"${more[@]}"}
+            "$@" ${SCORE[@]+"${SCORE[@]}"} ${more[@]+"${more[@]}"}
     done
     if [ ! -e "$folder/colour.json" ]; then
         local pictures=()

@@ -1,6 +1,6 @@
 """Learning curves of several runs as one PNG, from their metrics.jsonl.
 
-    python -m scripts.mini.rl_curves --runs output/mini/rl_300_updates/elbo output/mini/rl_300_updates/no_kl \\
+    python -m scripts.mini.rl_curves --runs output/mini/rl_200_updates/elbo output/mini/rl_200_updates/no_kl \\
         --output curves.png
 
 Four panels over updates: reward of the rollouts, held-out AP50 (by --eval_detector), KL to the reference, norm of the

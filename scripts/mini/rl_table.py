@@ -1,6 +1,6 @@
 """Tables and curves of the mini world's comparison of reward fine-tunings: what scripts/mini/rl_comparison.sh leaves.
 
-    python -m scripts.mini.rl_table --runs output/mini/rl_300_updates --names stage2 elbo trajectory no_kl
+    python -m scripts.mini.rl_table --runs output/mini/rl_200_updates --names stage2 elbo trajectory no_kl
 
 Expected are <runs>/<name>/<sampling>/<detector>/ of `scripts.evaluate_layout`, <sampling>/colour.json of
 `scripts.mini.colour_accuracy`, and <runs>/<name>/metrics.jsonl of all but the first name, which is the baseline. One

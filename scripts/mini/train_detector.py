@@ -2,7 +2,7 @@
 
     python -m scripts.mini.train_detector --output pretrained_models/mini/fasterrcnn_mini.pth
     python -m scripts.mini.train_detector --output pretrained_models/mini/fasterrcnn_mini_judge.pth \
-        --arch fasterrcnn_mini_fpn --seed 1
+        --arch fasterrcnn_mini_fpn --seed 1 --steps 2400 --soften_prob 0.5
 
 The first is the yardstick of layout fidelity and stage 3's reward; the second, of another architecture and seed, judges
 whether what pleases the first is more than its weakness.
