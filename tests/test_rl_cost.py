@@ -18,7 +18,7 @@ from engine.rl_cost import (
 )
 from models.masking import cosine_masked_counts
 from models.sampling import SamplingConfig, sample
-from models.structmar import StructMAR, StructMARConfig, gather_tokens, preset_config
+from models.structmar import StructMAR, StructMARConfig, preset_config
 from tests import tiny
 from util.types import LayoutBatch, TextContext
 
@@ -68,16 +68,15 @@ def counted_rollout(config: StructMARConfig, sampling: SamplingConfig, n: int) -
 
 def counted_scoring(config: StructMARConfig, n: int, m: int, p: int, draws: int) -> tuple[int, int]:
     """(forward, backward and recomputation) of n images with m tokens hidden, p of them scored `draws` times each."""
-    model = build(config).train()
+    model = build(config).eval()
     text, layout = conditions(config, n)
     kept_ids = torch.zeros(n, config.num_tokens - m, dtype=torch.int64, device=META)
     token_ids = torch.zeros(n, p, dtype=torch.int64, device=META)
     tokens = torch.zeros(n, config.num_tokens, config.token_dim, device=META)
+    noisy = torch.zeros(n, p, draws, config.token_dim, device=META)
+    timesteps = torch.zeros(n, p, draws, dtype=torch.int64, device=META)
     with FlopCounterMode(display=False) as counter:
-        z = model.predict(tokens, kept_ids, model.embed_conditions(n, None, text, layout))
-        rows = gather_tokens(z, token_ids).repeat_interleave(draws, dim=1).flatten(0, 1)
-        noisy = torch.zeros(len(rows), config.token_dim, device=META)
-        output = model.diffloss.net(noisy, torch.zeros(len(rows), device=META), rows)
+        output = model.denoise(tokens, kept_ids, token_ids, noisy, timesteps, text=text, layout=layout)
         forward = counter.get_total_flops()
         output.sum().backward()
     return forward, counter.get_total_flops() - forward
