@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.data import Batch
 from engine.parallel import unsharded
 from engine.rewards import LayoutReward, RewardBatch
-from models.policy import Samples
+from models.policy import Samples, collect_samples
 from models.sampling import SamplingConfig, sample
 from models.structmar import StructMAR
 from models.text import TextEncoder
@@ -73,7 +73,7 @@ class RolloutWorker:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with autocast, unsharded(self.model):
             drawn = sample(self.model, self.config, generators, text=text, layout=layout, record=self.needs_trace)
-        samples = Samples(self.model.patchify(drawn.latents), drawn.orders, text, layout, drawn.trace)
+        samples = collect_samples(self.model, drawn, text, layout)
         pictures = [to_picture(pixels) for pixels in self.codec.decode(drawn.latents.float())]
         prompts = [caption for caption in batch.captions for _ in range(self.group_size)]
         rewards = self.reward(to_images(pictures, self.device), layout, prompts)

@@ -176,6 +176,7 @@ GOOD = {
     "scripts/sample.py": "from engine.generate import Scene\n",
     "scripts/mini/draw.py": "from scripts.mini import scenes\nfrom engine.data import Batch\n",
     "main_mar.py": "from engine import build\nimport argparse\nx: argparse.Namespace\n",
+    "main_rl.py": "",
     "configs/a.yaml": "",
     "tests/test_a.py": "import scripts.mini.draw\n",
     "requirements.txt": "",
