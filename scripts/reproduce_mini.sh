@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remakes everything in pretrained_models/mini/ from seeds: scenes, VAE, text encoder, class-conditional MAR, stages 1
-# and 2, detector. About four hours on two cores; run it again after an interruption and it goes on where it stopped.
+# and 2, detectors. About four hours on two cores; run it again after an interruption and it goes on where it stopped.
 # Finished files are kept: remove one to remake it (and those below it, which depend on it).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -41,8 +41,10 @@ $python main_mar.py --config configs/mini_stage2.yaml --precision "$PRECISION" -
     --cached_path data/mini_cache_18k/train2017 --batch_size 64 --diffusion_batch_mul 1 --ema_rate 0.999 --epochs 36
 $python -m scripts.export_weights --resume output/mini/stage2/checkpoint-last.pth --dtype fp16 \
     --output $MINI/structmar_mini_stage2.safetensors
-step "Faster R-CNN (13 minutes)"
+step "Faster R-CNN (13 minutes), and another one that judges what stage 3 makes for the first (10 minutes)"
 build_if_missing $MINI/fasterrcnn_mini.pth $python -m scripts.mini.train_detector --output $MINI/fasterrcnn_mini.pth
+build_if_missing $MINI/fasterrcnn_mini_judge.pth $python -m scripts.mini.train_detector \
+    --output $MINI/fasterrcnn_mini_judge.pth --arch fasterrcnn_mini_fpn --seed 1 --steps 2400 --soften_prob 0.5
 step "the README's picture and numbers (20 minutes)"
 $python -m scripts.sample --config configs/mini_sample.yaml --output_dir output/mini/samples
 $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --seeds 0 1 2 --no_layout_run --precision "$PRECISION"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from models.detector import (
 )
 from scripts.mini import train_detector
 from scripts.mini.make_dataset import DatasetSettings, make_dataset
+from scripts.mini.scenes import render_scene
 from scripts.mini.train_detector import match_iou, soften
+from tests.conftest import ROOT
 from util.checkpoint import save_atomic
 from util.types import Category
 
@@ -131,6 +134,21 @@ def test_torchvisions_coco_file_loads(tmp_path: Path) -> None:
     assert Category(90, "toothbrush") in detector.categories
     assert detector.category_ids[13] == 13
     assert detector.category_ids[12] == 0  # an id that COCO never used
+
+
+def test_the_committed_judge_is_not_the_reward_and_agrees_with_it_on_a_drawing() -> None:
+    folder = ROOT / "pretrained_models/mini"
+    reward, judge = (load_faster_rcnn(folder / f"fasterrcnn_mini{suffix}.pth") for suffix in ("", "_judge"))
+    assert (reward.arch, judge.arch) == (SMALL, SMALL_FPN)
+    assert reward.categories == judge.categories and len(judge.categories) == 12
+    scene = render_scene(np.random.default_rng(3))
+    picture = torch.from_numpy(scene.image.copy()).permute(2, 0, 1).float() / 255
+    boxes = torch.tensor([item.bbox for item in scene.objects])  # xywh
+    boxes[:, 2:] += boxes[:, :2]
+    category_ids = torch.tensor([item.category_id for item in scene.objects])
+    for detector in (reward, judge):
+        (found,) = detector([picture])
+        assert min(match_iou(boxes, category_ids, found, min_score=0.5)) > 0.5
 
 
 def test_settings_change_the_thresholds(tmp_path: Path) -> None:
