@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from engine.arguments_rl import rl_parser
+from engine.build import sampling_config
+from engine.build_rl import build_estimator
 from engine.grpo_step import GrpoConfig, GrpoStep, Pass
 from engine.train import Learner
 from models.policy import Draws, ElboEstimator, PolicyOutput, Samples, TrajectoryEstimator
@@ -146,9 +149,14 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert code == 0 and len(trainings(lines)) == 4
 
 
-def test_smoke_is_apart_and_small(tmp_path: Path) -> None:
+def test_smoke_is_apart_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     code, lines = Tree(tmp_path / "tree").run("--smoke")
     assert code == 0 and all(value_of(words, "--max_rl_steps") == "2" for words in trainings(lines))
+    args = parse_args(rl_parser(), trainings(lines)[1][1:])
+    estimator = build_estimator(args, sampling_config(args))  # scores no more steps than there are
+    assert isinstance(estimator, TrajectoryEstimator) and estimator.num_draws is not None
+    assert estimator.num_draws <= args.num_sampling_steps - 4
     assert all("_smoke/" in value_of(words, "--output_dir") for words in trainings(lines) + evaluations(lines))
 
 

@@ -41,7 +41,7 @@ while [ $# -gt 0 ]; do
             DATA="${DATA}_smoke" CACHE="${CACHE}_smoke" SUFFIX="_smoke"
             UPDATES=2 IMAGES=4 NUM_TRAIN=96 NUM_VAL=16
             EXTRA=(--batch_size 2 --group_size 2 --eval_images 4 --eval_freq 1)
-            SAMPLING=(--num_iter 4 --num_sampling_steps 8 --cfg_text 1 --cfg_layout 1 --temperature 1)
+            SAMPLING=(--num_iter 4 --num_sampling_steps 12 --cfg_text 1 --cfg_layout 1 --temperature 1)
             GUIDED=(--num_iter 4 --num_sampling_steps 5)
             SCORE=(--batch_size 4 --num_resamples 20)
             ;;
