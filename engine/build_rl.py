@@ -185,6 +185,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         save_steps=args.save_freq_steps,
         preview_steps=args.sample_freq,
         eval_steps=args.eval_freq if args.online_eval else 0,
+        signal_steps=1,  # an update takes long
     )
 
 
@@ -306,7 +307,7 @@ def describe_cost(
     cost = estimate_cost(
         config,
         sampling,
-        args.batch_size * args.accum_iter,
+        args.batch_size,
         args.group_size,
         args.rl_estimator,
         estimator.num_masks,
@@ -315,5 +316,6 @@ def describe_cost(
         args.kl_coef > 0,
         frozen.text_encoder.max_tokens,
         updates,
+        args.accum_iter,
     )
     return cost.describe()

@@ -62,8 +62,8 @@ class Operations:
 class RlCost:
     """Of one process. *_flops are of one update; the other counts too, except `updates`, the length of the run.
 
-    head_calls: of the rollout, one after the other, each for all images at once: with small models their number, not
-    their size, is what takes the time. rollout_passes, scoring_passes: backbone passes of all images at once (with all
+    head_calls: of the rollout, one after the other, each for all images of a batch: with small models their number, not
+    their size, is what takes the time. rollout_passes, scoring_passes: backbone passes of a whole batch (with all
     guidance branches); scoring_passes counts old, reference and every inner epoch, a pass with its backward as one.
     """
 
@@ -109,17 +109,25 @@ def estimate_cost(
     has_reference: bool,
     num_text_tokens: int,
     updates: int,
+    accum_iter: int = 1,
 ) -> RlCost:
     """See the module's docstring; prompts and updates are those of one process, with a caption and boxes each.
 
-    num_draws: None for all reverse steps that `trajectory` may score. num_text_tokens: of a padded batch.
+    num_draws: None for all reverse steps that `trajectory` may score. num_text_tokens: of a padded batch. accum_iter:
+    batches of prompts in an update, rolled out and scored one after the other.
     Raises ValueError for an unknown estimator, a count below 1, or more masks than iterations.
     """
     num_steps = len(reverse_steps(sampling.num_sampling_steps, sampling.t_max))
     draws = _scored_draws(estimator, num_draws, num_steps)
-    sizes = {"prompts": prompts, "group_size": group_size, "inner_epochs": inner_epochs, "updates": updates}
+    sizes = {
+        "prompts": prompts,
+        "group_size": group_size,
+        "inner_epochs": inner_epochs,
+        "updates": updates,
+        "accum_iter": accum_iter,
+    }
     _check({"rl_masks": num_masks, "rl_draws": draws, **sizes}, sampling.num_iter)
-    images = prompts * group_size
+    images = accum_iter * prompts * group_size
     rollout = rollout_flops(config, sampling, num_text_tokens)
 
     full = _mean_scoring(config, sampling.num_iter, estimator, draws, num_text_tokens)
@@ -131,9 +139,9 @@ def estimate_cost(
     return RlCost(
         images=images,
         iterations=sampling.num_iter,
-        head_calls=sampling.num_iter * num_steps,
-        rollout_passes=sampling.num_iter,
-        scoring_passes=num_masks * evaluations,
+        head_calls=accum_iter * sampling.num_iter * num_steps,
+        rollout_passes=accum_iter * sampling.num_iter,
+        scoring_passes=accum_iter * num_masks * evaluations,
         rollout_flops=images * rollout,
         scoring_flops=images * scoring,
         updates=updates,

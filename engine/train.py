@@ -35,13 +35,11 @@ from util.rng import derive_seed, generator
 
 logger = logging.getLogger(__name__)
 
-SIGNAL_CHECK_FREQ = 10  # steps between the collective checks for a signal, with more than one process
-
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Lengths and intervals; an interval of 0 means never. max_steps: None for no bound. With eval_steps the start is
-    evaluated too."""
+    evaluated too. signal_steps: steps between the collective checks for a signal, with more than one process."""
 
     seed: int
     epochs: int
@@ -56,6 +54,7 @@ class TrainConfig:
     preview_epochs: int = 0
     preview_steps: int = 0
     eval_steps: int = 0
+    signal_steps: int = 10
 
 
 @dataclass(frozen=True)
@@ -200,14 +199,14 @@ class _Loop:
         config, step, epoch = self.run.config, self.position.step, self.position.epoch
         if _is_due(step, config.log_freq):
             self.log()
+        is_preview_epoch = is_epoch_end and _is_due(epoch, config.preview_epochs)
+        if _is_due(step, config.eval_steps) or is_preview_epoch:
+            self.evaluate()  # before saving: what it remembers is saved too
         if _is_due(step, config.save_steps) or (is_epoch_end and _is_due(epoch, config.save_epochs)):
             self.save()
-        is_preview_epoch = is_epoch_end and _is_due(epoch, config.preview_epochs)
         if self.run.preview is not None and (_is_due(step, config.preview_steps) or is_preview_epoch):
             self.run.step.check()
             self.run.preview(step, self.writer)
-        if _is_due(step, config.eval_steps) or is_preview_epoch:
-            self.evaluate()
 
     def evaluate(self) -> None:
         if self.run.evaluate is None:
@@ -221,7 +220,7 @@ class _Loop:
         """The signal, agreed on by all processes (torchrun passes it to each, not at the same step)."""
         if self.run.dist.world_size == 1:
             return self.stop.signum
-        if self.position.step % SIGNAL_CHECK_FREQ:
+        if self.position.step % self.run.config.signal_steps:
             return None
         signum = self.stop.signum
         return (signum or DEFAULT_SIGNUM) if any_rank(signum is not None) else None

@@ -65,17 +65,6 @@ class Samples:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def rows(self, rows: slice) -> Samples:
-        """Some of the images."""
-        text, layout, trace = self.text, self.layout, self.trace
-        if text is not None:
-            text = TextContext(text.tokens[rows], text.valid[rows], text.pooled[rows])
-        if layout is not None:
-            layout = LayoutBatch(layout.boxes_xyxy[rows], layout.categories[rows], layout.valid[rows])
-        if trace is not None:
-            trace = Trace(trace.states[rows], trace.log_probs[rows])
-        return Samples(self.tokens[rows], self.orders[rows], text, layout, trace)
-
 
 def collect_samples(
     model: StructMAR, output: SampleOutput, text: TextContext | None, layout: LayoutBatch | None
@@ -112,12 +101,6 @@ class Draws:
     noise: Tensor | None
     steps: tuple[int, ...] | None
     iteration: int
-
-    def rows(self, rows: slice) -> Draws:
-        """Those of some of the images."""
-        noise = None if self.noise is None else self.noise[rows]  # [., p, K, C]
-        kept_ids, token_ids, timesteps = self.kept_ids[rows], self.token_ids[rows], self.timesteps[rows]
-        return Draws(kept_ids, token_ids, timesteps, noise, self.steps, self.iteration)
 
 
 class Estimator(Protocol):

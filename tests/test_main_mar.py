@@ -238,7 +238,7 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"text_drop_prob": -0.1}, "--text_drop_prob must lie in [0, 1], got -0.1"),
     ({"ema_rate": 1.01}, "--ema_rate must lie in [0, 1], got 1.01"),
     ({"attn_dropout": 1.0}, "--attn_dropout must lie in [0, 1), got 1.0"),
-    ({"train_mode": "everything"}, "--train_mode must be one of full, text_layout, text_proj, backbone, got 'everything'"),
+    ({"train_mode": "all"}, "--train_mode must be one of full, text_layout, text_proj, backbone, got 'all'"),
     ({"train_mode": "class"}, "--train_mode class needs class labels, COCO has none"),
     ({"precision": "fp16"}, "argument --precision: invalid choice: 'fp16'"),
     ({"device": "tpu"}, "--device tpu: choose cpu or cuda"),

@@ -24,10 +24,11 @@ from models.policy import (
     collect_samples,
     draw_iterations,
 )
-from models.sampling import SamplingConfig, sample
+from models.sampling import SamplingConfig, Trace, sample
 from models.structmar import StructMAR
 from tests import reference
 from tests.structured import generator, some_layout, some_text, structured_model
+from util.types import LayoutBatch, TextContext
 
 QUICK = SamplingConfig(num_iter=4, num_sampling_steps=8, t_max=950, clip_x0=2000.0)
 ELBO = ElboEstimator(num_iter=4, num_masks=2, num_draws=4)
@@ -321,17 +322,27 @@ def test_shared_draws_make_the_ratio_usable() -> None:
     assert 0 < float(shared.var()) < 1e-2 * float(apart.var())
 
 
-def test_rows() -> None:
-    """Images may be scored in parts."""
+def test_batch_mates_do_not_matter() -> None:
+    """An image's log-probabilities alone are those it has in a batch."""
     model, samples = world()
+    one = slice(1, 2)
+    assert samples.text is not None and samples.layout is not None and samples.trace is not None
+    alone = Samples(
+        samples.tokens[one],
+        samples.orders[one],
+        TextContext(samples.text.tokens[one], samples.text.valid[one], samples.text.pooled[one]),
+        LayoutBatch(samples.layout.boxes_xyxy[one], samples.layout.categories[one], samples.layout.valid[one]),
+        Trace(samples.trace.states[one], samples.trace.log_probs[one]),
+    )
     for estimator in (ELBO, TRAJECTORY):
         draws = estimator.draw(samples, generator(4))[0]
-        part = slice(1, 2)
+        noise = None if draws.noise is None else draws.noise[one]
+        its_draws = replace(draws, kept_ids=draws.kept_ids[one], token_ids=draws.token_ids[one],
+                            timesteps=draws.timesteps[one], noise=noise)  # fmt: skip
         with torch.no_grad():
-            whole = estimator.log_probs(model, samples, draws).log_prob[part]
-            alone = estimator.log_probs(model, samples.rows(part), draws.rows(part)).log_prob
-        assert len(samples.rows(part)) == 1
-        torch.testing.assert_close(alone, whole, atol=1e-3, rtol=1e-4)
+            whole = estimator.log_probs(model, samples, draws).log_prob[one]
+            found = estimator.log_probs(model, alone, its_draws).log_prob
+        torch.testing.assert_close(found, whole, atol=1e-3, rtol=1e-4)
 
 
 def test_subsets_are_unbiased() -> None:

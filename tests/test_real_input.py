@@ -1,7 +1,8 @@
-"""Both stages on real photographs: COCO's own files, live images, the committed mini weights, the real programs.
+"""All three stages on real photographs: COCO's own files, live images, the committed mini weights, the real programs.
 
 The mini VAE and MAR know drawings only, so the samples are blurs; what is tested is that everything runs, that the loss
-falls, that a run continues where it stopped, and that samples become pictures.
+falls, that a run continues where it stopped, and that samples become pictures. Stage 3 is the paper's command, with
+YOLOX-nano as the reward.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import pytest
 from PIL import Image
 
 import main_mar
+import main_rl
 import scripts.sample
 from tests.conftest import ROOT
+from tests.test_main_mar import words
+from tests.test_main_rl import STAGE_3
 from util.checkpoint import load_plain
 
 pytestmark = pytest.mark.integration
@@ -57,7 +61,29 @@ def losses(root: Path, stage: int) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_two_stages_and_samples(
+def optimise(photos: Path, root: Path, detector: Path, max_updates: int) -> int:
+    """The paper's stage-3 command with other paths, device, sizes and length."""
+    flags = argv(
+        coco_root=photos,
+        coco_split="val2017",
+        resume=root / "stage2" / "checkpoint-last.pth",
+        detector_path=detector,
+        output_dir=root / "stage3",
+        model="mar_mini",
+        diffloss_d=4,
+        diffloss_w=256,
+        num_iter=4,
+        num_sampling_steps=8,
+        rl_masks=1,
+        rl_draws=2,
+        max_rl_steps=max_updates,
+        num_threads=1,
+        device="cpu",
+    )
+    return main_rl.main([*words(STAGE_3), *flags])
+
+
+def test_three_stages_and_samples(
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (VAE, CLIP, MAR):
@@ -90,3 +116,10 @@ def test_two_stages_and_samples(
     with Image.open(output / "grid.png") as grid:
         grid.load()
     assert "wrote 3 images" in capsys.readouterr().out
+
+    assert optimise(photos, tmp_path, shared / "models" / "yolox_nano.onnx", 1) == 0
+    assert f"starting stage 'grpo' at epoch 0 with a fresh optimizer from the EMA weights of {origin}" in caplog.text
+    assert optimise(photos, tmp_path, shared / "models" / "yolox_nano.onnx", 2) == 0
+    last = tmp_path / "stage3" / "checkpoint-last.pth"
+    assert f"continuing stage 'grpo' from {last} at epoch 0, step 1" in caplog.text
+    assert len(losses(tmp_path, 3)) == 2 == load_plain(last)["step"]

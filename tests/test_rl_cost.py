@@ -145,6 +145,16 @@ def test_a_trajectory_update_scores_the_tokens_of_an_iteration_and_its_other_bra
     assert guided.scoring_flops == pytest.approx(6 * 4 * (4 * forward + backward))
 
 
+def test_accumulated_batches_follow_one_another():
+    """Twice the prompts at once, or in two batches: the same images and FLOPs, but twice the calls."""
+    at_once = estimate_cost(CONFIG, SAMPLING, 4, 3, "elbo", 3, 6, 2, True, NUM_TEXT, updates=10)
+    in_turn = estimate_cost(CONFIG, SAMPLING, 2, 3, "elbo", 3, 6, 2, True, NUM_TEXT, updates=10, accum_iter=2)
+    assert (in_turn.images, in_turn.update_flops) == (at_once.images, at_once.update_flops)
+    assert in_turn.head_calls == 2 * at_once.head_calls
+    assert in_turn.rollout_passes == 2 * at_once.rollout_passes
+    assert in_turn.scoring_passes == 2 * at_once.scoring_passes
+
+
 def test_the_reference_and_each_inner_epoch_cost_what_they_do():
     def cost(inner_epochs: int, has_reference: bool) -> float:
         return estimate_cost(
