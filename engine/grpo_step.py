@@ -124,9 +124,10 @@ class GrpoStep:
             self.optimizer_step(passes, batches if rl_share < 1 else [], rl_share, position, inner)
         finished = time.perf_counter()
         self._note({"rollout_seconds": rolled_out - started, "update_seconds": finished - rolled_out})
-        if self.is_first:
-            logger.info("%s", describe_time_left(finished - started, self.config.total_updates - step - 1))
-            self.is_first = False
+        updates_left = self.config.total_updates - step - 1
+        if self.is_first and updates_left > 0:
+            logger.info("%s", describe_time_left(finished - started, updates_left))
+        self.is_first = False
         return sum(map(len, rollouts)) or sum(map(len, batches))
 
     def check(self) -> None:
