@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remakes everything in pretrained_models/mini/ from seeds: scenes, VAE, text encoder, class-conditional MAR, stages 1
-# and 2, detectors. About four hours on two cores; run it again after an interruption and it goes on where it stopped.
+# and 2, detectors. About five hours on two cores; run it again after an interruption and it goes on where it stopped.
 # Finished files are kept: remove one to remake it (and those below it, which depend on it).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,13 +32,13 @@ $python -m scripts.cache_latents --coco_root data/mini_coco --coco_split train20
     --img_size 64 --device cpu --num_workers 0
 step "stage 1, align (4 minutes)"
 $python main_mar.py --config configs/mini_stage1.yaml --precision "$PRECISION"
-step "stage 2, SFT, on three times as many scenes (two hours)"
+step "stage 2, SFT, on three times as many scenes (two and a half hours)"
 $python -m scripts.mini.make_dataset --output_dir data/mini_coco_18k --num_train 18000
 $python -m scripts.cache_latents --coco_root data/mini_coco_18k --coco_split train2017 \
     --cached_path data/mini_cache_18k/train2017 --vae_path $MINI/vae/kl8_mini.ckpt --clip_path $MINI/clip-text-mini \
     --img_size 64 --device cpu --num_workers 0
 $python main_mar.py --config configs/mini_stage2.yaml --precision "$PRECISION" --coco_root data/mini_coco_18k \
-    --cached_path data/mini_cache_18k/train2017 --batch_size 64 --diffusion_batch_mul 1 --ema_rate 0.999 --epochs 36
+    --cached_path data/mini_cache_18k/train2017 --batch_size 64 --diffusion_batch_mul 1 --ema_rate 0.999 --epochs 37
 $python -m scripts.export_weights --resume output/mini/stage2/checkpoint-last.pth --dtype fp16 \
     --output $MINI/structmar_mini_stage2.safetensors
 step "Faster R-CNN (13 minutes), and another one that judges what stage 3 makes for the first (10 minutes)"

@@ -15,6 +15,7 @@ from engine.build_rl import train_config as rl_train_config
 from engine.profiles import available_profiles, load_profile
 from scripts import evaluate_layout, sample
 from tests.test_main_mar import STAGE_1, STAGE_2, words
+from tests.test_main_rl import STAGE_3
 from util.config import parse_args, resolved_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,12 +71,17 @@ def test_there_is_something_to_parse():
     assert {path.name for path in MAIN_MAR} >= {
         "stage1_align.yaml", "stage2_sft.yaml", "mini_stage1.yaml", "mini_stage2.yaml",
     }  # fmt: skip
-    assert "mini_stage3.yaml" in {path.name for path in MAIN_RL}
+    assert {path.name for path in MAIN_RL} >= {"stage3_grpo.yaml", "mini_stage3.yaml"}
 
 
 @pytest.mark.parametrize(("name", "command"), [("stage1_align", STAGE_1), ("stage2_sft", STAGE_2)])
 def test_the_stage_files_are_the_papers_commands(name, command):
     assert parse("--config", str(ROOT / "configs" / f"{name}.yaml")) == parse(*words(command))
+
+
+def test_the_stage_3_file_is_the_papers_command():
+    args = parse_args(rl_parser(), ["--config", str(ROOT / "configs" / "stage3_grpo.yaml")])
+    assert resolved_dict(args) == resolved_dict(parse_args(rl_parser(), words(STAGE_3)))
 
 
 def test_the_mini_stages_differ_only_where_stages_do():
