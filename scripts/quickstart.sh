@@ -2,7 +2,7 @@
 # The whole story on a laptop, without a GPU or downloads beyond the packages: samples from the committed weights, then
 # data, stage 1, stage 2, samples of your own, and the layout scores of both. Run it again after an interruption: it goes
 # on where it stopped.
-#   bash scripts/quickstart.sh            about 15 minutes on two cores (11 measured, the evaluation estimated)
+#   bash scripts/quickstart.sh            27 minutes on two cores that other work slowed for the first 17
 #   bash scripts/quickstart.sh --smoke    a few steps of everything, to see that it works
 # It writes to data/ and output/ of this folder, or of $QUICKSTART_ROOT if that is set (an absolute path).
 set -euo pipefail
@@ -53,7 +53,7 @@ step "6/7 samples of your own model (under a minute)"
 $python -m scripts.sample --config configs/mini_sample.yaml --resume "$OUT/stage2/checkpoint-last.pth" \
     --output_dir "$OUT/samples" ${SAMPLE[@]+"${SAMPLE[@]}"}
 
-step "7/7 evaluation on $NUM_EVAL held-out scenes: the committed weights, then your own model (about 5 minutes)"
+step "7/7 evaluation on $NUM_EVAL held-out scenes: the committed weights, then your own model (10 minutes)"
 for which in committed own; do
     if [ $which = own ]; then weights="$OUT/stage2/checkpoint-last.pth"; else weights="$MINI/structmar_mini_stage2.safetensors"; fi
     $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --max_images "$NUM_EVAL" \
