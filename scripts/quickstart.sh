@@ -53,7 +53,7 @@ step "6/7 samples of your own model (under a minute)"
 $python -m scripts.sample --config configs/mini_sample.yaml --resume "$OUT/stage2/checkpoint-last.pth" \
     --output_dir "$OUT/samples" ${SAMPLE[@]+"${SAMPLE[@]}"}
 
-step "7/7 evaluation on $NUM_EVAL held-out scenes: the committed weights, then your own model (10 minutes)"
+step "7/7 evaluation on $NUM_EVAL held-out scenes: the committed weights, then your own model (6 minutes)"
 for which in committed own; do
     if [ $which = own ]; then weights="$OUT/stage2/checkpoint-last.pth"; else weights="$MINI/structmar_mini_stage2.safetensors"; fi
     $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --max_images "$NUM_EVAL" \
