@@ -88,6 +88,14 @@ def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -
     )
 
 
+def require_launched(args: argparse.Namespace, program: str) -> None:
+    """Raises ValueError if --fsdp has no processes to shard over."""
+    if args.fsdp and not torch.distributed.is_initialized():
+        raise ValueError(
+            f"--fsdp shards over the processes of torchrun: start with torchrun --nproc_per_node N {program} ..."
+        )
+
+
 def data_config(args: argparse.Namespace, img_size: int, max_objects: int) -> DataConfig:
     return DataConfig(
         coco_root=args.coco_root,
@@ -277,10 +285,7 @@ class Prepared:
 
 def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
     """Everything main_mar.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
-    if args.fsdp and not torch.distributed.is_initialized():
-        raise ValueError(
-            "--fsdp shards over the processes of torchrun: start with torchrun --nproc_per_node N main_mar.py ..."
-        )
+    require_launched(args, "main_mar.py")
     sampling = sampling_config(args)
     sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
     frozen = build_frozen(args, dist.device)

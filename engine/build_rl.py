@@ -34,6 +34,7 @@ from engine.build import (
     model_config,
     place_model,
     require_fitting_vae,
+    require_launched,
     sampling_config,
     saver,
 )
@@ -83,10 +84,7 @@ NOT_TRAINING = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_worker
 
 def build_rl(args: argparse.Namespace, dist: DistInfo) -> Prepared:
     """Everything main_rl.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
-    if args.fsdp and not torch.distributed.is_initialized():
-        raise ValueError(
-            "--fsdp shards over the processes of torchrun: start with torchrun --nproc_per_node N main_rl.py ..."
-        )
+    require_launched(args, "main_rl.py")
     sampling = sampling_config(args)
     sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
     cosine_masked_counts(sizes.num_tokens, sampling.num_iter)  # raises if num_iter does not fit

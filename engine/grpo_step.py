@@ -143,6 +143,7 @@ class GrpoStep:
     def score(self, rollout: Rollout, step: int, micro: int) -> list[Pass]:
         """Draws the passes of a rollout and computes what does not change in the update."""
         advantages = self._advantages(rollout.grouped_rewards()).flatten().to(self.dist.device)  # [n]
+        self._note({"advantage_abs": advantages.abs().mean()})
         draws_of_passes = self.estimator.draw(
             rollout.samples, generator(self.config.seed, "estimator", step, micro, self.dist.rank)
         )
@@ -272,8 +273,7 @@ class GrpoStep:
         for rollout in rollouts:
             rewards = rollout.grouped_rewards()
             self._note({"zero_std_share": zero_std_share(rewards), "token_std": rollout.samples.tokens.std()})
-            spread, advantages = rewards.std(1, correction=0), self._advantages(rewards)
-            self._note({"group_std": spread.mean(), "advantage_abs": advantages.abs().mean()})
+            self._note({"group_std": rewards.std(1, correction=0).mean()})
         self.rewards_since_evaluation.append(reduce_mean({"reward": float(totals.mean())})["reward"])
 
     def _note_replay(self, samples: Samples, draws: Draws, old: PolicyOutput) -> None:
