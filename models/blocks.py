@@ -3,11 +3,16 @@ gated cross-attention to the caption. Every addition is the identity when its ga
 
     x = x + Attn(LN(x));  x = x + tanh(g) CrossAttn(LN(x), text);  x = x + MLP(LN(x))
 
-Shape letters: B batch, H heads, n tokens, D width, d head width, T text tokens, C text channels.
+`forward` starts from angles and text; `run` and `attend` start from what follows from these alone, which the sampler
+computes once (`models/prepared.py`).
+
+Shape letters: B batch, H heads, n tokens, D width, d head width, T text tokens, C text channels, R rows with text,
+p tokens asked for.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,9 +20,14 @@ import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-from models.rope import apply_rope
+from models.rope import Rotation
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` of each image. x: [B, L, D]; ids: [B, n]; returns [B, n, D]."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # [B, n, D]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -47,14 +57,41 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor | None, bias: Tensor | None) -> Tensor:
         """x: [B, n, D]; angles: [B or 1, n, d/2]; bias: [B, 1, n, n]; returns [B, n, D]."""
+        return self.attend(x, None if angles is None else self.rotation(angles), bias)  # [B, n, D]
+
+    def rotation(self, angles: Tensor) -> Rotation:
+        """angles: [..., n, d/2], at the full strength."""
+        return Rotation.by(angles * self.rope_strength if self.rope_mode == "gated" else angles)
+
+    def attend(
+        self, x: Tensor, rotation: Rotation | None, bias: Tensor | None, query_ids: Tensor | None = None
+    ) -> Tensor:
+        """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))  # each [B, H, n, d]
-        if angles is not None:
-            angles = angles * self.rope_strength if self.rope_mode == "gated" else angles  # [B, n, d/2]
-            q, k = apply_rope(q, angles), apply_rope(k, angles)  # [B, H, n, d]
-        mask = None if bias is None else bias.to(q.dtype)  # [B, 1, n, n]
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)  # [B, H, n, d]
+        if query_ids is not None:
+            rows = query_ids[:, None, :, None]  # [B, 1, p, 1]
+            q = q.gather(2, rows.expand(-1, q.shape[1], -1, q.shape[3]))  # [B, H, p, d]
+            bias = None if bias is None else bias.gather(2, rows.expand(-1, -1, -1, bias.shape[3]))  # [B, 1, p, n]
+        mask = None if bias is None else bias.to(q.dtype)  # [B, 1, p, n]
         dropout = self.attn_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # [B, H, n, d]
-        return self.proj_drop(self.proj(merge_heads(x)))  # [B, n, D]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # [B, H, p, d]
+        return self.proj_drop(self.proj(merge_heads(x)))  # [B, p, D]
+
+
+@dataclass(frozen=True)
+class TextMemory:
+    """What one layer of cross-attention needs of the captions.
+
+    keys, values: [R, H, T, d] of the first R images; valid: [R, T] bool, at least one per row. null: [D], what every
+    token of the images after them gets (`GatedCrossAttention.of_null`).
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    null: Tensor | None = None
 
 
 class GatedCrossAttention(nn.Module):
@@ -71,11 +108,28 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
         """x: [B, n, D]; text: [B, T, C]; text_valid: [B, T] bool, at least one per row; returns [B, n, D]."""
-        q = split_heads(self.q(self.norm(x)), self.num_heads)  # [B, H, n, d]
-        k, v = (split_heads(part, self.num_heads) for part in self.kv(text).chunk(2, dim=-1))  # each [B, H, T, d]
-        mask = text_valid[:, None, None, :]  # [B, 1, 1, T]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, n, d]
-        return torch.tanh(self.gate) * self.proj(merge_heads(x))  # [B, n, D]
+        return self.attend(x, self.read(text, text_valid))  # [B, n, D]
+
+    def read(self, text: Tensor, text_valid: Tensor, null: Tensor | None = None) -> TextMemory:
+        """text: [R, T, C]; null: the token [C] that stands in for the text of all further images."""
+        keys, values = (split_heads(part, self.num_heads) for part in self.kv(text).chunk(2, dim=-1))  # [R, H, T, d]
+        return TextMemory(keys, values, text_valid, None if null is None else self.of_null(null))
+
+    def of_null(self, null: Tensor) -> Tensor:
+        """Attention to a single token gives its value, whoever asks: a constant. null: [C]; returns [D]."""
+        return torch.tanh(self.gate) * self.proj(self.kv(null).chunk(2, dim=-1)[1])  # [D]
+
+    def attend(self, x: Tensor, memory: TextMemory) -> Tensor:
+        """[B, n, D] -> [B, n, D]."""
+        num_with_text = len(memory.keys)
+        q = split_heads(self.q(self.norm(x[:num_with_text])), self.num_heads)  # [R, H, n, d]
+        mask = memory.valid[:, None, None, :]  # [R, 1, 1, T]
+        seen = F.scaled_dot_product_attention(q, memory.keys, memory.values, attn_mask=mask)  # [R, H, n, d]
+        seen = torch.tanh(self.gate) * self.proj(merge_heads(seen))  # [R, n, D]
+        if memory.null is None:
+            return seen
+        constant = memory.null.expand(len(x) - num_with_text, x.shape[1], -1)  # [B - R, n, D]
+        return torch.cat([seen, constant])  # [B, n, D]
 
 
 class Block(nn.Module):
@@ -107,7 +161,23 @@ class Block(nn.Module):
         text_valid: Tensor | None,
     ) -> Tensor:
         """x: [B, n, D]; angles: [B or 1, n, d/2]; bias: [B, 1, n, n]; text: [B, T, C]; returns [B, n, D]."""
-        x = x + self.attn(self.norm1(x), angles, bias)  # [B, n, D]
-        if self.cross is not None:
-            x = x + self.cross(x, text, text_valid)  # [B, n, D]
-        return x + self.mlp(self.norm2(x))  # [B, n, D]
+        rotation = None if angles is None else self.attn.rotation(angles)
+        memory = None
+        if self.cross is not None and text is not None and text_valid is not None:
+            memory = self.cross.read(text, text_valid)
+        return self.run(x, rotation, bias, memory)  # [B, n, D]
+
+    def run(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        bias: Tensor | None,
+        memory: TextMemory | None,
+        query_ids: Tensor | None = None,
+    ) -> Tensor:
+        """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
+        update = self.attn.attend(self.norm1(x), rotation, bias, query_ids)  # [B, p, D]
+        x = update + (x if query_ids is None else gather_tokens(x, query_ids))  # [B, p, D]
+        if self.cross is not None and memory is not None:
+            x = x + self.cross.attend(x, memory)  # [B, p, D]
+        return x + self.mlp(self.norm2(x))  # [B, p, D]

@@ -2,15 +2,19 @@
 
 Parameter names are MAR's (arXiv:2406.11838, section 4.1).
 
-Shape letters: r rows (tokens), C token channels, D backbone width, W head width.
+Shape letters: r rows (tokens), C token channels, D backbone width, W head width, S timesteps, G guidance
+branches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -71,7 +75,11 @@ class ResBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, dim=-1)  # each [r, W]
+        return self.modulated(x, self.adaLN_modulation(condition))  # [r, W]
+
+    def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x: [..., r, W]; modulation: [..., r, 3W]."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)  # each [r, W]
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))  # [r, W]
 
 
@@ -83,7 +91,11 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)  # each [r, W]
+        return self.modulated(x, self.adaLN_modulation(condition))  # [r, 2C]
+
+    def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x: [..., r, W]; modulation: [..., r, 2W]."""
+        shift, scale = modulation.chunk(2, dim=-1)  # each [r, W]
         return self.linear(modulate(self.norm_final(x), shift, scale))  # [r, 2C]
 
 
@@ -120,6 +132,22 @@ class SimpleMLPAdaLN(nn.Module):
             else:
                 x = block(x, condition)  # [r, W]
         return self.final_layer(x, condition)  # [r, 2C]
+
+    def modulations(self, times: Tensor, embedded: Tensor) -> list[Tensor]:
+        """What adaLN says in each block and in the last layer, at several timesteps: it does not depend on x.
+
+        times: [S, W], of `time_embed`; embedded: [G, r, W], of `cond_embed`; gives [S, G, r, 3W] per block, then 2W.
+        """
+        condition = F.silu(times[:, None, None] + embedded)  # [S, G, r, W]
+        layers = cast(list[nn.Sequential], [module.adaLN_modulation for module in (*self.res_blocks, self.final_layer)])
+        return [linear(condition) for _, linear in layers]
+
+    def modulated(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """The network at one timestep, given `modulations` at it. x: [r, C]; returns [..., r, 2C]."""
+        x = self.input_proj(x)  # [r, W]
+        for block, modulation in zip(self.res_blocks, modulations[:-1], strict=True):
+            x = block.modulated(x, modulation)  # [..., r, W]
+        return self.final_layer.modulated(x, modulations[-1])  # [..., r, 2C]
 
 
 class DiffLoss(nn.Module):

@@ -9,6 +9,8 @@ Shape letters: B batch, H heads, n tokens, d head width, L image tokens, K buffe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -31,10 +33,25 @@ def with_buffer(angles: Tensor, buffer_size: int) -> Tensor:
     return torch.cat([still, angles], dim=-2)  # [..., K + n, d/2]
 
 
-def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns each interleaved channel pair by its angle. x: [B, H, n, d]; angles: [B or 1, n, d/2]; as x."""
-    cos = angles.cos().to(x.dtype)[:, None]  # [B, 1, n, d/2]
-    sin = angles.sin().to(x.dtype)[:, None]  # [B, 1, n, d/2]
-    even, odd = x[..., 0::2], x[..., 1::2]  # [B, H, n, d/2]
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)  # [B, H, n, d/2, 2]
-    return turned.flatten(-2)  # [B, H, n, d]
+@dataclass(frozen=True)
+class Rotation:
+    """Turns each interleaved channel pair by its angle. cos, sin: [B or 1, n, d/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def by(angles: Tensor) -> Rotation:
+        """angles: [B or 1, n, d/2]."""
+        return Rotation(angles.cos(), angles.sin())
+
+    def at(self, positions: Tensor) -> Rotation:
+        """The rows of a table of one image ([1, n, d/2]) at positions [B, m]: [B, m, d/2]."""
+        return Rotation(self.cos[0][positions], self.sin[0][positions])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, H, n, d], turned."""
+        cos, sin = self.cos.to(x.dtype)[:, None], self.sin.to(x.dtype)[:, None]  # [B, 1, n, d/2]
+        even, odd = x[..., 0::2], x[..., 1::2]  # [B, H, n, d/2]
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)  # [B, H, n, d/2, 2]
+        return turned.flatten(-2)  # [B, H, n, d]

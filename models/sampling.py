@@ -15,7 +15,8 @@ S reverse steps, r rows (tokens), p tokens uncovered in one iteration.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,11 +25,13 @@ from torch import Tensor
 from models.conditioning import Conditions
 from models.diffusion import ReverseStep, normal_log_prob, reverse_steps
 from models.masking import cosine_masked_counts, sample_orders
-from models.structmar import StructMAR, gather_tokens
+from models.prepared import predict_tokens, prepare
+from models.structmar import StructMAR
 from util.types import LayoutBatch, TextContext
 
 CFG_SCHEDULES = ("linear", "constant")
 NoiseSource = Callable[[int, int, int], Tensor]
+MODULATED_ROWS = 512  # rows of the head's adaLN computed at once: enough for fast matmuls, little memory
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,12 @@ class SampleOutput:
 class Branches:
     """The guidance branches' conditions, stacked branch by branch along the batch, and how to combine them.
 
-    names: which of full, text, null are there, in that order.
+    names: which of full, text, null are there, in that order. num_with_text: rows with a caption; they come first.
     """
 
     names: tuple[str, ...]
     conditions: Conditions
+    num_with_text: int
 
     def combine(self, eps: Tensor, w_text: float, w_layout: float) -> Tensor:
         """eps: [G, r, C], a prediction per branch; returns the guided [r, C]."""
@@ -139,7 +143,8 @@ def embed_branches(
         parts["text"] = model.embed_conditions(batch_size, labels, text, None)
     if "null" in names:
         parts["null"] = model.embed_conditions(batch_size)
-    return Branches(names, stack_conditions([parts[name] for name in names])), config
+    num_with_text = 0 if text is None else batch_size * sum(name != "null" for name in names)
+    return Branches(names, stack_conditions([parts[name] for name in names]), num_with_text), config
 
 
 def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
@@ -187,6 +192,7 @@ def iteration_ids(orders: Tensor, counts: Sequence[int], iteration: int) -> tupl
 def reverse_process(
     model: StructMAR,
     z: Tensor,
+    times: Tensor,
     branches: Branches,
     scales: tuple[float, float],
     noise: Tensor,
@@ -195,18 +201,14 @@ def reverse_process(
 ) -> Tensor:
     """Draws r tokens. z: [G, r, D]; noise: [S + 1, r, C], the start and one per reverse step; gives [r, C] float32.
 
-    record: gets, per reverse step, the state after it [r, C] and the log-probability of its draw [r].
+    times: `embed_times`. record: gets, per reverse step, the state after it [r, C] and the log-probability of its draw
+    [r].
     """
-    num_branches = z.shape[0]
-    flat_z = z.flatten(0, 1)  # [G * r, D]
     steps = reverse_steps(config.num_sampling_steps, config.t_max)
     x = noise[0]  # [r, C]
-    for index, step in enumerate(steps):
-        if index == 0:
-            with torch.autocast(x.device.type, enabled=False):
-                output = _head(model, x, step, flat_z.float(), num_branches)  # [G, r, 2C]
-        else:
-            output = _head(model, x, step, flat_z, num_branches)  # [G, r, 2C]
+    for index, (step, modulations) in enumerate(zip(steps, head_modulations(model, z, times), strict=True)):
+        with _full_precision(x.device) if index == 0 else nullcontext():
+            output = model.diffloss.net.modulated(x, modulations)  # [G, r, 2C]
         eps, fraction = output.float().chunk(2, dim=-1)  # each [G, r, C]
         guided = branches.combine(eps, *scales)  # [r, C]
         before = x  # [r, C]
@@ -214,6 +216,31 @@ def reverse_process(
         if record is not None:
             record.append((x, _drawn_log_prob(step, before, guided, fraction[0], x, config)))
     return x
+
+
+def embed_times(model: StructMAR, config: SamplingConfig, device: torch.device) -> Tensor:
+    """The head's embedding of the timestep of each reverse step: [S, W] float32."""
+    steps = reverse_steps(config.num_sampling_steps, config.t_max)
+    with _full_precision(device):
+        return model.diffloss.net.time_embed(torch.tensor([step.timestep for step in steps], device=device))  # [S, W]
+
+
+def head_modulations(model: StructMAR, z: Tensor, times: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`SimpleMLPAdaLN.modulations` of each reverse step in turn: [G, r, 3W] per block, then [G, r, 2W].
+
+    They do not depend on the noisy tokens, so many steps are computed at once. z: [G, r, D]; times: [S, W].
+    """
+    net = model.diffloss.net
+    with _full_precision(z.device):
+        first = net.modulations(times[:1], net.cond_embed(z.float()))  # each [1, G, r, .]
+    yield tuple(layer[0] for layer in first)
+    embedded = net.cond_embed(z)  # [G, r, W]
+    for chunk in times[1:].split(max(1, MODULATED_ROWS // z[..., 0].numel())):
+        yield from zip(*net.modulations(chunk, embedded), strict=True)  # S' of each [S', G, r, .]
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
 
 
 def _drawn_log_prob(
@@ -224,11 +251,6 @@ def _drawn_log_prob(
         return after.new_zeros(len(after))  # [r]
     mean, log_variance = step.distribution(before, eps, fraction, config.clip_x0)  # each [r, C]
     return normal_log_prob(after, mean, 0.5 * log_variance + math.log(config.temperature))  # [r]
-
-
-def _head(model: StructMAR, x: Tensor, step: ReverseStep, flat_z: Tensor, num_branches: int) -> Tensor:
-    timesteps = torch.full((flat_z.shape[0],), step.timestep, device=x.device)  # [G * r]
-    return model.diffloss.net(x.repeat(num_branches, 1), timesteps, flat_z).unflatten(0, (num_branches, -1))
 
 
 def uncover(
@@ -247,24 +269,25 @@ def uncover(
     batch_size, num_tokens = orders.shape
     num_branches = len(branches.names)
     counts = cosine_masked_counts(num_tokens, config.num_iter)
-    num_steps = len(reverse_steps(config.num_sampling_steps, config.t_max))
+    # Everything that needs the host or does not depend on the tokens comes before the loop, which only queues kernels.
+    ids = [iteration_ids(orders, counts, iteration) for iteration in range(config.num_iter)]  # [B, L - now], [B, p]
+    times = embed_times(model, config, orders.device)  # [S, W]
+    tape = [noise(i, len(times) + 1, token_ids.shape[1]).flatten(1, 2) for i, (_, token_ids) in enumerate(ids)]
+    prepared = prepare(model, branches.conditions, branches.num_with_text)
     tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
     iterations: Iterable[int] = range(config.num_iter)
     for iteration in iterations if progress is None else progress(iterations):
-        kept_ids, target_ids = iteration_ids(orders, counts, iteration)  # [B, L - now], [B, p]
-        z = model.predict(
-            tokens.repeat(num_branches, 1, 1), kept_ids.repeat(num_branches, 1), branches.conditions
-        )  # [G * B, L, D]
-        z = gather_tokens(z, target_ids.repeat(num_branches, 1))  # [G * B, p, D]
+        kept_ids, token_ids = ids[iteration]  # [B, L - now], [B, p]
+        inputs = (part.repeat(num_branches, *[1] * (part.dim() - 1)) for part in (tokens, kept_ids, token_ids))
+        z = predict_tokens(model, prepared, *inputs)  # [G * B, p, D]
         z = z.unflatten(0, (num_branches, batch_size)).flatten(1, 2)  # [G, B * p, D]
-        draws = noise(iteration, num_steps + 1, target_ids.shape[1]).flatten(1, 2)  # [S + 1, B * p, C]
         scales = guidance_scales(config, num_tokens, counts[iteration + 1])
         record: list[tuple[Tensor, Tensor]] | None = None if trace is None else []
-        drawn = reverse_process(model, z, branches, scales, draws, config, record)  # [B * p, C]
+        drawn = reverse_process(model, z, times, branches, scales, tape[iteration], config, record)  # [B * p, C]
         if trace is not None and record is not None:
-            _write_trace(trace, target_ids, draws[0], record)
+            write_trace(trace, token_ids, tape[iteration][0], record)
         drawn = drawn.unflatten(0, (batch_size, -1))  # [B, p, C]
-        tokens = tokens.scatter(1, target_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
+        tokens = tokens.scatter(1, token_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
     return tokens
 
 
@@ -277,7 +300,7 @@ def empty_trace(orders: Tensor, channels: int, config: SamplingConfig) -> Trace:
     return Trace(states, torch.zeros(*orders.shape, num_steps, device=orders.device))
 
 
-def _write_trace(trace: Trace, token_ids: Tensor, start: Tensor, record: Sequence[tuple[Tensor, Tensor]]) -> None:
+def write_trace(trace: Trace, token_ids: Tensor, start: Tensor, record: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Puts one iteration's tokens in their places. token_ids: [B, p]; start: [B * p, C]; record: S pairs."""
     shape = token_ids.shape
     states = torch.stack([start, *(state for state, _ in record)], dim=1).unflatten(0, shape)  # [B, p, S + 1, C]

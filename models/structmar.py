@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Block, LayerNorm
+from models.blocks import Block, LayerNorm, gather_tokens
 from models.conditioning import Conditions
 from models.diffloss import DiffLoss, DiffusionDraws, sample_draws
 from models.layout import LayoutEmbedder, attention_bias, layout_bias
@@ -184,6 +184,13 @@ class StructMAR(nn.Module):
 
     def encode(self, tokens: Tensor, kept_ids: Tensor, conditions: Conditions) -> Tensor:
         """tokens: [B, L, C']; kept_ids: [B, n], the visible ones; returns [B, K + n, D]."""
+        x = self.encoder_input(tokens, kept_ids, conditions)  # [B, K + n, D]
+        angles = self.rope_angles_encoder[kept_ids]  # [B, n, d/2]
+        bias = self.encoder_bias(kept_ids, conditions)  # [B, 1, K + n, K + n]
+        return self.encoder_norm(self._run(self.encoder_blocks, x, angles, bias, conditions))  # [B, K + n, D]
+
+    def encoder_input(self, tokens: Tensor, kept_ids: Tensor, conditions: Conditions) -> Tensor:
+        """The buffer and the visible tokens, embedded: [B, K + n, D]."""
         config = self.config
         buffer = conditions.base[:, None].expand(-1, config.buffer_size, -1)  # [B, K, D]
         if conditions.layout_tokens is not None:
@@ -197,33 +204,42 @@ class StructMAR(nn.Module):
         )  # [B, n, D]
         buffer = buffer + position[:, : config.buffer_size]  # [B, K, D]
         x = torch.cat([buffer.to(visible.dtype), visible + kept_position.to(visible.dtype)], dim=1)  # [B, K + n, D]
-        angles = self.rope_angles_encoder[kept_ids]  # [B, n, d/2]
-        bias = conditions.layout_bias if config.layout_bias_encoder else None  # [B, L, N]
-        if bias is not None:
-            bias = gather_tokens(bias, kept_ids)  # [B, n, N]
-        x = self._run(self.encoder_blocks, self.z_proj_ln(x), angles, bias, conditions)  # [B, K + n, D]
-        return self.encoder_norm(x)
+        return self.z_proj_ln(x)  # [B, K + n, D]
+
+    def encoder_bias(self, kept_ids: Tensor, conditions: Conditions) -> Tensor | None:
+        """What the layout adds to the attention logits among buffer and visible tokens: [B, 1, K + n, K + n]."""
+        if conditions.layout_bias is None or not self.config.layout_bias_encoder:
+            return None
+        return attention_bias(gather_tokens(conditions.layout_bias, kept_ids), self.config.buffer_size)
+
+    def decoder_bias(self, conditions: Conditions) -> Tensor | None:
+        """What the layout adds to the attention logits among buffer and all tokens: [B, 1, K + L, K + L]."""
+        if conditions.layout_bias is None or not self.config.layout_bias_decoder:
+            return None
+        return attention_bias(conditions.layout_bias, self.config.buffer_size)
 
     def decode(self, encoded: Tensor, kept_ids: Tensor, conditions: Conditions) -> Tensor:
         """encoded: [B, K + n, D]; returns the head's condition for every token, [B, L, D]."""
+        x = self.decoder_input(encoded, kept_ids)  # [B, K + L, D]
+        angles = self.rope_angles_decoder[None]  # [1, L, d/2]
+        x = self._run(self.decoder_blocks, x, angles, self.decoder_bias(conditions), conditions)  # [B, K + L, D]
+        return self.decoder_norm(x)[:, self.config.buffer_size :] + self.diffusion_pos_embed_learned  # [B, L, D]
+
+    def decoder_input(self, encoded: Tensor, kept_ids: Tensor) -> Tensor:
+        """The buffer and all tokens, hidden ones as the mask token: [B, K + L, D]."""
         config = self.config
         x = self.decoder_embed(encoded)  # [B, K + n, D]
         buffer, visible = x[:, : config.buffer_size], x[:, config.buffer_size :]  # [B, K, D], [B, n, D]
         image = self.mask_token.to(x.dtype).expand(len(x), config.num_tokens, -1)  # [B, L, D]
         image = image.scatter(1, kept_ids[..., None].expand(-1, -1, x.shape[-1]), visible)  # [B, L, D]
-        x = torch.cat([buffer, image], dim=1) + self.decoder_pos_embed_learned  # [B, K + L, D]
-        angles = self.rope_angles_decoder[None]  # [1, L, d/2]
-        bias = conditions.layout_bias if config.layout_bias_decoder else None  # [B, L, N]
-        x = self._run(self.decoder_blocks, x, angles, bias, conditions)  # [B, K + L, D]
-        return self.decoder_norm(x)[:, config.buffer_size :] + self.diffusion_pos_embed_learned  # [B, L, D]
+        return torch.cat([buffer, image], dim=1) + self.decoder_pos_embed_learned  # [B, K + L, D]
 
     def _run(
-        self, blocks: Iterable[nn.Module], x: Tensor, angles: Tensor, image_bias: Tensor | None, conditions: Conditions
+        self, blocks: Iterable[nn.Module], x: Tensor, angles: Tensor, bias: Tensor | None, conditions: Conditions
     ) -> Tensor:
         rotation = (
             with_buffer(angles, self.config.buffer_size) if self.config.rope_mode != "off" else None
         )  # [., K+n, d/2]
-        bias = None if image_bias is None else attention_bias(image_bias, self.config.buffer_size)  # [B, 1, K+n, K+n]
         for block in blocks:
             inputs = (x, rotation, bias, conditions.text, conditions.text_valid)
             if self.config.grad_checkpointing and torch.is_grad_enabled():
@@ -297,8 +313,3 @@ class StructMAR(nn.Module):
         else:
             output = self.diffloss.net(rows, steps, z)  # [B * p * S, 2C']
         return output.unflatten(0, noisy.shape[:3])  # [B, p, S, 2C']
-
-
-def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` of each image. x: [B, L, D]; ids: [B, n]; returns [B, n, D]."""
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # [B, n, D]

@@ -14,7 +14,7 @@ from models.conditioning import NO_LABEL, drop_conditions, drop_labels
 from models.diffusion import reverse_steps, sampling_schedule
 from models.layout import cells_inside, layout_bias
 from models.masking import cosine_masked_counts, sample_num_masked, sample_token_mask
-from models.rope import apply_rope, rope_angles_2d, with_buffer
+from models.rope import Rotation, rope_angles_2d, with_buffer
 from models.structmar import StructMAR, StructMARConfig, gather_tokens, preset_config
 from models.weights import TRAIN_MODES, load_mar_weights, load_structmar_weights, part_of, select_trainable
 from tests import reference
@@ -30,8 +30,8 @@ def test_rope_is_relative() -> None:
     q, k = torch.randn(2, 16, generator=generator()).unbind(0)
 
     def logit(q_row: int, q_column: int, k_row: int, k_column: int) -> float:
-        turned_q = apply_rope(q.view(1, 1, 1, 16), angles[q_row, q_column].view(1, 1, 8))
-        turned_k = apply_rope(k.view(1, 1, 1, 16), angles[k_row, k_column].view(1, 1, 8))
+        turned_q = Rotation.by(angles[q_row, q_column].view(1, 1, 8))(q.view(1, 1, 1, 16))
+        turned_k = Rotation.by(angles[k_row, k_column].view(1, 1, 8))(k.view(1, 1, 1, 16))
         return float((turned_q * turned_k).sum())
 
     assert logit(1, 2, 3, 5) == pytest.approx(logit(0, 1, 2, 4), abs=1e-5)
@@ -48,7 +48,7 @@ def test_rope_halves_are_x_then_y() -> None:
 def test_rope_leaves_buffer_tokens_alone() -> None:
     angles = with_buffer(rope_angles_2d((2, 2), 8)[None], 3)
     x = torch.randn(1, 2, 7, 8, generator=generator())
-    turned = apply_rope(x, angles)
+    turned = Rotation.by(angles)(x)
     assert torch.equal(turned[:, :, :3], x[:, :, :3])
     assert not torch.allclose(turned[:, :, 4:], x[:, :, 4:])
 

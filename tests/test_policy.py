@@ -98,13 +98,13 @@ def test_inputs_are_rebuilt_from_orders_and_tokens(num_iter: int, monkeypatch: p
     """Every pass of the backbone in a rollout: the same visible positions, the same tokens in them."""
     model = structured_model()
     seen: list[tuple[Tensor, Tensor]] = []
-    predict = model.predict
+    embed = model.encoder_input
 
     def recording(tokens: Tensor, kept_ids: Tensor, conditions: Any) -> Tensor:
         seen.append((tokens, kept_ids))
-        return predict(tokens, kept_ids, conditions)
+        return embed(tokens, kept_ids, conditions)
 
-    monkeypatch.setattr(model, "predict", recording)
+    monkeypatch.setattr(model, "encoder_input", recording)
     samples = sampled(model, replace(QUICK, num_iter=num_iter, num_sampling_steps=5))
     counts = cosine_masked_counts(64, num_iter)
     assert len(seen) == num_iter
