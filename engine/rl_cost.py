@@ -3,17 +3,19 @@
 One multiply-add is two operations. An update of B prompts x G samples (n images) does, with R(m) the operations of a
 backbone pass that hides m of L tokens, and H those of the head for one row:
 
-    rollout  n * branches * (sum_i R(m_i) + L * S * H)            m_i: the cosine schedule, S reverse steps
+    rollout  n * branches * (sum_i R'(m_i) + L * S * H')          m_i: the cosine schedule, S reverse steps
     scoring  n * M * E[R(m) + p * K * H]                          one evaluation of the log-probabilities
     update   scoring * (old + reference + inner_epochs * (forward + backward + recomputation))
 
+R' and H' are less than R and H by what the sampler does once instead of every time (`models/prepared.py`).
 M masks, p tokens scored per mask, K draws per token. Masks are stratified over the token index, so iteration i has the
 probability (m_i - m_{i+1}) / L in E. `elbo` scores all m_i hidden tokens, without guidance; `trajectory` those that
 iteration i uncovered, with it: other branches than the full one are forward passes only. A backward pass is two
 forwards, less the gradients of inputs that need none; a recomputation (`grad_checkpointing`) is one of the blocks.
 
-Left out: element-wise work, the frozen VAE, CLIP and detector, the SFT part of a mixed loss, evaluations, what guidance
-branches without text or boxes save, and what is saved where only a part of the model trains.
+Left out: element-wise work, the frozen VAE, CLIP and detector, the SFT part of a mixed loss, evaluations, what a
+rollout does once per batch, what scoring saves in guidance branches without text or boxes, and what is saved where only
+a part of the model trains.
 
 Shape letters: B prompts, G samples per prompt, n = B * G images, L tokens, D width, K buffer slots in a sequence,
 T text tokens, C token channels.
@@ -178,12 +180,64 @@ def num_branches(sampling: SamplingConfig) -> int:
 
 
 def rollout_flops(config: StructMARConfig, sampling: SamplingConfig, num_text_tokens: int) -> float:
-    """Of one image with a caption and boxes."""
+    """Of one image with a caption and boxes. The branch without a caption has no cross-attention to compute."""
     counts = cosine_masked_counts(config.num_tokens, sampling.num_iter)
     num_steps = len(reverse_steps(sampling.num_sampling_steps, sampling.t_max))
-    backbone = sum(_backbone(config, counts[i], num_text_tokens).forward for i in range(sampling.num_iter))
-    head = config.num_tokens * num_steps * _head_row(config).forward
-    return num_branches(sampling) * (_conditions(config).forward + backbone + head)
+    branches, context = num_branches(sampling), num_text_tokens + 1  # the learned null token stands in front
+    without_text = int(sampling.cfg_text != 1.0)
+    with_text = branches - without_text
+    passes = [
+        with_text * _sampling_pass(config, now, now - after, context)
+        + without_text * _sampling_pass(config, now, now - after, 0)
+        for now, after in pairwise(counts)
+    ]
+    pooled = _linear(1, config.text_dim, config.encoder_embed_dim)
+    captions = with_text * (pooled + _caption_keys(config, context))
+    boxes = _conditions(config).forward - pooled
+    return captions + boxes + sum(passes) + config.num_tokens * _sampled_token(config, num_steps, branches)
+
+
+def _caption_keys(config: StructMARConfig, context: int) -> int:
+    """Keys and values of the caption in every block, once per image."""
+    parts = ((config.encoder_depth, config.encoder_embed_dim), (config.decoder_depth, config.decoder_embed_dim))
+    return sum(
+        _linear(context, config.text_dim, 2 * width)
+        for depth, width in parts
+        for block in range(depth)
+        if config.has_cross_attention(block)
+    )
+
+
+def _sampling_pass(config: StructMARConfig, num_masked: int, num_drawn: int, context: int) -> int:
+    """One pass over one image that asks for `num_drawn` tokens: the last block computes no others.
+
+    context: tokens that the cross-attention sees; 0: it is a constant.
+    """
+    width, decoder_width = config.encoder_embed_dim, config.decoder_embed_dim
+    visible = config.num_tokens - num_masked
+    encoder_length, decoder_length = config.buffer_size + visible, config.buffer_size + config.num_tokens
+    total = _linear(visible, config.token_dim, width) + _linear(encoder_length, width, decoder_width)
+    for depth, length, size, asked in (
+        (config.encoder_depth, encoder_length, width, encoder_length),
+        (config.decoder_depth, decoder_length, decoder_width, num_drawn),
+    ):
+        for block in range(depth):
+            queries = asked if block == depth - 1 else length
+            total += _linear(length, size, 3 * size) + _linear(queries, size, size) + 4 * length * queries * size
+            total += 2 * _linear(queries, size, int(size * config.mlp_ratio))
+            if config.has_cross_attention(block) and context:
+                total += 2 * _linear(queries, size, size) + 4 * queries * context * size
+    return total
+
+
+def _sampled_token(config: StructMARConfig, num_steps: int, branches: int) -> int:
+    """The reverse process of one token: its condition is embedded for the first step (in float32) and for the others,
+    the noisy token for all branches together."""
+    width, depth, channels = config.diffloss_w, config.diffloss_d, config.token_dim
+    block = 2 * _linear(1, width, width) + _linear(1, width, 3 * width)
+    final = _linear(1, width, 2 * width) + _linear(1, width, 2 * channels)
+    condition = 2 * _linear(1, config.decoder_embed_dim, width)
+    return branches * (condition + num_steps * (depth * block + final)) + num_steps * _linear(1, channels, width)
 
 
 def scoring_flops(config: StructMARConfig, num_masked: int, num_rows: int, num_text_tokens: int) -> Operations:

@@ -52,7 +52,7 @@ def prepare(model: StructMAR, conditions: Conditions, num_with_text: int) -> Pre
             PreparedBlock(
                 block,
                 block.attn.rotation(table) if model.config.rope_mode != "off" else None,
-                _text_memory(model, block.cross, conditions, num_with_text),
+                _text_memory(block.cross, conditions, num_with_text),
             )
             for block in cast(Iterable[Block], modules)
         )
@@ -65,12 +65,10 @@ def prepare(model: StructMAR, conditions: Conditions, num_with_text: int) -> Pre
     )
 
 
-def _text_memory(
-    model: StructMAR, cross: GatedCrossAttention | None, conditions: Conditions, num_with_text: int
-) -> TextMemory | None:
+def _text_memory(cross: GatedCrossAttention | None, conditions: Conditions, num_with_text: int) -> TextMemory | None:
     if cross is None or conditions.text is None or conditions.text_valid is None:
         return None
-    null = model.text_null[0, 0] if num_with_text < len(conditions.base) else None  # [C]
+    null = conditions.text[num_with_text, 0] if num_with_text < len(conditions.text) else None  # [C]
     return cross.read(conditions.text[:num_with_text], conditions.text_valid[:num_with_text], null)
 
 

@@ -7,6 +7,7 @@ Shape letters as in `models/sampling.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ def plain_uncover(
     orders: Tensor,
     noise: NoiseSource,
     config: SamplingConfig,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     trace: Trace | None = None,
 ) -> Tensor:
     """The loop. orders: [B, L]; noise(iteration, S + 1, p) gives [S + 1, B, p, C]; returns tokens [B, L, C] float32.
@@ -89,7 +91,7 @@ def plain_uncover(
     counts = cosine_masked_counts(num_tokens, config.num_iter)
     num_steps = len(reverse_steps(config.num_sampling_steps, config.t_max))
     tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
-    for iteration in range(config.num_iter):
+    for iteration in progress(range(config.num_iter)):
         kept_ids, target_ids = iteration_ids(orders, counts, iteration)  # [B, L - now], [B, p]
         z = model.predict(
             tokens.repeat(num_branches, 1, 1), kept_ids.repeat(num_branches, 1), branches.conditions

@@ -9,6 +9,8 @@ and mu is the only parameter. So everything the head predicts is known, and so a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,20 @@ class OptimalDenoiser(nn.Module):
         bar = self.bars[timesteps][:, None]
         eps = (1 - bar).sqrt() * (x - bar.sqrt() * self.mu) / (bar * STD**2 + 1 - bar)
         return torch.cat([eps.float(), torch.full_like(x, -1.0)], dim=1)
+
+    # What the sampler asks of the head: nothing depends on z, and the timesteps modulate as they are.
+
+    def time_embed(self, timesteps: Tensor) -> Tensor:
+        return timesteps[:, None]
+
+    def cond_embed(self, z: Tensor) -> Tensor:
+        return z
+
+    def modulations(self, times: Tensor, embedded: Tensor) -> list[Tensor]:
+        return [times.expand(-1, embedded.shape[1])[:, None]]
+
+    def modulated(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        return self(x, modulations[0][0], x)[None]
 
 
 def linear_world() -> tuple[StructMAR, nn.Parameter]:

@@ -101,10 +101,16 @@ def test_forward_and_backward_equal_what_the_counter_counts(config, grad_checkpo
     assert 2 * estimated.gradients(grad_checkpointing) == backward
 
 
+def counted_per_image(config: StructMARConfig, sampling: SamplingConfig) -> int:
+    """What a further image adds: some work is done once per batch."""
+    return counted_rollout(config, sampling, 2) - counted_rollout(config, sampling, 1)
+
+
 def test_an_unguided_rollout_equals_what_the_counter_counts():
-    assert 3 * rollout_flops(CONFIG, SHORT, NUM_TEXT) == counted_rollout(CONFIG, SHORT, 3)
+    assert rollout_flops(CONFIG, SHORT, NUM_TEXT) == counted_per_image(CONFIG, SHORT)
+    assert 3 * rollout_flops(CONFIG, SHORT, NUM_TEXT) == pytest.approx(counted_rollout(CONFIG, SHORT, 3), rel=0.02)
     cut = replace(SHORT, t_max=400)  # merges steps
-    assert rollout_flops(CONFIG, cut, NUM_TEXT) == counted_rollout(CONFIG, cut, 1)
+    assert rollout_flops(CONFIG, cut, NUM_TEXT) == counted_per_image(CONFIG, cut)
     assert rollout_flops(CONFIG, cut, NUM_TEXT) < rollout_flops(CONFIG, SHORT, NUM_TEXT)
 
 
@@ -112,8 +118,8 @@ def test_an_unguided_rollout_equals_what_the_counter_counts():
 def test_a_guided_rollout_counts_every_branch(cfg_text, cfg_layout, branches):
     sampling = replace(SHORT, cfg_text=cfg_text, cfg_layout=cfg_layout)
     estimated = rollout_flops(CONFIG, sampling, NUM_TEXT)
-    assert estimated == branches * rollout_flops(CONFIG, SHORT, NUM_TEXT)
-    assert estimated == pytest.approx(counted_rollout(CONFIG, sampling, 1), rel=0.02)
+    assert estimated == counted_per_image(CONFIG, sampling)
+    assert estimated == pytest.approx(branches * rollout_flops(CONFIG, SHORT, NUM_TEXT), rel=0.1)
 
 
 def test_an_elbo_update_adds_up():
@@ -167,12 +173,13 @@ def test_the_reference_and_each_inner_epoch_cost_what_they_do():
 
 
 def test_the_huge_model_on_the_papers_command():
-    """16 images, 256 iterations of 100 steps: 130 + 8 TFLOP an image by an independent count of the backbone."""
+    """16 images, 256 iterations of 100 steps: 130 + 8 TFLOP an image by an independent count of the whole backbone, of
+    which the sampler computes caption keys and values once (3.4 % of it) and the last block where needed (2.5 %)."""
     cost = estimate_cost(HUGE, SamplingConfig(256, 100), 4, 4, "elbo", 4, 8, 1, True, 77, updates=206_950)
-    assert cost.rollout_flops / 16 == pytest.approx(137.7e12, rel=0.02)
+    assert cost.rollout_flops / 16 == pytest.approx(137.7e12 * (1 - 0.034 - 0.025), rel=0.02)
     assert cost.head_calls == 25_600
     lines = cost.describe()
-    for part in ("16 images", "256 iterations", "25,600 head calls", "2.16 PFLOP rollout"):
+    for part in ("16 images", "256 iterations", "25,600 head calls", "2.07 PFLOP rollout"):
         assert part in lines[0]
     for part in ("206,950 updates", "3,311,200 images", "EFLOP"):
         assert part in lines[1]
