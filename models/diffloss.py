@@ -139,8 +139,8 @@ class SimpleMLPAdaLN(nn.Module):
         times: [S, W], of `time_embed`; embedded: [G, r, W], of `cond_embed`; gives [S, G, r, 3W] per block, then 2W.
         """
         condition = F.silu(times[:, None, None] + embedded)  # [S, G, r, W]
-        layers = cast(list[nn.Sequential], [module.adaLN_modulation for module in (*self.res_blocks, self.final_layer)])
-        return [linear(condition) for _, linear in layers]
+        after_silu = [module.adaLN_modulation[1] for module in (*self.res_blocks, self.final_layer)]
+        return [linear(condition) for linear in cast(list[nn.Linear], after_silu)]
 
     def modulated(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """The network at one timestep, given `modulations` at it. x: [r, C]; returns [..., r, 2C]."""

@@ -5,12 +5,15 @@ An operation on mixed devices raises, and so does a read of a value (`.item()`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.diffloss import DiffusionDraws
 from models.masking import TokenMask
@@ -48,6 +51,21 @@ def conditions_on_gpu() -> tuple[TextContext, LayoutBatch]:
     return text, layout
 
 
+class Copies(TorchDispatchMode):
+    """Notes every operation that makes a tensor on the GPU from one on the CPU, or the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = ({t.device.type for t in tree_leaves(tree) if isinstance(t, Tensor)} for tree in (args, result))
+        if given and made and given != made:
+            self.seen.append(str(func))
+        return result
+
+
 def test_the_mode_finds_mixed_devices_and_syncs() -> None:
     """Otherwise the tests below would prove nothing."""
     there = torch.ones(2, device="cuda")
@@ -74,19 +92,27 @@ def test_loss() -> None:
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (2.0, 2.0), (1.5, 3.0)])
 def test_sampling_loop(scales: tuple[float, float]) -> None:
-    """The whole loop: nothing left on the CPU, no value read back."""
+    """The whole loop: nothing left on the CPU, no value read back, and nothing copied over once it has begun."""
     model = build().eval()
     text, layout = conditions_on_gpu()
     config = SamplingConfig(num_iter=6, num_sampling_steps=5, cfg_text=scales[0], cfg_layout=scales[1], clip_x0=5.0)
     orders = torch.zeros(BATCH, CONFIG.num_tokens, dtype=torch.int64, device="cuda")
 
     def noise(_iteration: int, num_draws: int, num_tokens: int) -> Tensor:
-        return torch.randn(num_draws, BATCH, num_tokens, CONFIG.token_dim, device="cuda")
+        return torch.randn(num_draws, BATCH, num_tokens, CONFIG.token_dim).to("cuda")  # drawn on the host
 
-    with torch.no_grad():
+    copies = Copies()
+
+    def progress(iterations: Iterable[int]) -> Iterable[int]:
+        assert copies.seen  # the noise
+        copies.seen.clear()
+        return iterations
+
+    with torch.no_grad(), copies:
         branches, config = embed_branches(model, config, BATCH, text, layout, None)
         trace = empty_trace(orders, CONFIG.token_dim, config)
-        tokens = uncover(model, branches, orders, noise, config, trace=trace)
+        tokens = uncover(model, branches, orders, noise, config, progress, trace)
+    assert copies.seen == []
     assert tokens.device.type == trace.states.device.type == "cuda"
     assert model.unpatchify(tokens).shape == (BATCH, 16, 8, 8)
 
