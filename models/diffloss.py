@@ -140,12 +140,12 @@ class SimpleMLPAdaLN(nn.Module):
         """
         condition = F.silu(times[:, None, None] + embedded)  # [S, G, r, W]
         after_silu = [module.adaLN_modulation[1] for module in (*self.res_blocks, self.final_layer)]
-        return [linear(condition) for linear in cast(list[nn.Linear], after_silu)]
+        return [linear(condition) for linear in after_silu]
 
     def modulated(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """The network at one timestep, given `modulations` at it. x: [r, C]; returns [..., r, 2C]."""
         x = self.input_proj(x)  # [r, W]
-        for block, modulation in zip(self.res_blocks, modulations[:-1], strict=True):
+        for block, modulation in zip(cast(list[ResBlock], self.res_blocks), modulations[:-1], strict=True):
             x = block.modulated(x, modulation)  # [..., r, W]
         return self.final_layer.modulated(x, modulations[-1])  # [..., r, 2C]
 

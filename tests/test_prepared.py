@@ -33,7 +33,7 @@ from tests.plain_sampler import plain_reverse_process, plain_uncover
 from tests.structured import generator, some_layout, some_text, structured_model
 from util.types import LayoutBatch, TextContext
 
-QUICK = SamplingConfig(num_iter=5, num_sampling_steps=12, t_max=950)
+QUICK = SamplingConfig(num_iter=3, num_sampling_steps=8, t_max=950)
 GUIDANCE = [
     {},
     {"cfg_text": 3.0, "cfg_layout": 3.0},
@@ -103,7 +103,7 @@ def test_the_whole_sampler(name: str, guidance: dict[str, float]) -> None:
 def test_the_whole_schedule(name: str) -> None:
     """From t = 999, whose step multiplies rounding errors of eps by hundreds (`models/diffusion.py`)."""
     model = world(name)
-    config = replace(QUICK, num_sampling_steps=50, t_max=None, cfg_text=1.5, cfg_layout=3.0)
+    config = replace(QUICK, num_sampling_steps=20, t_max=None, cfg_text=1.5, cfg_layout=3.0)
     expected, found = (sampled(model, config, *conditions(model), plain=plain)[0] for plain in (True, False))
     assert float((found - expected).square().mean() / expected.square().mean()) < 1e-6
 
@@ -175,17 +175,17 @@ def test_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = world("mini")
     config = replace(QUICK, cfg_text=1.5, cfg_layout=3.0)
     z = torch.randn(3, 3, model.config.decoder_embed_dim, generator=generator(1))
-    noise = torch.randn(13, 3, model.config.token_dim, generator=generator(2))
+    noise = torch.randn(9, 3, model.config.token_dim, generator=generator(2))
     with torch.no_grad():
         branches, config = embed_branches(model, config, 1, *(part_of_first(part) for part in conditions(model)), None)
         times = embed_times(model, config, z.device)
         steps = list(head_modulations(model, z, times))
-        assert len(steps) == len(times) == 12 and steps[0][0].shape == (3, 3, 3 * model.config.diffloss_w)
+        assert len(steps) == len(times) == 8 and steps[0][0].shape == (3, 3, 3 * model.config.diffloss_w)
         found = reverse_process(model, z, times, branches, (1.5, 3.0), noise, config)
         expected = plain_reverse_process(model, z, branches, (1.5, 3.0), noise, config)
         assert reference.relative_error(found, expected) < 1e-5
 
-        told = torch.full((9,), reverse_steps(12)[5].timestep)
+        told = torch.full((9,), reverse_steps(8, 950)[5].timestep)
         once = model.diffloss.net.modulated(noise[0], steps[5]).flatten(0, 1)
         assert reference.relative_error(once, model.diffloss.net(noise[0].repeat(3, 1), told, z.flatten(0, 1))) < 1e-5
 
@@ -245,7 +245,7 @@ def test_noise_is_drawn_before_the_loop() -> None:
 
     def progress(iterations):  # type: ignore[no-untyped-def]
         counts = cosine_masked_counts(64, 4)
-        assert calls == [(i, 13, counts[i] - counts[i + 1]) for i in range(4)]
+        assert calls == [(i, 9, counts[i] - counts[i + 1]) for i in range(4)]
         return iterations
 
     with torch.no_grad():
