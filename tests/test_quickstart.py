@@ -15,7 +15,15 @@ from PIL import Image
 from engine.generate import GRID_CELL, GRID_GAP
 from tests.conftest import ROOT
 
-WEIGHTS = ("structmar_mini_stage2.safetensors", "mar_mini.safetensors", "vae/kl8_mini.ckpt", "clip-text-mini")
+WEIGHTS = (
+    "structmar_mini_stage2.safetensors",
+    "mar_mini.safetensors",
+    "vae/kl8_mini.ckpt",
+    "clip-text-mini",
+    "fasterrcnn_mini.pth",
+    "fasterrcnn_mini_judge.pth",
+)
+STAGES = {"stage1": "text_layout", "stage2": "full", "stage3": "grpo"}
 
 
 def quickstart(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,32 +63,33 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
     out = tmp_path / "output" / "quickstart_smoke"
     steps = [line.split()[1] for line in first.stdout.splitlines() if line.startswith("== ")]
-    assert steps == [f"{number}/7" for number in range(1, 8)]
-    assert first.stdout.splitlines()[-5:-1] == [
+    assert steps == [f"{number}/8" for number in range(1, 9)]
+    assert first.stdout.splitlines()[-6:-1] == [
         f"The committed weights: {out / 'committed' / 'grid.png'}",
-        f"                       {out / 'evaluation_committed' / 'report.html'}",
+        f"The committed weights: {out / 'evaluation_committed' / 'report.html'}",
         f"Your own model:        {out / 'samples' / 'grid.png'}",
-        f"                       {out / 'evaluation_own' / 'report.html'}",
+        f"Your own model:        {out / 'evaluation_own_stage2' / 'report.html'}",
+        f"Your own model:        {out / 'evaluation_own_stage3' / 'report.html'}",
     ]
-    for which in ("committed", "own"):
+    for which in ("committed", "own_stage2", "own_stage3"):
         rows = [line.split("|")[1].strip() for line in first.stdout.splitlines() if line.startswith("| ")]
         assert rows.count("real images") == rows.count("shuffled layouts") == 2 and f"StructMAR ({which})" in rows
         assert (out / f"evaluation_{which}" / "report.html").is_file()
     for name in ("committed", "samples"):
         check_pictures(out / name)
-    stages = [read_checkpoint(out / name) for name in ("stage1", "stage2")]
-    assert [state["stage"] for state in stages] == ["text_layout", "full"]
-    assert all(state["step"] == 4 for state in stages)
+    stages = [read_checkpoint(out / name) for name in STAGES]
+    assert [state["stage"] for state in stages] == list(STAGES.values())
+    assert [state["step"] for state in stages] == [4, 4, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "output"]
 
     again = quickstart(tmp_path, "--smoke")
     assert again.returncode == 0, again.stderr[-4000:]
     assert "already there, nothing to do" in again.stdout
-    for name, stage, before in zip(("stage1", "stage2"), ("text_layout", "full"), stages, strict=True):
+    for name, stage, before in zip(STAGES, STAGES.values(), stages, strict=True):
         path = out / name / "checkpoint-last.pth"
         assert f"continuing stage '{stage}' from {path} at epoch" in again.stderr + again.stdout
         after = read_checkpoint(out / name)
-        assert after["step"] == 4
+        assert after["step"] == before["step"]
         assert all(torch.equal(tensor, before["model"][key]) for key, tensor in after["model"].items())
         steps_logged = [json.loads(line)["step"] for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-        assert steps_logged == sorted(set(steps_logged)) and steps_logged[-1] == 4
+        assert steps_logged == sorted(set(steps_logged)) and steps_logged[-1] == before["step"]
