@@ -189,7 +189,8 @@ def detection(image_id: int, score: float = 1.0, **changes: Any) -> dict[str, An
 
 
 def line(row: str, seed: int | None, image_id: int, iou: float, extra: int) -> dict[str, Any]:
-    return {"row": row, "seed": seed, "image_id": image_id, "mIoU": iou, "extra": extra, "wanted": [{}]}
+    shares = {"mIoU": iou, "SR50": float(iou >= 0.5)}
+    return {"row": row, "seed": seed, "image_id": image_id, **shares, "extra": extra, "wanted": [{}]}
 
 
 def write_evaluation(folder: Path, found: set[int], weights: str = "w", **changes: Any) -> Path:
@@ -241,7 +242,7 @@ def test_measures_by_hand(tmp_path: Path) -> None:
     assert found["reward"].value == pytest.approx((1.4 + 1.4 + 1.4 - 0.1) / 4)
     assert found["AP50"].value == pytest.approx((51 / 101 + 1) / 2)  # recall reaches .5: 51 of COCO's 101 points
     assert found["mIoU"].value == pytest.approx(3 / 4)
-    assert found["extra"].value == pytest.approx(1 / 4)
+    assert found["SR50"].value == pytest.approx(3 / 4) and found["extra"].value == pytest.approx(1 / 4)
     drawn_first = evaluation.weights[:, 0] / 2  # share of the first image in each resample
     assert found["mIoU"].samples == pytest.approx(drawn_first + 0.5 * (1 - drawn_first))
     assert found["reward"].samples == pytest.approx(1.4 * drawn_first + 0.65 * (1 - drawn_first))
@@ -263,12 +264,18 @@ def test_gains_are_paired() -> None:
 def test_table_by_hand(tmp_path: Path) -> None:
     text = rl_table.comparison(write_runs(tmp_path), ["stage2", "elbo"], ["reward", "judge"], num_resamples=50)
     lines = [entry for entry in text.splitlines() if entry.startswith("| ")]
-    assert len(lines) == 6 and lines[0].count("|") == 10
-    before, after = (entry.split(" | ") for entry in lines[1:3])
-    assert before[0] == "| stage 2 (before)" and before[1].startswith("1.025 [0.6")
-    assert after[:2] == ["| GRPO, elbo", "1.400 (+0.375 [+0.000, +0.750])"]
-    assert after[3] == "100.0 (+25.0 [+0.0, +50.0])" and after[7] == "0.00 (-0.25 [-0.50, +0.00])"
-    assert after[-1] == "50.0 [40.0, 60.0] |"
+    heads = ["reward detector"] * 3 + ["judge"] * 5
+    measures = ["mean reward", "AP50", "mIoU", "mean reward", "AP50", "mIoU", "success rate", "extra objects an image"]
+    names = [f"| {measure}, {head}" for measure, head in zip(measures, heads, strict=True)]
+    assert [entry.split(" | ")[0] for entry in lines] == 2 * ["|", *names, "| right colours"]
+    assert lines[0] == "| | stage 2 (before) | GRPO, elbo |"
+    cells = {entry.split(" | ")[0]: entry.removesuffix(" |").split(" | ")[1:] for entry in lines[1:10]}
+    before, after = cells["| mean reward, reward detector"]
+    assert before.startswith("1.025 [0.6") and after == "1.400 [1.400, 1.400], +0.375 [+0.000, +0.750]"
+    assert cells["| mIoU, reward detector"][1] == "100.0 [100.0, 100.0], +25.0 [+0.0, +50.0]"
+    assert cells["| success rate, judge"][0] == "75.0 [50.0, 100.0]"
+    assert cells["| extra objects an image, judge"][1] == "0.00 [0.00, 0.00], -0.25 [-0.50, +0.00]"
+    assert cells["| right colours"] == ["50.0 [40.0, 60.0]"] * 2
     assert "mini (abc), 2 images of val2017 (ids def), seeds 0, 1" in text
 
 

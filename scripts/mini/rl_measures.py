@@ -29,7 +29,7 @@ from engine.rewards import RewardSettings, RewardWeights, layout_reward_parts, t
 from util.boxes import xywh_to_xyxy
 
 Json = dict[str, Any]
-MEASURES = ("reward", "AP50", "mIoU", "extra")
+MEASURES = ("reward", "AP50", "mIoU", "SR50", "extra")
 NUM_RESAMPLES = 500
 BOOTSTRAP_SEED = 0
 
@@ -98,7 +98,7 @@ def the_model(evaluation: Evaluation) -> str:
 
 
 def measure(evaluation: Evaluation, row: str) -> dict[str, Measured]:
-    """MEASURES of the row of that name: reward (per image), AP50 and mIoU (shares), extra (detections per image).
+    """MEASURES of the row of that name: reward (per image), AP50, mIoU and SR50 (shares), extra (detections per image).
 
     Raises FileNotFoundError naming the file that is missing, ValueError for a row that is not there.
     """
@@ -110,13 +110,14 @@ def measure(evaluation: Evaluation, row: str) -> dict[str, Measured]:
     runs = [read_json(_detections_file(evaluation.folder, row, seed)) for seed in seeds]
     lines = _lines_of(evaluation.folder / "per_image.jsonl", row)
     numbers = [_per_image(lines[image_id]) for image_id in evaluation.image_ids]
-    overlaps, wanted, extra, pictures = np.array(numbers, dtype=np.float64).T  # [N] each, summed over seeds
-    rewards = np.mean([image_rewards(evaluation, found) for found in runs], axis=0)  # [N]
+    overlaps, found, wanted, extra, pictures = np.array(numbers, dtype=np.float64).T  # [N] each, summed over seeds
+    rewards = np.mean([image_rewards(evaluation, detections) for detections in runs], axis=0)  # [N]
     ones = np.ones(len(evaluation.image_ids))
     return {
         "reward": _ratio(rewards, ones, evaluation.weights),
         "AP50": _average_precision(evaluation, runs),
         "mIoU": _ratio(overlaps, wanted, evaluation.weights),
+        "SR50": _ratio(found, wanted, evaluation.weights),
         "extra": _ratio(extra, pictures, evaluation.weights),
     }
 
@@ -182,10 +183,12 @@ def _lines_of(path: Path, row: str) -> dict[int, list[Json]]:
     return lines
 
 
-def _per_image(lines: Sequence[Json]) -> tuple[float, int, int, int]:
-    """Of one image over its seeds: sum of IoUs, wanted boxes, extra detections, pictures."""
-    overlap = sum(line["mIoU"] * len(line["wanted"]) for line in lines if line["mIoU"] is not None)
-    return overlap, sum(len(line["wanted"]) for line in lines), sum(line["extra"] for line in lines), len(lines)
+def _per_image(lines: Sequence[Json]) -> tuple[float, float, int, int, int]:
+    """Of one image over its seeds: sum of IoUs, boxes found (IoU at least 0.5), boxes, extra detections, pictures."""
+    overlap, found = (
+        sum(line[name] * len(line["wanted"]) for line in lines if line[name] is not None) for name in ("mIoU", "SR50")
+    )
+    return overlap, found, sum(len(line["wanted"]) for line in lines), sum(line["extra"] for line in lines), len(lines)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -> Measured:

@@ -4,9 +4,9 @@
 
 Expected are <runs>/<name>/<sampling>/<detector>/ of `scripts.evaluate_layout`, <sampling>/colour.json of
 `scripts.mini.colour_accuracy`, and <runs>/<name>/metrics.jsonl of all but the first name, which is the baseline. One
-table for each sampling. Behind each number of the others stands its gain over the baseline with a 95 % interval over
-layouts, paired (scripts/mini/rl_measures.py). Evaluations of other images, profiles, detectors, sampling or seeds are
-an error.
+table for each sampling, a line for each measure. Every number has its 95 % interval over layouts; those of the others
+are followed by their gain over the baseline with its own, paired (scripts/mini/rl_measures.py). Evaluations of other
+images, profiles, detectors, sampling or seeds are an error.
 """
 
 from __future__ import annotations
@@ -49,47 +49,45 @@ DETECTORS = {REWARD: "reward detector", JUDGE: "judge", YOLOX: "YOLOX"}
 
 
 @dataclass(frozen=True)
-class Column:
-    """detector: who judges. measure: one of rl_measures.MEASURES. factor: 100 for percent."""
+class Line:
+    """detector: who judges. measure: one of rl_measures.MEASURES. head: its name. factor: 100 for percent."""
 
     detector: str
     measure: str
     head: str
-    factor: float
-    digits: int
+    factor: float = 100.0
+    digits: int = 1
 
 
-COLUMNS = (
-    Column(REWARD, "reward", "reward", 1.0, 3),
-    Column(REWARD, "AP50", "AP50", 100.0, 1),
-    Column(REWARD, "mIoU", "mIoU", 100.0, 1),
-    Column(JUDGE, "reward", "reward", 1.0, 3),
-    Column(JUDGE, "AP50", "AP50", 100.0, 1),
-    Column(JUDGE, "mIoU", "mIoU", 100.0, 1),
-    Column(JUDGE, "extra", "extra/image", 1.0, 2),
-    Column(YOLOX, "AP50", "AP50", 100.0, 1),
-    Column(YOLOX, "mIoU", "mIoU", 100.0, 1),
+LINES = (
+    Line(REWARD, "reward", "mean reward", 1.0, 3),
+    Line(REWARD, "AP50", "AP50"),
+    Line(REWARD, "mIoU", "mIoU"),
+    Line(JUDGE, "reward", "mean reward", 1.0, 3),
+    Line(JUDGE, "AP50", "AP50"),
+    Line(JUDGE, "mIoU", "mIoU"),
+    Line(JUDGE, "SR50", "success rate"),
+    Line(JUDGE, "extra", "extra objects an image", 1.0, 2),
+    Line(YOLOX, "AP50", "AP50"),
+    Line(YOLOX, "SR50", "success rate"),
 )
 
 
-def plain(value: float, column: Column) -> str:
-    return f"{column.factor * value:.{column.digits}f}"
+def plain(value: float, line: Line) -> str:
+    return f"{line.factor * value:.{line.digits}f}"
 
 
-def signed(found: Interval, column: Column) -> str:
-    value, low, high = (
-        f"{column.factor * number:+.{column.digits}f}" for number in (found.value, found.low, found.high)
-    )
+def with_interval(found: Interval, line: Line) -> str:
+    return f"{plain(found.value, line)} [{plain(found.low, line)}, {plain(found.high, line)}]"
+
+
+def signed(found: Interval, line: Line) -> str:
+    value, low, high = (f"{line.factor * number:+.{line.digits}f}" for number in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"
 
 
-def baseline_cell(found: Measured, column: Column) -> str:
-    ends = found.interval
-    return f"{plain(ends.value, column)} [{plain(ends.low, column)}, {plain(ends.high, column)}]"
-
-
-def gain_cell(found: Measured, baseline: Measured, column: Column) -> str:
-    return f"{plain(found.value, column)} ({signed(found.minus(baseline), column)})"
+def gain_cell(found: Measured, baseline: Measured, line: Line) -> str:
+    return f"{with_interval(found.interval, line)}, {signed(found.minus(baseline), line)}"
 
 
 def require_same(found: Evaluation, first: Evaluation) -> None:
@@ -130,7 +128,32 @@ def sampling_table(
     runs: Path, names: Sequence[str], sampling: str, detectors: Sequence[str], num_resamples: int = NUM_RESAMPLES
 ) -> str:
     """The Markdown table of one sampling; names[0] is the baseline. Raises FileNotFoundError or ValueError."""
-    columns = [column for column in COLUMNS if column.detector in detectors]
+    evaluations = _load(runs, names, sampling, detectors, num_resamples)
+    measured = {key: measure(evaluation, the_model(evaluation)) for key, evaluation in evaluations.items()}
+    bounds = {
+        (row, detector): measure(evaluations[names[0], detector], row)
+        for row in row_names(evaluations[names[0], detectors[0]], "bound")
+        for detector in detectors
+    }
+    bound_names = list(dict.fromkeys(row for row, _ in bounds))
+    lines = [
+        f"| | {' | '.join([*(LABELS[name] for name in names), *bound_names])} |",
+        "|---" + "|---:" * (len(names) + len(bound_names)) + "|",
+    ]
+    for line in (each for each in LINES if each.detector in detectors):
+        before, *others = (measured[name, line.detector][line.measure] for name in names)
+        cells = [with_interval(before.interval, line), *(gain_cell(found, before, line) for found in others)]
+        cells += [plain(bounds[row, line.detector][line.measure].value, line) for row in bound_names]
+        lines.append(f"| {line.head}, {DETECTORS[line.detector]} | {' | '.join(cells)} |")
+    colours = [colour_cell(runs / name / sampling / "colour.json") for name in names]
+    lines.append(f"| right colours | {' | '.join([*colours, *[''] * len(bound_names)])} |")
+    return "\n".join(lines)
+
+
+def _load(
+    runs: Path, names: Sequence[str], sampling: str, detectors: Sequence[str], num_resamples: int
+) -> dict[tuple[str, str], Evaluation]:
+    """By name and detector: of the same images, drawn alike. Raises FileNotFoundError or ValueError."""
     evaluations = {
         (name, detector): load_evaluation(runs / name / sampling / detector, num_resamples)
         for name in names
@@ -139,37 +162,7 @@ def sampling_table(
     for (name, detector), evaluation in evaluations.items():
         require_same(evaluation, evaluations[names[0], detector])
         require_same_images(evaluation, evaluations[name, detectors[0]])
-    heads = [f"{column.head}, {DETECTORS[column.detector]}" for column in columns]
-    lines = [f"| | {' | '.join(heads)} | colour |", "|---" + "|---:" * (len(columns) + 1) + "|"]
-    baseline = _measures(evaluations, names[0], detectors)
-    for name in names:
-        measured = baseline if name == names[0] else _measures(evaluations, name, detectors)
-        cells = []
-        for column in columns:
-            found, before = (each[column.detector][column.measure] for each in (measured, baseline))
-            cells.append(baseline_cell(found, column) if name == names[0] else gain_cell(found, before, column))
-        cells.append(colour_cell(runs / name / sampling / "colour.json"))
-        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
-    return "\n".join(lines + _bounds(evaluations, names[0], columns, detectors))
-
-
-def _measures(
-    evaluations: dict[tuple[str, str], Evaluation], name: str, detectors: Sequence[str]
-) -> dict[str, dict[str, Measured]]:
-    found = {detector: evaluations[name, detector] for detector in detectors}
-    return {detector: measure(evaluation, the_model(evaluation)) for detector, evaluation in found.items()}
-
-
-def _bounds(
-    evaluations: dict[tuple[str, str], Evaluation], name: str, columns: Sequence[Column], detectors: Sequence[str]
-) -> list[str]:
-    """Lines of the baseline's bounds (real images, VAE round trip), where they were scored."""
-    lines = []
-    for row in row_names(evaluations[name, detectors[0]], "bound"):
-        measured = {detector: measure(evaluations[name, detector], row) for detector in detectors}
-        cells = [plain(measured[column.detector][column.measure].value, column) for column in columns]
-        lines.append(f"| {row} | {' | '.join(cells)} | |")
-    return lines
+    return evaluations
 
 
 def comparison(runs: Path, names: Sequence[str], detectors: Sequence[str], num_resamples: int = NUM_RESAMPLES) -> str:
@@ -181,10 +174,11 @@ def comparison(runs: Path, names: Sequence[str], detectors: Sequence[str], num_r
     profile, dataset, seeds = results["profile"], results["dataset"], ", ".join(map(str, results["seeds"]))
     parts.append(
         f"Profile {profile['name']} ({profile['hash']}), {dataset['num_images']} images of {dataset['split']} (ids "
-        f"{dataset['ids_hash']}), seeds {seeds}. Reward: engine/rewards.py with the default weights. AP50, mIoU and "
-        "colour in percent. First line: [95 % interval over layouts]; others: (gain over it [95 %, paired over "
-        f"layouts]), {num_resamples} bootstrap resamples, one training each. The reward detector's columns are what "
-        "was trained for and no evidence of quality; the judge is another architecture, trained on the same scenes."
+        f"{dataset['ids_hash']}), seeds {seeds}. Reward: engine/rewards.py with the default weights; AP50, mIoU, "
+        "success rate (IoU of at least 0.5) and colours (where the caption decides) in percent. [95 % interval over "
+        f"layouts], then the gain [95 %, paired over layouts]; {num_resamples} bootstrap resamples, one training each. "
+        "What the reward detector says was trained for and is no evidence of quality; the judge is another "
+        "architecture, trained on the same scenes."
     )
     return "\n\n".join(parts)
 
