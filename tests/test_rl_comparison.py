@@ -90,7 +90,12 @@ def test_every_run_has_the_same_budget_and_start(tmp_path: Path) -> None:
     assert [Path(value_of(words, "--output_dir")).name for words in found] == RUNS
     assert [words[:2] for words in found] == [["main_rl.py", "--config"]] * 3 + [["-m", "scripts.mini.paper_surrogate"]]
     no_kl = ["--kl_coef", "0"]
-    own = {"elbo": [], "trajectory": ["--rl_masks", "4", "--rl_draws", "8"], "no_kl": no_kl, "paper": no_kl}
+    own = {
+        "elbo": [],
+        "trajectory": ["--rl_masks", "4", "--rl_draws", "8", "--lr", "1e-5"],
+        "no_kl": no_kl,
+        "paper": no_kl,
+    }
     for name, words in zip(RUNS, found, strict=True):
         estimator = "trajectory" if name == "trajectory" else "elbo"
         assert words[words.index("--rl_estimator") :] == ["--rl_estimator", estimator, *own[name]]
