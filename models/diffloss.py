@@ -2,8 +2,8 @@
 
 Parameter names are MAR's (arXiv:2406.11838, section 4.1).
 
-Shape letters: r rows (tokens), C token channels, D backbone width, W head width, S timesteps, G guidance
-branches.
+Shape letters: r rows (draws of tokens), M draws of a token, C token channels, D backbone width, W head width,
+S timesteps, G guidance branches.
 """
 
 from __future__ import annotations
@@ -123,15 +123,23 @@ class SimpleMLPAdaLN(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
-        """x: [r, C] noisy tokens; timesteps: [r]; z: [r, D]; returns [r, 2C]."""
+        """x: [r, C] noisy tokens, M copies of all in turn; timesteps: [r]; z: [r / M, D]; returns [r, 2C]."""
+        embedded = self.cond_embed(z).repeat(len(x) // len(z), 1)  # [r, W]
+        condition = self.embed_times(timesteps).to(embedded.dtype) + embedded  # [r, W]
         x = self.input_proj(x)  # [r, W]
-        condition = self.time_embed(timesteps) + self.cond_embed(z)  # [r, W]
         for block in self.res_blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, condition, use_reentrant=False)  # [r, W]
             else:
                 x = block(x, condition)  # [r, W]
         return self.final_layer(x, condition)  # [r, 2C]
+
+    def embed_times(self, timesteps: Tensor) -> Tensor:
+        """`time_embed`, of each timestep once if there are more rows than timesteps. [r] -> [r, W]."""
+        if len(timesteps) <= NUM_TRAIN_STEPS:
+            return self.time_embed(timesteps)  # [r, W]
+        table = self.time_embed(torch.arange(NUM_TRAIN_STEPS, device=timesteps.device))  # [1000, W]
+        return F.embedding(timesteps, table.float())  # [r, W], in float32: its backward pass adds up rows
 
     def modulations(self, times: Tensor, embedded: Tensor) -> list[Tensor]:
         """What adaLN says in each block and in the last layer, at several timesteps: it does not depend on x.
@@ -170,9 +178,9 @@ class DiffLoss(nn.Module):
         return dict(zip(self.table_names, rows.unbind(0), strict=True))  # each [..., 1]
 
     def token_loss(self, target: Tensor, z: Tensor, draws: DiffusionDraws) -> Tensor:
-        """Loss of each token. target: [r, C] clean; z: [r, D]; returns [r] float32."""
+        """Loss of each draw [r] float32, M copies of all tokens in turn. target: [r / M, C] clean; z: [r / M, D]."""
         tables = self.tables_at(draws.timesteps)  # each [r, 1]
-        target = target.float()  # [r, C]
+        target = target.float().repeat(len(draws.timesteps) // len(target), 1)  # [r, C]
         x = add_noise(target, draws.noise, tables)  # [r, C]
         output = self.net(x, draws.timesteps, z)  # [r, 2C]
         return hybrid_loss(target, x, draws.noise, output, draws.timesteps, tables)  # [r]

@@ -281,8 +281,7 @@ class StructMAR(nn.Module):
         masked_ids = mask.masked_ids()  # [B, m]
         target = gather_tokens(tokens, masked_ids).flatten(0, 1)  # [B * m, C']
         z = gather_tokens(z, masked_ids).flatten(0, 1)  # [B * m, D]
-        repeats = self.config.diffusion_batch_mul
-        return self.diffloss.token_loss(target.repeat(repeats, 1), z.repeat(repeats, 1), draws).mean()
+        return self.diffloss.token_loss(target, z, draws).mean()
 
     def denoise(
         self,
