@@ -125,6 +125,13 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
     add_sft_args(group)
 
 
+def add_compile_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--compile", action=SWITCH, default=False, help="torch.compile every block and the head")
+    group.add_argument(
+        "--cuda_graphs", action=SWITCH, default=False, help="--compile, and sampling captures the head as CUDA graphs"
+    )
+
+
 def add_length_args(group: argparse._ArgumentGroup) -> None:
     """Where a stage starts, how much it takes at a time, for how long."""
     group.add_argument("--resume", default="",
@@ -172,7 +179,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast; weights stay fp32"
     )
-    group.add_argument("--compile", action=SWITCH, default=False, help="torch.compile every transformer block")
+    add_compile_args(group)
     group.add_argument(
         "--fsdp", action=SWITCH, default=False, help="shard weights, gradients and optimizer over the processes"
     )

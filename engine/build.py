@@ -24,7 +24,7 @@ from engine.inputs import CocoInputs, DropRates
 from engine.loading import CocoBatches, coco_batches
 from engine.online_eval import OnlineEvaluation
 from engine.optim import LrSchedule, absolute_lr, build_optimizer
-from engine.parallel import compile_blocks, shard, wrap
+from engine.parallel import compile_parts, shard, wrap
 from engine.pipeline import require_same_categories
 from engine.previews import Preview
 from engine.profiles import load_profile
@@ -239,8 +239,8 @@ def place_model(args: argparse.Namespace, model: StructMAR, dist: DistInfo) -> S
     """The same model on its device, compiled and sharded if asked for. What trains is selected before."""
     model.to(dist.device)
     units = model.fsdp_units()
-    if args.compile:
-        compile_blocks(units)
+    if args.compile or args.cuda_graphs:
+        compile_parts(model, args.cuda_graphs)
     if args.fsdp:
         shard(model, units, dist.device, dist.world_size)
     return model

@@ -23,7 +23,8 @@ from util.images import Picture, draw_boxes, make_grid, to_picture
 from util.rng import generator
 from util.types import LayoutBatch, TextContext
 
-PRECISIONS = ("fp32", "bf16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = tuple(DTYPES)
 GRID_CELL = 256  # pixels: the width below which the grid enlarges images by default
 GRID_GAP = 10
 
@@ -45,6 +46,7 @@ def generate_images(
     progress: called after every iteration of every batch, `num_iterations(...)` times in all.
     Raises ValueError if scenes and seeds differ in number or a scene has more boxes than the model places.
     """
+    dtype = sampling_dtype(precision)
     if len(scenes) != len(seeds):
         raise ValueError(f"every scene needs its seed, got {len(scenes)} scenes and {len(seeds)} seeds")
     images: list[Picture] = []
@@ -52,10 +54,10 @@ def generate_images(
         part = scenes[rows]
         text = encode_prompts(text_encoder, [scene.prompt for scene in part]).to(device)
         layout = LayoutBatch.collate([scene.layout for scene in part], model.config.max_objects).to(device)
-        with _sampling(model, device, precision):
+        with _sampling(model):
             generators = [image_generator(seed) for seed in seeds[rows]]
             latents = sample(
-                model, config, generators, text=text, layout=layout, progress=_counted(progress)
+                model, config, generators, text=text, layout=layout, progress=_counted(progress), dtype=dtype
             ).latents  # [B, C, h, w]
         images += [to_picture(pixels) for pixels in codec.decode(latents.float())]
     return images
@@ -73,6 +75,7 @@ def generate_class_images(
     progress: Callable[[], None] | None = None,
 ) -> list[Picture]:
     """Class-conditional images, as MAR generates them: one per label and seed, without text and layout."""
+    dtype = sampling_dtype(precision)
     if len(labels) != len(seeds):
         raise ValueError(f"every label needs its seed, got {len(labels)} labels and {len(seeds)} seeds")
     for label in labels:
@@ -80,12 +83,21 @@ def generate_class_images(
             raise ValueError(f"class label {label} is outside 0 ... {model.config.class_num - 1}")
     images: list[Picture] = []
     for rows in _batches(len(labels), batch_size):
-        with _sampling(model, device, precision):
+        with _sampling(model):
             generators = [image_generator(seed) for seed in seeds[rows]]
             batch = torch.tensor(labels[rows], dtype=torch.int64, device=device)  # [B]
-            latents = sample(model, config, generators, labels=batch, progress=_counted(progress)).latents
+            latents = sample(
+                model, config, generators, labels=batch, progress=_counted(progress), dtype=dtype
+            ).latents  # [B, C, h, w]
         images += [to_picture(pixels) for pixels in codec.decode(latents.float())]
     return images
+
+
+def sampling_dtype(precision: str) -> torch.dtype:
+    """Raises ValueError unless it is one of PRECISIONS."""
+    if precision not in DTYPES:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got '{precision}'")
+    return DTYPES[precision]
 
 
 @torch.no_grad()
@@ -160,15 +172,12 @@ def _batches(total: int, batch_size: int) -> Iterator[slice]:
 
 
 @contextlib.contextmanager
-def _sampling(model: StructMAR, device: torch.device | str, precision: str) -> Iterator[None]:
-    """Evaluation mode, no gradients and the asked precision; the model's mode is put back afterwards."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got '{precision}'")
+def _sampling(model: StructMAR) -> Iterator[None]:
+    """Evaluation mode and no gradients; the model's mode is put back afterwards."""
     was_training = model.training
     model.eval()
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     try:
-        with torch.no_grad(), autocast:
+        with torch.no_grad():
             yield
     finally:
         model.train(was_training)

@@ -17,11 +17,20 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from models.structmar import StructMAR
 
-def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compiles each block in place. Whole-model compilation would be redone for every number of visible tokens."""
-    for block in blocks:
-        block.compile()
+
+def compile_parts(model: StructMAR, cuda_graphs: bool = False) -> None:
+    """Compiles each block and the head in place, for training and for sampling. Whole-model compilation would be redone
+    for every number of visible tokens.
+
+    cuda_graphs: the sampler's head is captured, once per number of tokens. Raises ValueError on another device.
+    """
+    if cuda_graphs and model.fake_latent.device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a model on a CUDA device, not on {model.fake_latent.device}")
+    model.compile_mode = "reduce-overhead" if cuda_graphs else "default"
+    for unit in model.fsdp_units():
+        unit.compile()
 
 
 def shard(model: nn.Module, units: list[nn.Module], device: torch.device, world_size: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.data import Batch
+from engine.generate import sampling_dtype
 from engine.parallel import unsharded
 from engine.rewards import LayoutReward, RewardBatch
 from models.policy import Samples, collect_samples
@@ -70,9 +71,11 @@ class RolloutWorker:
         text = text.to(self.device).repeated(self.group_size)
         layout = batch.layout.to(self.device).repeated(self.group_size)
         generators = [generator(self.seed, "rollout", *key, image) for image in range(len(layout))]
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with autocast, unsharded(self.model):
-            drawn = sample(self.model, self.config, generators, text=text, layout=layout, record=self.needs_trace)
+        dtype = sampling_dtype(self.precision)
+        with unsharded(self.model):
+            drawn = sample(
+                self.model, self.config, generators, text=text, layout=layout, record=self.needs_trace, dtype=dtype
+            )
         samples = collect_samples(self.model, drawn, text, layout)
         pictures = [to_picture(pixels) for pixels in self.codec.decode(drawn.latents.float())]
         prompts = [caption for caption in batch.captions for _ in range(self.group_size)]

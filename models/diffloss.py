@@ -75,12 +75,13 @@ class ResBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.modulated(x, self.adaLN_modulation(condition))  # [r, W]
+        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, dim=-1)  # each [r, W]
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))  # [r, W]
 
     def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x: [..., r, W]; modulation: [..., r, 3W]."""
-        shift, scale, gate = modulation.chunk(3, dim=-1)  # each [r, W]
-        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))  # [r, W]
+        """`forward` with few kernels. x: [..., r, W]; modulation: [..., r, 3W]: shift, 1 + scale, gate."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)  # each [..., r, W]
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, scale, self.in_ln(x))))  # [..., r, W]
 
 
 class FinalLayer(nn.Module):
@@ -91,12 +92,14 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.modulated(x, self.adaLN_modulation(condition))  # [r, 2C]
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)  # each [r, W]
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # [r, 2C]
 
     def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x: [..., r, W]; modulation: [..., r, 2W]."""
-        shift, scale = modulation.chunk(2, dim=-1)  # each [r, W]
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # [r, 2C]
+        """x: [..., r, W]; modulation: [..., r, 2W]: shift, 1 + scale; returns [..., r, 2C]."""
+        shift, scale = modulation.chunk(2, dim=-1)  # each [..., r, W]
+        x = torch.addcmul(shift, scale, self.norm_final(x))  # [..., r, W]
+        return self.linear(x.to(self.linear.weight.dtype))  # [..., r, 2C]
 
 
 class SimpleMLPAdaLN(nn.Module):
@@ -144,15 +147,19 @@ class SimpleMLPAdaLN(nn.Module):
     def modulations(self, times: Tensor, embedded: Tensor) -> list[Tensor]:
         """What adaLN says in each block and in the last layer, at several timesteps: it does not depend on x.
 
-        times: [S, W], of `time_embed`; embedded: [G, r, W], of `cond_embed`; gives [S, G, r, 3W] per block, then 2W.
+        times: [S, W], of `time_embed`; embedded: [G, r, W], of `cond_embed`; both float32. Gives shift, 1 + scale and
+        gate of each block, [S, G, r, 3W], then shift and 1 + scale, [S, G, r, 2W].
         """
-        condition = F.silu(times[:, None, None] + embedded)  # [S, G, r, W]
-        after_silu = [module.adaLN_modulation[1] for module in (*self.res_blocks, self.final_layer)]
-        return [linear(condition) for linear in after_silu]
+        layers = [module.adaLN_modulation[1] for module in (*self.res_blocks, self.final_layer)]
+        condition = F.silu(times[:, None, None] + embedded).to(layers[0].weight.dtype)  # [S, G, r, W]
+        every = [layer(condition) for layer in layers]  # each [S, G, r, .]
+        for modulation in every:
+            modulation.chunk(modulation.shape[-1] // embedded.shape[-1], dim=-1)[1].add_(1)  # [S, G, r, W]
+        return every
 
     def modulated(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        """The network at one timestep, given `modulations` at it. x: [r, C]; returns [..., r, 2C]."""
-        x = self.input_proj(x)  # [r, W]
+        """The network at one timestep, given `modulations` at it. x: [r, C] float32; returns [..., r, 2C]."""
+        x = self.input_proj(x).to(modulations[0].dtype)  # [r, W]
         for block, modulation in zip(cast(list[ResBlock], self.res_blocks), modulations[:-1], strict=True):
             x = block.modulated(x, modulation)  # [..., r, W]
         return self.final_layer.modulated(x, modulations[-1])  # [..., r, 2C]

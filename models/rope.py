@@ -45,6 +45,9 @@ class Rotation:
         """angles: [B or 1, n, d/2]."""
         return Rotation(angles.cos(), angles.sin())
 
+    def to(self, dtype: torch.dtype) -> Rotation:
+        return Rotation(self.cos.to(dtype), self.sin.to(dtype))
+
     def at(self, positions: Tensor) -> Rotation:
         """The rows of a table of one image ([1, n, d/2]) at positions [B, m]: [B, m, d/2]."""
         return Rotation(self.cos[0][positions], self.sin[0][positions])

@@ -6,7 +6,8 @@ combines the branches' noise predictions,
     eps = eps_0 + w_text (eps_text - eps_0) + w_layout (eps_text+layout - eps_text),
 
 of which only the branches with a weight are computed. Every image draws from its own generator, so that it does not
-depend on its batch. The first reverse step always runs in float32 (see `models/diffusion.py` for why).
+depend on its batch. The networks may run in bfloat16, but for the first reverse step (see `models/diffusion.py` for
+why); all else is float32.
 
 Shape letters: B images, G guidance branches, L image tokens, K buffer slots, D width, C token channels,
 S reverse steps, r rows (tokens), p tokens uncovered in one iteration.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from models.conditioning import Conditions
 from models.diffusion import ReverseStep, normal_log_prob, reverse_steps
 from models.masking import cosine_masked_counts, sample_orders
-from models.prepared import predict_tokens, prepare
+from models.prepared import Head, predict_tokens, prepare
 from models.structmar import StructMAR
 from util.types import LayoutBatch, TextContext
 
@@ -104,12 +104,11 @@ def combine_branches(eps: Mapping[str, Tensor], w_text: float, w_layout: float) 
     if len(eps) == 1:
         return full
     if "text" not in eps:
-        return eps["null"] + w_text * (full - eps["null"])  # [..., C]
+        return torch.lerp(eps["null"], full, w_text)  # [..., C]
     text = eps["text"]  # [..., C]
-    guided = w_layout * (full - text)  # [..., C]
     if "null" not in eps:
-        return text + guided  # [..., C]
-    return eps["null"] + w_text * (text - eps["null"]) + guided  # [..., C]
+        return torch.lerp(text, full, w_layout)  # [..., C]
+    return torch.lerp(eps["null"], text, w_text).add(full - text, alpha=w_layout)  # [..., C]
 
 
 def choose_branches(config: SamplingConfig, has_text: bool, has_layout: bool) -> tuple[tuple[str, ...], SamplingConfig]:
@@ -190,7 +189,7 @@ def iteration_ids(orders: Tensor, counts: Sequence[int], iteration: int) -> tupl
 
 
 def reverse_process(
-    model: StructMAR,
+    head: Head,
     z: Tensor,
     times: Tensor,
     branches: Branches,
@@ -201,15 +200,14 @@ def reverse_process(
 ) -> Tensor:
     """Draws r tokens. z: [G, r, D]; noise: [S + 1, r, C], the start and one per reverse step; gives [r, C] float32.
 
-    times: `embed_times`. record: gets, per reverse step, the state after it [r, C] and the log-probability of its draw
-    [r].
+    The network may run in another dtype; the state, the guidance and every coefficient stay in float32, and so does the
+    whole first step. times: `embed_times`. record: gets, per reverse step, the state after it [r, C] and the
+    log-probability of its draw [r].
     """
     steps = reverse_steps(config.num_sampling_steps, config.t_max)
     x = noise[0]  # [r, C]
-    for index, (step, modulations) in enumerate(zip(steps, head_modulations(model, z, times), strict=True)):
-        with _full_precision(x.device) if index == 0 else nullcontext():
-            output = model.diffloss.net.modulated(x, modulations)  # [G, r, 2C]
-        eps, fraction = output.float().chunk(2, dim=-1)  # each [G, r, C]
+    for index, (step, modulations) in enumerate(zip(steps, head_modulations(head, z, times), strict=True)):
+        eps, fraction = head.output(index, x, modulations).chunk(2, dim=-1)  # each [G, r, C]
         guided = branches.combine(eps, *scales)  # [r, C]
         before = x  # [r, C]
         x = step(x, guided, fraction[0], noise[index + 1], config.temperature, config.clip_x0)  # [r, C]
@@ -221,26 +219,18 @@ def reverse_process(
 def embed_times(model: StructMAR, config: SamplingConfig, device: torch.device) -> Tensor:
     """The head's embedding of the timestep of each reverse step: [S, W] float32."""
     steps = reverse_steps(config.num_sampling_steps, config.t_max)
-    with _full_precision(device):
-        return model.diffloss.net.time_embed(torch.tensor([step.timestep for step in steps], device=device))  # [S, W]
+    return model.diffloss.net.time_embed(torch.tensor([step.timestep for step in steps], device=device))  # [S, W]
 
 
-def head_modulations(model: StructMAR, z: Tensor, times: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def head_modulations(head: Head, z: Tensor, times: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """`SimpleMLPAdaLN.modulations` of each reverse step in turn: [G, r, 3W] per block, then [G, r, 2W].
 
     They do not depend on the noisy tokens, so many steps are computed at once. z: [G, r, D]; times: [S, W].
     """
-    net = model.diffloss.net
-    with _full_precision(z.device):
-        first = net.modulations(times[:1], net.cond_embed(z.float()))  # each [1, G, r, .]
-    yield tuple(layer[0] for layer in first)
-    embedded = net.cond_embed(z)  # [G, r, W]
+    embedded = head.first.cond_embed(z)  # [G, r, W]
+    yield tuple(layer[0] for layer in head.first.modulations(times[:1], embedded))
     for chunk in times[1:].split(max(1, MODULATED_ROWS // z[..., 0].numel())):
-        yield from zip(*net.modulations(chunk, embedded), strict=True)  # S' of each [S', G, r, .]
-
-
-def _full_precision(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
+        yield from zip(*head.net.modulations(chunk, embedded), strict=True)  # S' of each [S', G, r, .]
 
 
 def _drawn_log_prob(
@@ -261,10 +251,11 @@ def uncover(
     config: SamplingConfig,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
     trace: Trace | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The loop. orders: [B, L]; noise(iteration, S + 1, p) gives [S + 1, B, p, C]; returns tokens [B, L, C] float32.
 
-    trace: filled in place if given (`empty_trace`).
+    trace: filled in place if given (`empty_trace`). dtype: of the networks (`models/prepared.py`).
     """
     batch_size, num_tokens = orders.shape
     num_branches = len(branches.names)
@@ -273,19 +264,20 @@ def uncover(
     ids = [iteration_ids(orders, counts, iteration) for iteration in range(config.num_iter)]  # [B, L - now], [B, p]
     times = embed_times(model, config, orders.device)  # [S, W]
     tape = [noise(i, len(times) + 1, token_ids.shape[1]).flatten(1, 2) for i, (_, token_ids) in enumerate(ids)]
-    prepared = prepare(model, branches.conditions, branches.num_with_text)
+    prepared = prepare(model, branches.conditions, branches.num_with_text, dtype)
     tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
     iterations: Iterable[int] = range(config.num_iter)
     for iteration in iterations if progress is None else progress(iterations):
         kept_ids, token_ids = ids[iteration]  # [B, L - now], [B, p]
         inputs = (part.repeat(num_branches, *[1] * (part.dim() - 1)) for part in (tokens, kept_ids, token_ids))
-        z = predict_tokens(model, prepared, *inputs)  # [G * B, p, D]
+        z = predict_tokens(prepared, *inputs)  # [G * B, p, D]
         z = z.unflatten(0, (num_branches, batch_size)).flatten(1, 2)  # [G, B * p, D]
         scales = guidance_scales(config, num_tokens, counts[iteration + 1])
         record: list[tuple[Tensor, Tensor]] | None = None if trace is None else []
-        drawn = reverse_process(model, z, times, branches, scales, tape[iteration], config, record)  # [B * p, C]
+        draws = tape[iteration]  # [S + 1, B * p, C]
+        drawn = reverse_process(prepared.head, z, times, branches, scales, draws, config, record)  # [B * p, C]
         if trace is not None and record is not None:
-            write_trace(trace, token_ids, tape[iteration][0], record)
+            write_trace(trace, token_ids, draws[0], record)
         drawn = drawn.unflatten(0, (batch_size, -1))  # [B, p, C]
         tokens = tokens.scatter(1, token_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
     return tokens
@@ -319,11 +311,13 @@ def sample(
     labels: Tensor | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
     record: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> SampleOutput:
     """Samples one image per generator. The model must be in eval mode; conditions lie on its device, [B, ...].
 
-    record: keeps the reverse processes. Raises ValueError if the number of images disagrees, num_iter exceeds the
-    number of tokens, or a recording is wanted at temperature 0.
+    record: keeps the reverse processes. dtype: of the networks' weights and matrix products; the model's are float32.
+    Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, or a recording is wanted
+    at temperature 0.
     """
     batch_size = len(generators)
     for name, given in (("text", text), ("layout", layout), ("labels", labels)):
@@ -339,5 +333,5 @@ def sample(
         return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators], dim=1).to(device)
 
     branches, config = embed_branches(model, config, batch_size, text, layout, labels)
-    tokens = uncover(model, branches, orders, noise, config, progress, trace)  # [B, L, C]
+    tokens = uncover(model, branches, orders, noise, config, progress, trace, dtype)  # [B, L, C]
     return SampleOutput(model.unpatchify(tokens), orders, trace)

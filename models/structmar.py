@@ -28,7 +28,10 @@ __all__ = ["PRESETS", "StructMAR", "StructMARConfig", "gather_tokens", "preset_c
 
 
 class StructMAR(nn.Module):
-    """See the module's docstring. Latents are scaled [B, C, h, w]; captions and boxes come encoded (`util.types`)."""
+    """See the module's docstring. Latents are scaled [B, C, h, w]; captions and boxes come encoded (`util.types`).
+
+    compile_mode: `torch.compile`'s for the head while sampling (the blocks' is the default); None: nothing is compiled.
+    """
 
     rope_angles_encoder: Tensor
     rope_angles_decoder: Tensor
@@ -36,6 +39,7 @@ class StructMAR(nn.Module):
     def __init__(self, config: StructMARConfig) -> None:
         super().__init__()
         self.config = config
+        self.compile_mode: str | None = None
         width, decoder_width = config.encoder_embed_dim, config.decoder_embed_dim
         length = config.num_tokens + config.buffer_size
 

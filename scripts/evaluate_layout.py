@@ -110,7 +110,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=16, help="images sampled at a time (it is part of the pixels)")
     group.add_argument("--detector_batch_size", type=int, default=16, help="images detected at a time")
-    group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="bf16: autocast")
+    group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
     group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
     group.add_argument("--output_dir", default="./output/evaluation", help="made if missing; continued if begun")

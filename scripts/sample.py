@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_config_arg, add_sampling_args
+from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_compile_args, add_config_arg, add_sampling_args
 from engine.build import sampling_config
 from engine.generate import PRECISIONS, generate_class_images, generate_images, num_iterations, scene_grid
 from engine.inference import WeightsInfo
+from engine.parallel import compile_parts
 from engine.pipeline import load_pipeline, require_fitting_codec, require_same_categories
 from engine.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
 from engine.weights import load_mar_for_sampling
@@ -105,9 +106,10 @@ def add_mar_args(parser: argparse.ArgumentParser) -> None:
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=8, help="images sampled at a time")
-    group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="bf16: autocast")
+    group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
     group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
+    add_compile_args(group)
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="./output/samples",
                        help="made if missing; what an earlier run of this program left in it (NNNN.png, grid.png, "
@@ -172,6 +174,8 @@ def prepare(args: argparse.Namespace) -> Job:
     job = prepare_classes(args, config, device) if args.class_label else prepare_scenes(args, config, device)
     if config.num_iter > job.model.config.num_tokens:
         raise ValueError(f"--num_iter {config.num_iter} exceeds the {job.model.config.num_tokens} tokens of an image")
+    if args.compile or args.cuda_graphs:
+        compile_parts(job.model, args.cuda_graphs)
     return job
 
 

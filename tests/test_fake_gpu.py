@@ -90,8 +90,9 @@ def test_loss() -> None:
     assert model(latents, mask, draws, labels=labels).device.type == "cuda"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (2.0, 2.0), (1.5, 3.0)])
-def test_sampling_loop(scales: tuple[float, float]) -> None:
+def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype) -> None:
     """The whole loop: nothing left on the CPU, no value read back, and nothing copied over once it has begun."""
     model = build().eval()
     text, layout = conditions_on_gpu()
@@ -111,7 +112,7 @@ def test_sampling_loop(scales: tuple[float, float]) -> None:
     with torch.no_grad(), copies:
         branches, config = embed_branches(model, config, BATCH, text, layout, None)
         trace = empty_trace(orders, CONFIG.token_dim, config)
-        tokens = uncover(model, branches, orders, noise, config, progress, trace)
+        tokens = uncover(model, branches, orders, noise, config, progress, trace, dtype)
     assert copies.seen == []
     assert tokens.device.type == trace.states.device.type == "cuda"
     assert model.unpatchify(tokens).shape == (BATCH, 16, 8, 8)

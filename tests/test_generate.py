@@ -98,13 +98,13 @@ def test_bf16_is_close_and_another_precision_is_refused(parts, scenes, monkeypat
     original = engine.generate.sample
 
     def spy(*args, **kwargs):
-        seen.append(torch.is_autocast_enabled("cpu"))
+        seen.append(kwargs["dtype"])
         return original(*args, **kwargs)
 
     monkeypatch.setattr(engine.generate, "sample", spy)
     full = generate_images(*parts, scenes[:1], CONFIG, [5])[0].astype(float)
     half = generate_images(*parts, scenes[:1], CONFIG, [5], precision="bf16")[0].astype(float)
-    assert seen == [False, True]
+    assert seen == [torch.float32, torch.bfloat16]
     assert np.abs(full - half).mean() < 20
     with pytest.raises(ValueError, match=r"precision must be one of .* got 'fp16'"):
         generate_images(*parts, scenes[:1], CONFIG, [5], precision="fp16")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models.sampling
 from engine.weights import load_for_sampling
 from models.diffusion import reverse_steps
 from models.masking import cosine_masked_counts, mask_from_orders, sample_orders
-from models.prepared import predict_tokens, prepare
+from models.prepared import Head, in_dtype, predict_tokens, prepare
 from models.rope import Rotation
 from models.sampling import (
     NoiseSource,
@@ -72,12 +74,15 @@ def sampled(
     labels: Tensor | None = None,
     record: bool = False,
     plain: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Trace | None]:
     orders = sample_orders(2, model.config.num_tokens, [generator(7)])
     branches, config = embed_branches(model, config, 2, text, layout, labels)
     trace = empty_trace(orders, model.config.token_dim, config) if record else None
-    loop = plain_uncover if plain else uncover
-    return loop(model, branches, orders, tape(model.config.token_dim), config, trace=trace), trace
+    noise = tape(model.config.token_dim)
+    if plain:
+        return plain_uncover(model, branches, orders, noise, config, trace=trace), trace
+    return uncover(model, branches, orders, noise, config, trace=trace, dtype=dtype), trace
 
 
 def assert_same(
@@ -153,16 +158,92 @@ def test_traces(guidance: dict[str, float]) -> None:
 
 
 def test_bf16_is_close() -> None:
-    model = world("mini")
-    config = replace(QUICK, cfg_text=2.0, cfg_layout=2.0)
-    exact = sampled(model, config, *conditions(model), plain=True)[0]
-    errors = []
-    for plain in (True, False):
+    """To float32, and on the whole about as close as the plain sampler under autocast."""
+    model, errors = world("mini"), []
+    for options in ({}, {"t_max": None}, {"cfg_text": 3.0, "cfg_layout": 3.0}, GUIDANCE[3]):
+        config = replace(QUICK, num_iter=2, **options)
+        exact = sampled(model, config, *conditions(model))[0]
+        found = sampled(model, config, *conditions(model), dtype=torch.bfloat16)[0]
         with torch.autocast("cpu", torch.bfloat16):
-            found = sampled(model, config, *conditions(model), plain=plain)[0]
+            cast = sampled(model, config, *conditions(model), plain=True)[0]
         assert found.dtype == torch.float32
-        errors.append(float((found - exact).square().mean() / exact.square().mean()))
-    assert 0 < errors[1] < max(1e-2, 1.5 * errors[0])
+        errors.append([float((tokens - exact).square().mean() / exact.square().mean()) for tokens in (found, cast)])
+        assert 0 < errors[-1][0] < 1e-2
+    error, of_autocast = (sum(column) for column in zip(*errors, strict=True))
+    assert error < 1.5 * of_autocast
+
+
+def test_bf16_weights() -> None:
+    """A copy, with the linears of all blocks and adaLN cast, and the head's norms; all else is the model's own."""
+    model = world("mini")
+    copy = in_dtype(model, torch.bfloat16)
+    assert in_dtype(model, torch.float32) is model
+    linears = {f"{name}.{leaf}" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+               for leaf in ("weight", "bias")}  # fmt: skip
+    parts = ("encoder_blocks.", "decoder_blocks.", "decoder_embed.", "diffloss.net.res_blocks.")
+    expected = {name for name in linears if name.startswith(parts) or "final_layer.adaLN" in name}
+    expected |= {name for name, _ in model.named_parameters() if ".in_ln." in name}
+    weights, copies = dict(model.named_parameters()), dict(copy.named_parameters())
+    assert weights.keys() == copies.keys()
+    assert {name for name, weight in copies.items() if weight.dtype == torch.bfloat16} == expected
+    assert all(copies[name].data_ptr() == weights[name].data_ptr() for name in weights.keys() - expected)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("guidance", [GUIDANCE[0], GUIDANCE[3]], ids=str)
+def test_the_first_reverse_step_is_in_float32(guidance: dict[str, float]) -> None:
+    """At equal z a bf16 head's first state is the float32 head's, and no later one is."""
+    model = world("mini")
+    states = []
+    with torch.no_grad():
+        branches, config = embed_branches(model, replace(QUICK, **guidance), 2, *conditions(model), None)
+        z = torch.randn(len(branches.names), 4, model.config.decoder_embed_dim, generator=generator(1))
+        noise = torch.randn(9, 4, model.config.token_dim, generator=generator(2))
+        times = embed_times(model, config, z.device)
+        for dtype in (torch.float32, torch.bfloat16):
+            head = prepare(model, branches.conditions, branches.num_with_text, dtype).head
+            record: list[tuple[Tensor, Tensor]] = []
+            reverse_process(head, z, times, branches, (1.5, 3.0), noise, config, record)
+            states.append([state for state, _ in record])
+    exact, low = states
+    assert torch.equal(low[0], exact[0]) and not any(
+        torch.equal(*pair) for pair in zip(low[1:], exact[1:], strict=True)
+    )
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("guidance", "extra"), [({}, 0), (GUIDANCE[1], 1), (GUIDANCE[3], 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_kernels_of_a_reverse_step(guidance: dict[str, float], extra: int, dtype: torch.dtype) -> None:
+    """Six per block of the head, one to enter it, three to leave it, four for the step, and guidance's; in bf16, two
+    casts. None of a weight: what is cast is what enters the first block and leaves the last."""
+    model = world("mini")
+    counts = []
+    with torch.no_grad():
+        for num_steps in (6, 10):
+            config = replace(QUICK, **guidance, num_sampling_steps=num_steps, t_max=None)
+            branches, config = embed_branches(model, config, 2, *conditions(model), None)
+            prepared = prepare(model, branches.conditions, branches.num_with_text, dtype)
+            z = torch.randn(len(branches.names), 2, model.config.decoder_embed_dim)
+            noise = torch.randn(num_steps + 1, 2, model.config.token_dim)
+            times = embed_times(model, config, z.device)
+            with Kernels() as kernels:
+                reverse_process(prepared.head, z, times, branches, (1.5, 3.0), noise, config)
+            counts.append(len(kernels.names))
+    expected = 6 * model.config.diffloss_d + 8 + extra + (2 if dtype == torch.bfloat16 else 0)
+    assert counts[1] - counts[0] == 4 * expected
 
 
 # each part alone
@@ -179,9 +260,10 @@ def test_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         branches, config = embed_branches(model, config, 1, *(part_of_first(part) for part in conditions(model)), None)
         times = embed_times(model, config, z.device)
-        steps = list(head_modulations(model, z, times))
+        head = Head(model.diffloss.net, model.diffloss.net)
+        steps = list(head_modulations(head, z, times))
         assert len(steps) == len(times) == 8 and steps[0][0].shape == (3, 3, 3 * model.config.diffloss_w)
-        found = reverse_process(model, z, times, branches, (1.5, 3.0), noise, config)
+        found = reverse_process(head, z, times, branches, (1.5, 3.0), noise, config)
         expected = plain_reverse_process(model, z, branches, (1.5, 3.0), noise, config)
         assert reference.relative_error(found, expected) < 1e-5
 
@@ -206,7 +288,7 @@ def test_backbone(num_masked: int) -> None:
         kept = mask_from_orders(orders, num_masked).kept_ids()
         chosen = orders[:, : min(5, num_masked)]
         tokens = reference.tensors()["train.tokens"].repeat(3, 1, 1)
-        found = predict_tokens(model, prepare(model, branches.conditions, 4), tokens, kept, chosen)
+        found = predict_tokens(prepare(model, branches.conditions, 4), tokens, kept, chosen)
         expected = gather_tokens(model.predict(tokens, kept, branches.conditions), chosen)
     assert reference.relative_error(found, expected) < 1e-5
 
@@ -225,6 +307,23 @@ def test_cross_attention_to_the_null_token_is_a_constant() -> None:
             torch.testing.assert_close(found[rows:][-1], expected[2])
             torch.testing.assert_close(found[:rows], expected[:rows])
     assert float(expected[:2].std(dim=1).max()) > 1e-3  # captions are no constant
+
+
+def test_a_reverse_step_is_its_formula() -> None:
+    """x_0 = (x - sqrt(1 - bar) eps) / sqrt(bar), then the posterior's mean, then the draw; merged, to few kernels."""
+    x, eps, fraction, noise = torch.randn(4, 9, 3, generator=generator(1), dtype=torch.float64)
+    for step in (*reverse_steps(20)[1:], *reverse_steps(20, 950)):
+        for clip in (None, 1.5):
+            x0 = step.x0_from_x * x - step.x0_from_eps * eps
+            x0 = x0 if clip is None else x0.clamp(-clip, clip)
+            mean = step.mean_from_x0 * x0 + step.mean_from_x * x
+            share = (fraction + 1) / 2
+            std = (0.5 * (share * step.log_variance_max + (1 - share) * step.log_variance_min)).exp()
+            expected = mean if step.is_last else mean + 0.7 * std * noise
+            torch.testing.assert_close(step(x, eps, fraction, noise, 0.7, clip), expected)
+            found, log_variance = step.distribution(x, eps, fraction, clip)
+            torch.testing.assert_close(found, mean)
+            torch.testing.assert_close((0.5 * log_variance).exp(), std)
 
 
 def test_rotations_from_a_table() -> None:

@@ -1,6 +1,5 @@
 """The cost formulas against PyTorch's own counter, on the meta device, and what the user reads."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -49,12 +48,6 @@ def conditions(config: StructMARConfig, n: int) -> tuple[TextContext | None, Lay
 def build(config: StructMARConfig) -> StructMAR:
     with META:
         return StructMAR(config)
-
-
-@pytest.fixture(autouse=True)
-def no_autocast(monkeypatch):
-    """The meta device has none; the sampler only ever switches it off."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
 def counted_rollout(config: StructMARConfig, sampling: SamplingConfig, n: int) -> int:
