@@ -231,12 +231,11 @@ def _sampling_pass(config: StructMARConfig, num_masked: int, num_drawn: int, con
 
 
 def _sampled_token(config: StructMARConfig, num_steps: int, branches: int) -> int:
-    """The reverse process of one token: its condition is embedded for the first step (in float32) and for the others,
-    the noisy token for all branches together."""
+    """The reverse process of one token: its condition is embedded once, the noisy token for all branches together."""
     width, depth, channels = config.diffloss_w, config.diffloss_d, config.token_dim
     block = 2 * _linear(1, width, width) + _linear(1, width, 3 * width)
     final = _linear(1, width, 2 * width) + _linear(1, width, 2 * channels)
-    condition = 2 * _linear(1, config.decoder_embed_dim, width)
+    condition = _linear(1, config.decoder_embed_dim, width)
     return branches * (condition + num_steps * (depth * block + final)) + num_steps * _linear(1, channels, width)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from models.blocks import Block, GatedCrossAttention, TextMemory, gather_tokens
 from models.conditioning import Conditions
 from models.diffloss import SimpleMLPAdaLN
+from models.packed import can_pack, pack
 from models.rope import Rotation, with_buffer
 from models.structmar import StructMAR
 
@@ -84,7 +85,7 @@ def prepare(
     model: StructMAR, conditions: Conditions, num_with_text: int, dtype: torch.dtype = torch.float32
 ) -> Prepared:
     """conditions: of B rows, of which those from `num_with_text` on have no caption, that is, only the null token."""
-    cast_model = in_dtype(model, dtype)
+    cast_model = for_sampling(model, dtype)
 
     def blocks(modules: nn.ModuleList, cast_modules: nn.ModuleList, angles: Tensor) -> tuple[PreparedBlock, ...]:
         table = with_buffer(angles, model.config.buffer_size)[None]  # [1, K + L, d/2]
@@ -107,12 +108,13 @@ def prepare(
     return Prepared(cast_model, head, conditions, encoder, decoder, model.decoder_bias(conditions))
 
 
-def in_dtype(model: StructMAR, dtype: torch.dtype) -> StructMAR:
-    """The float32 model, or for another dtype a copy for sampling that shares the weights that it does not cast.
+def for_sampling(model: StructMAR, dtype: torch.dtype) -> StructMAR:
+    """The float32 model, or a copy that shares all weights but those that are cast or packed (`models/packed.py`).
 
     Cast are the linears of the backbone's blocks, and the head's blocks and adaLN.
     """
-    if dtype == torch.float32:
+    packs = model.compile_mode is None and can_pack(model.diffloss.net, dtype)
+    if dtype == torch.float32 and not packs:
         return model
     with torch.device("meta"):
         copy = StructMAR(model.config).eval()  # not `copy.deepcopy`, which sharded models refuse
@@ -120,13 +122,23 @@ def in_dtype(model: StructMAR, dtype: torch.dtype) -> StructMAR:
     for name, buffer in model.named_buffers():  # none of them is persistent
         owner, _, leaf = name.rpartition(".")
         copy.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    for part in (copy.encoder_blocks, copy.decoder_blocks, copy.decoder_embed):
-        for module in part.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype).register_forward_pre_hook(_cast_input)
-    copy.diffloss.net.res_blocks.to(dtype)
-    copy.diffloss.net.final_layer.adaLN_modulation.to(dtype)
+    if dtype != torch.float32:
+        for part in (copy.encoder_blocks, copy.decoder_blocks, copy.decoder_embed):
+            for linear in (module for module in part.modules() if isinstance(module, nn.Linear)):
+                _cast(linear, dtype)
+                linear.register_forward_pre_hook(_cast_input)
+        _cast(copy.diffloss.net.res_blocks, dtype)
+        _cast(copy.diffloss.net.final_layer.adaLN_modulation, dtype)
+    if packs:
+        pack(copy.diffloss.net)
     return copy
+
+
+def _cast(root: nn.Module, dtype: torch.dtype) -> None:
+    """Not `Module.to`, which would change the parameters in place."""
+    for module in root.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
 
 
 def _cast_input(linear: nn.Module, inputs: tuple[Tensor]) -> Tensor:

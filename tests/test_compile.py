@@ -42,11 +42,12 @@ def test_compiled_equals_eager() -> None:
     assert len(sizes) == 3
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_compiled_sampling_equals_eager(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """aot_eager traces and runs the traced operations one by one, which takes seconds where compiling takes minutes.
-    A part that cannot be traced is an error here."""
+    """aot_eager traces and runs the traced operations one by one: half a minute, where compiling takes minutes. A part
+    that cannot be traced is an error here."""
 
     @lru_cache
     def compiled(function: Callable[..., Tensor], mode: str) -> Callable[..., Any]:

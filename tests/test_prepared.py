@@ -15,7 +15,8 @@ import models.sampling
 from engine.weights import load_for_sampling
 from models.diffusion import reverse_steps
 from models.masking import cosine_masked_counts, mask_from_orders, sample_orders
-from models.prepared import Head, in_dtype, predict_tokens, prepare
+from models.packed import can_pack
+from models.prepared import Head, for_sampling, predict_tokens, prepare
 from models.rope import Rotation
 from models.sampling import (
     NoiseSource,
@@ -33,6 +34,7 @@ from tests import reference
 from tests.conftest import ROOT
 from tests.plain_sampler import plain_reverse_process, plain_uncover
 from tests.structured import generator, some_layout, some_text, structured_model
+from tests.tiny import shaken
 from util.types import LayoutBatch, TextContext
 
 QUICK = SamplingConfig(num_iter=3, num_sampling_steps=8, t_max=950)
@@ -176,8 +178,8 @@ def test_bf16_is_close() -> None:
 def test_bf16_weights() -> None:
     """A copy, with the linears of all blocks and adaLN cast, and the head's norms; all else is the model's own."""
     model = world("mini")
-    copy = in_dtype(model, torch.bfloat16)
-    assert in_dtype(model, torch.float32) is model
+    copy = for_sampling(model, torch.bfloat16)
+    assert for_sampling(model, torch.float32) is model
     linears = {f"{name}.{leaf}" for name, module in model.named_modules() if isinstance(module, nn.Linear)
                for leaf in ("weight", "bias")}  # fmt: skip
     parts = ("encoder_blocks.", "decoder_blocks.", "decoder_embed.", "diffloss.net.res_blocks.")
@@ -188,6 +190,28 @@ def test_bf16_weights() -> None:
     assert {name for name, weight in copies.items() if weight.dtype == torch.bfloat16} == expected
     assert all(copies[name].data_ptr() == weights[name].data_ptr() for name in weights.keys() - expected)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_a_wide_head_is_packed(dtype: torch.dtype, tolerance: float) -> None:
+    """The same output with a kernel less per block; the model keeps its own weights."""
+    model = StructMAR(replace(world("tiny").config, diffloss_w=512)).eval()
+    shaken(model.diffloss, 1, std=0.05)
+    assert can_pack(model.diffloss.net, dtype)  # oneDNN is there
+    packed = for_sampling(model, dtype).diffloss.net
+    assert packed is not model.diffloss.net and not packed.state_dict().keys() >= model.diffloss.net.state_dict().keys()
+    z = torch.randn(2, 3, 512, generator=generator(1))
+    x = torch.randn(3, 16, generator=generator(2))
+    outputs, counts = [], []
+    with torch.no_grad():
+        for net in (model.diffloss.net, packed):
+            modulations = [part[0] for part in net.modulations(torch.randn(1, 512, generator=generator(3)), z)]
+            with Kernels() as kernels:
+                outputs.append(net.modulated(x, modulations))
+            counts.append(len(kernels.names))
+    assert reference.relative_error(outputs[1], outputs[0]) < tolerance
+    casts = 2 if dtype == torch.bfloat16 else 0
+    assert counts == [6 * model.config.diffloss_d + 4, 5 * model.config.diffloss_d + 4 + casts]
 
 
 @pytest.mark.parametrize("guidance", [GUIDANCE[0], GUIDANCE[3]], ids=str)
