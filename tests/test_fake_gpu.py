@@ -90,8 +90,11 @@ def test_loss() -> None:
     assert model(latents, mask, draws, labels=labels).device.type == "cuda"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (2.0, 2.0), (1.5, 3.0)])
+@pytest.mark.parametrize(
+    ("scales", "dtype"),
+    [((1.0, 1.0), torch.float32), ((2.0, 2.0), torch.bfloat16), ((1.5, 3.0), torch.float32)],
+    ids=str,
+)
 def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype) -> None:
     """The whole loop: nothing left on the CPU, no value read back, and nothing copied over once it has begun."""
     model = build().eval()

@@ -21,6 +21,7 @@ from engine.optim import build_optimizer, clip_gradients
 from engine.parallel import gathered, shard, unsharded, wrap
 from engine.state import Identity, Source, checkpoint_content, restore
 from engine.train import Learner, Position, backward_pass
+from models.sampling import SamplingConfig, sample
 from models.structmar import StructMAR
 from tests.test_train import CONFIG, gradients, rows_of, rows_of_draws, tiny_inputs, tiny_model
 from tests.tiny_run import argv, load_checkpoint, read_metrics, write_world
@@ -194,15 +195,26 @@ def test_accumulation_without_exchange_is_the_same_under_fsdp():
         assert_close(found, expected)
 
 
+def low_precision_sample(model: StructMAR) -> torch.Tensor:
+    """One image [1, C, h, w], on a copy with cast weights."""
+    config = SamplingConfig(num_iter=2, num_sampling_steps=4, t_max=950)
+    model.eval()
+    latents = sample(model, config, [torch.Generator().manual_seed(3)], dtype=torch.bfloat16).latents
+    model.train()
+    return latents
+
+
 def test_a_sharded_model_samples_after_unsharding():
     def embed(rank: int) -> dict[str, torch.Tensor]:
         model = tiny_model()
         inputs = tiny_inputs(4)
         mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(5), 0.7)
         expected = model.predict(model.patchify(inputs.latents), mask.kept_ids(), model.embed_conditions(4))
+        sampled = low_precision_sample(model)
         shard(model, model.fsdp_units(), CPU, 2)
         model(inputs.latents, mask, draws, text=inputs.text, layout=inputs.layout)
         with unsharded(model), torch.no_grad():
+            assert torch.equal(low_precision_sample(model), sampled)
             found = model.predict(model.patchify(inputs.latents), mask.kept_ids(), model.embed_conditions(4))
         assert all(isinstance(p, DTensor) for p in model.parameters())
         return {"difference": (found - expected).abs().max()}
