@@ -33,10 +33,9 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "")
 
 
-def can_pack(net: SimpleMLPAdaLN, dtype: torch.dtype) -> bool:
-    """Whether `pack` works for it, cast to `dtype`, and is worth it."""
-    weight = net.input_proj.weight  # [W, C]
-    if weight.device.type != "cpu" or len(weight) < MIN_WIDTH or not torch.backends.mkldnn.is_available():
+def can_pack(width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `pack` works for a head of this width on weights of this kind, and is worth it."""
+    if device.type != "cpu" or width < MIN_WIDTH or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

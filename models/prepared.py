@@ -113,7 +113,7 @@ def for_sampling(model: StructMAR, dtype: torch.dtype) -> StructMAR:
 
     Cast are the linears of the backbone's blocks, and the head's blocks and adaLN.
     """
-    packs = model.compile_mode is None and can_pack(model.diffloss.net, dtype)
+    packs = model.compile_mode is None and can_pack(model.config.diffloss_w, dtype, model.fake_latent.device)
     if dtype == torch.float32 and not packs:
         return model
     with torch.device("meta"):
