@@ -93,7 +93,7 @@ def prepare(
         return tuple(
             PreparedBlock(
                 cast_block,
-                block.attn.rotation(table).to(dtype) if model.config.rope_mode != "off" else None,
+                block.attn.rotation(table) if model.config.rope_mode != "off" else None,
                 _text_memory(block.cross, conditions, num_with_text, dtype),
                 model.compile_mode is not None,
             )

@@ -35,7 +35,7 @@ def with_buffer(angles: Tensor, buffer_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Turns each interleaved channel pair by its angle. cos, sin: [B or 1, n, d/2]."""
+    """Turns each interleaved channel pair by its angle. cos, sin: [B or 1, n, d/2] float32."""
 
     cos: Tensor
     sin: Tensor
@@ -45,15 +45,20 @@ class Rotation:
         """angles: [B or 1, n, d/2]."""
         return Rotation(angles.cos(), angles.sin())
 
-    def to(self, dtype: torch.dtype) -> Rotation:
-        return Rotation(self.cos.to(dtype), self.sin.to(dtype))
-
     def at(self, positions: Tensor) -> Rotation:
         """The rows of a table of one image ([1, n, d/2]) at positions [B, m]: [B, m, d/2]."""
         return Rotation(self.cos[0][positions], self.sin[0][positions])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, H, n, d], turned: pairs as complex numbers, in float32, are one multiplication forwards and backwards."""
-        turn = torch.complex(self.cos.float(), self.sin.float())[:, None]  # [B, 1, n, d/2]
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, H, n, d/2]
-        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)  # [B, H, n, d]
+        """[B, H, n, d], turned in float32.
+
+        A complex multiplication is one kernel forwards and one backwards; the compiler has none, and fuses real ones.
+        """
+        cos, sin = self.cos[:, None], self.sin[:, None]  # [B, 1, n, d/2]
+        pairs = x.float().unflatten(-1, (-1, 2))  # [B, H, n, d/2, 2]
+        if torch.compiler.is_compiling():
+            even, odd = pairs.unbind(-1)  # [B, H, n, d/2]
+            turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)  # [B, H, n, d/2, 2]
+        else:
+            turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))  # [B, H, n, d/2, 2]
+        return turned.flatten(-2).to(x.dtype)  # [B, H, n, d]

@@ -19,6 +19,12 @@ from tests.structured import generator, some_layout, some_text, structured_model
 from tests.test_prepared import QUICK, conditions, sampled, world
 
 
+@pytest.fixture(autouse=True)
+def _compile_anew() -> None:
+    """What one test has compiled counts against the next one's limit of variants of a function."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     """A minute of compilation; three draws have three numbers of visible tokens."""
