@@ -9,6 +9,10 @@ from __future__ import annotations
 import argparse
 import math
 
+from engine.speed import SPEEDS, speed_preset
+from models.masking import ORDERS
+from util.config import PresetAction
+
 DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that the command line can undo a YAML file
@@ -207,8 +211,36 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--clip_x0", type=float, default=None, help="bound on predicted latents, in standard deviations")
     group.add_argument(
-        "--t_max", type=int, default=None, help="first diffusion timestep of sampling; None: the last one, 999"
-    )
+        "--t_max", type=int, default=None,
+        help="first diffusion timestep of sampling; None: the last one, 999 (950 with --num_sampling_steps_last)"
+    )  # fmt: skip
+    group.add_argument(
+        "--num_sampling_steps_last", type=int, default=None,
+        help="diffusion steps per token in the last iteration, linear from --num_sampling_steps in the first; "
+             "None: the same in all"
+    )  # fmt: skip
+    group.add_argument(
+        "--order", default="random", choices=ORDERS,
+        help="in which tokens are uncovered: at random, one colour of a checkerboard first, or evenly spread"
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance_interval", type=float, nargs=2, default=[0.0, 1.0],
+        help="guidance from and up to these shares of the iterations; outside, one branch runs"
+    )  # fmt: skip
+    group.add_argument(
+        "--uncond_refresh", type=int, default=1,
+        help="guidance's other branches run in every so many-th iteration, their difference is reused in between; "
+             "1: they run in all"
+    )  # fmt: skip
+
+
+def add_speed_arg(group: argparse._ArgumentGroup) -> None:
+    """For programs that sample and do not train: a preset sets --precision too."""
+    group.add_argument(
+        "--speed", action=PresetAction, expand=speed_preset, default="exact", choices=sorted(SPEEDS),
+        help="preset of sampling flags and --precision, which yields to flags given beside it; "
+             "fast: annealed diffusion steps, bf16; faster: fewer iterations and a condition cache too"
+    )  # fmt: skip
 
 
 def add_preview_args(parser: argparse.ArgumentParser) -> None:

@@ -122,6 +122,10 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
         temperature=args.temperature,
         clip_x0=args.clip_x0,
         t_max=args.t_max,
+        num_sampling_steps_last=args.num_sampling_steps_last,
+        order=args.order,
+        guidance_interval=tuple(args.guidance_interval),
+        uncond_refresh=args.uncond_refresh,
     )
 
 

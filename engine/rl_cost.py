@@ -3,7 +3,8 @@
 One multiply-add is two operations. An update of B prompts x G samples (n images) does, with R(m) the operations of a
 backbone pass that hides m of L tokens, and H those of the head for one row:
 
-    rollout  n * branches * (sum_i R'(m_i) + L * S * H')          m_i: the cosine schedule, S reverse steps
+    rollout  n * branches * (sum_i R'(m_i) + L * S * H')          m_i: the cosine schedule, S reverse steps (the same
+                                                                  in all iterations here, and all branches run)
     scoring  n * M * E[R(m) + p * K * H]                          one evaluation of the log-probabilities
     update   scoring * (old + reference + inner_epochs * (forward + backward + recomputation))
 
@@ -29,6 +30,7 @@ from itertools import pairwise
 
 from models.diffloss import TIME_FREQUENCIES
 from models.diffusion import reverse_steps
+from models.guided import end_of_run
 from models.layout import NUM_FREQUENCIES
 from models.masking import cosine_masked_counts
 from models.sampling import SamplingConfig
@@ -132,16 +134,16 @@ def estimate_cost(
     images = accum_iter * prompts * group_size
     rollout = rollout_flops(config, sampling, num_text_tokens)
 
-    full = _mean_scoring(config, sampling.num_iter, estimator, draws, num_text_tokens)
+    full, guided = _mean_scoring(config, sampling, estimator, draws, num_text_tokens)
     branches = num_branches(sampling) if estimator == "trajectory" else 1
-    evaluation = full.forward * branches
+    evaluation = full.forward + (branches - 1) * guided.forward
     gradients = full.gradients(config.grad_checkpointing)
     evaluations = 1 + has_reference + inner_epochs
     scoring = num_masks * (evaluations * evaluation + inner_epochs * gradients)
     return RlCost(
         images=images,
         iterations=sampling.num_iter,
-        head_calls=accum_iter * sampling.num_iter * num_steps,
+        head_calls=accum_iter * sum(steps_of_iterations(sampling)),
         rollout_passes=accum_iter * sampling.num_iter,
         scoring_passes=accum_iter * num_masks * evaluations,
         rollout_flops=images * rollout,
@@ -179,22 +181,35 @@ def num_branches(sampling: SamplingConfig) -> int:
     return 1 + (sampling.cfg_text != sampling.cfg_layout) + (sampling.cfg_text != 1.0)
 
 
+def steps_of_iterations(sampling: SamplingConfig) -> list[int]:
+    """Reverse steps per token in each iteration."""
+    options = (sampling.at(iteration) for iteration in range(sampling.num_iter))
+    return [len(reverse_steps(at.num_sampling_steps, at.t_max)) for at in options]
+
+
 def rollout_flops(config: StructMARConfig, sampling: SamplingConfig, num_text_tokens: int) -> float:
     """Of one image with a caption and boxes. The branch without a caption has no cross-attention to compute."""
     counts = cosine_masked_counts(config.num_tokens, sampling.num_iter)
-    num_steps = len(reverse_steps(sampling.num_sampling_steps, sampling.t_max))
     branches, context = num_branches(sampling), num_text_tokens + 1  # the learned null token stands in front
+    uses = sampling.branch_uses(branches)
     without_text = int(sampling.cfg_text != 1.0)
     with_text = branches - without_text
-    passes = [
-        with_text * _sampling_pass(config, now, now - after, context)
-        + without_text * _sampling_pass(config, now, now - after, 0)
-        for now, after in pairwise(counts)
-    ]
+    total: float = 0
+    for iteration, ((now, after), use, num_steps) in enumerate(
+        zip(pairwise(counts), uses, steps_of_iterations(sampling), strict=True)
+    ):
+        asked = now - counts[end_of_run(uses, iteration)]
+        if use == "run":
+            total += with_text * _sampling_pass(config, now, asked, context)
+            total += without_text * _sampling_pass(config, now, asked, 0)
+        else:
+            total += _sampling_pass(config, now, now - after, context)
+        counted = 1 if use == "full only" else branches
+        total += (now - after) * _sampled_token(config, num_steps, counted)
     pooled = _linear(1, config.text_dim, config.encoder_embed_dim)
-    captions = with_text * (pooled + _caption_keys(config, context))
+    keys = with_text + any(use != "run" for use in uses)  # the full branch's a second time, to run it alone
     boxes = _conditions(config).forward - pooled
-    return captions + boxes + sum(passes) + config.num_tokens * _sampled_token(config, num_steps, branches)
+    return with_text * pooled + keys * _caption_keys(config, context) + boxes + total
 
 
 def _caption_keys(config: StructMARConfig, context: int) -> int:
@@ -246,16 +261,19 @@ def scoring_flops(config: StructMARConfig, num_masked: int, num_rows: int, num_t
 
 
 def _mean_scoring(
-    config: StructMARConfig, num_iter: int, estimator: str, draws: int, num_text_tokens: int
-) -> Operations:
-    """The expectation of `scoring_flops` over the iterations that a mask may belong to."""
-    counts = cosine_masked_counts(config.num_tokens, num_iter)
-    mean = Operations()
-    for now, after in pairwise(counts):
+    config: StructMARConfig, sampling: SamplingConfig, estimator: str, draws: int, num_text_tokens: int
+) -> tuple[Operations, Operations]:
+    """The expectation of `scoring_flops` over the iterations that a mask may belong to, and the part of it that has
+    guidance (in some iterations it may be off)."""
+    counts = cosine_masked_counts(config.num_tokens, sampling.num_iter)
+    mean, guided = Operations(), Operations()
+    for (now, after), use in zip(pairwise(counts), sampling.branch_uses(num_branches(sampling)), strict=True):
         scored = now if estimator == "elbo" else now - after
         share = (now - after) / config.num_tokens
-        mean = mean + scoring_flops(config, now, scored * draws, num_text_tokens) * share
-    return mean
+        part = scoring_flops(config, now, scored * draws, num_text_tokens) * share
+        mean = mean + part
+        guided = guided + part * (use != "full only")
+    return mean, guided
 
 
 def _conditions(config: StructMARConfig) -> Operations:

@@ -21,8 +21,9 @@ BELOW_ONE: Check = (lambda value: 0 <= value < 1, "must lie in [0, 1)")
 RULES: dict[str, Check] = {
     **dict.fromkeys(("batch_size", "accum_iter", "epochs", "max_steps", "log_freq", "save_last_freq", "lr", "eval_bsz",
                      "num_preview", "num_threads", "eval_freq", "latent_scale", "class_num", "diffloss_d", "diffloss_w",
-                     "num_iter", "num_sampling_steps", "eval_images", "max_rl_steps", "num_train_samples", "rl_masks",
-                     "rl_draws", "inner_epochs", "clip_range", "reward_batch_size", "guard_patience"), POSITIVE),
+                     "num_iter", "num_sampling_steps", "num_sampling_steps_last", "uncond_refresh", "eval_images",
+                     "max_rl_steps", "num_train_samples", "rl_masks", "rl_draws", "inner_epochs", "clip_range",
+                     "reward_batch_size", "guard_patience"), POSITIVE),
     **dict.fromkeys(("blr", "min_lr", "warmup_epochs", "weight_decay", "grad_clip", "num_workers", "save_freq_steps",
                      "sample_freq", "seed", "temperature", "kl_coef", "w_iou", "w_confidence", "w_centroid", "w_miss",
                      "w_extra", "w_quality"), NOT_NEGATIVE),

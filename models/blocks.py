@@ -109,6 +109,10 @@ class TextMemory:
     valid: Tensor
     null: Tensor | None = None
 
+    def first(self, num_images: int) -> TextMemory:
+        null = self.null if num_images > len(self.keys) else None
+        return TextMemory(self.keys[:num_images], self.values[:num_images], self.valid[:num_images], null)
+
 
 class GatedCrossAttention(nn.Module):
     """`tanh(g) * CrossAttn(LN(x), text)`; g starts at 0 (not the output projection too: neither would learn)."""

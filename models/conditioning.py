@@ -30,6 +30,12 @@ class Conditions:
     text: Tensor | None
     text_valid: Tensor | None
 
+    def first(self, num_images: int) -> Conditions:
+        parts = (self.base, self.layout_tokens, self.layout_bias, self.text, self.text_valid)
+        base, *others = (None if part is None else part[:num_images] for part in parts)
+        assert base is not None
+        return Conditions(base, *others)
+
 
 def _coin(batch_size: int, prob: float, generator: torch.Generator) -> Tensor:
     return torch.rand(batch_size, generator=generator, device=generator.device) < prob  # [B] bool

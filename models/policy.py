@@ -240,8 +240,7 @@ class TrajectoryEstimator:
 
     def __post_init__(self) -> None:
         _check_masks(self.num_masks, self.config.num_iter)
-        if self.config.temperature == 0:
-            raise ValueError("log-probabilities need draws, which have no density at temperature 0")
+        self.config.require_traceable()
         if self.skipped < 1:
             raise ValueError(f"skipped must be at least 1 (the last step draws nothing), got {self.skipped}")
         allowed = len(self.allowed_steps)
@@ -307,6 +306,8 @@ class TrajectoryEstimator:
         """The guided eps and the full branch's variance fraction, each [n, p, K, C] float32."""
         num_tokens = samples.orders.shape[1]
         names, config = choose_branches(self.config, samples.text is not None, samples.layout is not None)
+        if config.branch_uses(len(names))[draws.iteration] == "full only":
+            names = ("full",)
         next_masked = cosine_masked_counts(num_tokens, config.num_iter)[draws.iteration + 1]
         eps, fractions = {}, {}
         for name in names:

@@ -80,6 +80,21 @@ class Prepared:
     decoder: tuple[PreparedBlock, ...]
     decoder_bias: Tensor | None
 
+    def first(self, num_images: int) -> Prepared:
+        """The same for the first images alone."""
+
+        def blocks(parts: tuple[PreparedBlock, ...]) -> tuple[PreparedBlock, ...]:
+            memories = (None if part.memory is None else part.memory.first(num_images) for part in parts)
+            return tuple(replace(part, memory=memory) for part, memory in zip(parts, memories, strict=True))
+
+        return replace(
+            self,
+            conditions=self.conditions.first(num_images),
+            encoder=blocks(self.encoder),
+            decoder=blocks(self.decoder),
+            decoder_bias=None if self.decoder_bias is None else self.decoder_bias[:num_images],
+        )
+
 
 def prepare(
     model: StructMAR, conditions: Conditions, num_with_text: int, dtype: torch.dtype = torch.float32

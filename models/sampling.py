@@ -24,41 +24,34 @@ from torch import Tensor
 
 from models.conditioning import Conditions
 from models.diffusion import ReverseStep, normal_log_prob, reverse_steps
-from models.masking import cosine_masked_counts, sample_orders
-from models.prepared import Head, predict_tokens, prepare
+from models.guided import GuidedBackbone, iteration_ids, plan_passes
+from models.masking import cosine_masked_counts, draw_orders
+from models.prepared import Head, prepare
+from models.sampling_config import SamplingConfig, guidance_scales
 from models.structmar import StructMAR
 from util.types import LayoutBatch, TextContext
 
-CFG_SCHEDULES = ("linear", "constant")
+__all__ = [
+    "Branches",
+    "NoiseSource",
+    "SampleOutput",
+    "SamplingConfig",
+    "Trace",
+    "choose_branches",
+    "combine_branches",
+    "embed_branches",
+    "embed_times",
+    "empty_trace",
+    "guidance_scales",
+    "head_modulations",
+    "iteration_ids",
+    "reverse_process",
+    "sample",
+    "uncover",
+    "write_trace",
+]
 NoiseSource = Callable[[int, int, int], Tensor]
 MODULATED_ROWS = 512  # rows of the head's adaLN computed at once: enough for fast matmuls, little memory
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """num_iter: backbone passes. num_sampling_steps: reverse steps per token. cfg_text scales the caption (or the class
-    label), cfg_layout the boxes; 1 is no guidance. cfg_schedule: `linear` grows guidance with the share of uncovered
-    tokens. clip_x0: bound of predicted tokens. t_max: timesteps above it are clipped."""
-
-    num_iter: int = 64
-    num_sampling_steps: int = 100
-    cfg_text: float = 1.0
-    cfg_layout: float = 1.0
-    cfg_schedule: str = "linear"
-    temperature: float = 1.0
-    clip_x0: float | None = None
-    t_max: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_iter < 1:
-            raise ValueError(f"num_iter must be at least 1, got {self.num_iter}")
-        if self.cfg_schedule not in CFG_SCHEDULES:
-            raise ValueError(f"cfg_schedule must be one of {CFG_SCHEDULES}, got {self.cfg_schedule!r}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.clip_x0 is not None and self.clip_x0 <= 0:
-            raise ValueError(f"clip_x0 must be positive, got {self.clip_x0}")
-        reverse_steps(self.num_sampling_steps, self.t_max)  # raises on a bad number of steps or t_max
 
 
 @dataclass(frozen=True)
@@ -94,8 +87,8 @@ class Branches:
     num_with_text: int
 
     def combine(self, eps: Tensor, w_text: float, w_layout: float) -> Tensor:
-        """eps: [G, r, C], a prediction per branch; returns the guided [r, C]."""
-        return combine_branches(dict(zip(self.names, eps.unbind(0), strict=True)), w_text, w_layout)
+        """eps: [G, r, C], a prediction per branch (or [1, r, C], of the full one alone); returns the guided [r, C]."""
+        return combine_branches(dict(zip(self.names[: len(eps)], eps.unbind(0), strict=True)), w_text, w_layout)
 
 
 def combine_branches(eps: Mapping[str, Tensor], w_text: float, w_layout: float) -> Tensor:
@@ -169,25 +162,6 @@ def _pad_rows(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], dim=1)
 
 
-def guidance(scale: float, config: SamplingConfig, num_tokens: int, next_masked: int) -> float:
-    """The scale of one iteration, after which `next_masked` tokens stay hidden (at least 1 is counted, as MAR does)."""
-    if config.cfg_schedule == "constant":
-        return scale
-    return 1 + (scale - 1) * (num_tokens - max(1, next_masked)) / num_tokens
-
-
-def guidance_scales(config: SamplingConfig, num_tokens: int, next_masked: int) -> tuple[float, float]:
-    """The scales of text and of layout in one iteration."""
-    text, layout = (guidance(scale, config, num_tokens, next_masked) for scale in (config.cfg_text, config.cfg_layout))
-    return text, layout
-
-
-def iteration_ids(orders: Tensor, counts: Sequence[int], iteration: int) -> tuple[Tensor, Tensor]:
-    """The tokens visible in an iteration [B, L - now] and those it uncovers [B, p], ascending. orders: [B, L]."""
-    now, after = counts[iteration], counts[iteration + 1]
-    return orders[:, now:].sort(dim=1).values, orders[:, after:now].sort(dim=1).values
-
-
 def reverse_process(
     head: Head,
     z: Tensor,
@@ -258,35 +232,36 @@ def uncover(
     trace: filled in place if given (`empty_trace`). dtype: of the networks (`models/prepared.py`).
     """
     batch_size, num_tokens = orders.shape
-    num_branches = len(branches.names)
     counts = cosine_masked_counts(num_tokens, config.num_iter)
     # Everything that needs the host or does not depend on the tokens comes before the loop, which only queues kernels.
-    ids = [iteration_ids(orders, counts, iteration) for iteration in range(config.num_iter)]  # [B, L - now], [B, p]
-    times = embed_times(model, config, orders.device)  # [S, W]
-    tape = [noise(i, len(times) + 1, token_ids.shape[1]).flatten(1, 2) for i, (_, token_ids) in enumerate(ids)]
+    num_branches = len(branches.names)
+    passes = plan_passes(orders, counts, config.branch_uses(num_branches))
+    options = [config.at(iteration) for iteration in range(config.num_iter)]
+    times = {at: embed_times(model, at, orders.device) for at in set(options)}  # [S, W] each
+    tape = [
+        noise(iteration, len(times[at]) + 1, step.token_ids.shape[1]).flatten(1, 2)  # [S + 1, B * p, C]
+        for iteration, (step, at) in enumerate(zip(passes, options, strict=True))
+    ]
     prepared = prepare(model, branches.conditions, branches.num_with_text, dtype)
+    backbone = GuidedBackbone(prepared, num_branches, passes)
     tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
     iterations: Iterable[int] = range(config.num_iter)
     for iteration in iterations if progress is None else progress(iterations):
-        kept_ids, token_ids = ids[iteration]  # [B, L - now], [B, p]
-        inputs = (part.repeat(num_branches, *[1] * (part.dim() - 1)) for part in (tokens, kept_ids, token_ids))
-        z = predict_tokens(prepared, *inputs)  # [G * B, p, D]
-        z = z.unflatten(0, (num_branches, batch_size)).flatten(1, 2)  # [G, B * p, D]
+        step, at, draws = passes[iteration], options[iteration], tape[iteration]
+        z = backbone(tokens, step).flatten(1, 2)  # [G, B * p, D]
         scales = guidance_scales(config, num_tokens, counts[iteration + 1])
         record: list[tuple[Tensor, Tensor]] | None = None if trace is None else []
-        draws = tape[iteration]  # [S + 1, B * p, C]
-        drawn = reverse_process(prepared.head, z, times, branches, scales, draws, config, record)  # [B * p, C]
+        drawn = reverse_process(prepared.head, z, times[at], branches, scales, draws, at, record)  # [B * p, C]
         if trace is not None and record is not None:
-            write_trace(trace, token_ids, draws[0], record)
+            write_trace(trace, step.token_ids, draws[0], record)
         drawn = drawn.unflatten(0, (batch_size, -1))  # [B, p, C]
-        tokens = tokens.scatter(1, token_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
+        tokens = tokens.scatter(1, step.token_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
     return tokens
 
 
 def empty_trace(orders: Tensor, channels: int, config: SamplingConfig) -> Trace:
-    """Room for the reverse processes of the images of `orders` [B, L]. Raises ValueError at temperature 0."""
-    if config.temperature == 0:
-        raise ValueError("recording needs draws, which have no density at temperature 0")
+    """Room for the reverse processes of the images of `orders` [B, L]. Raises ValueError for what cannot be scored."""
+    config.require_traceable()
     num_steps = len(reverse_steps(config.num_sampling_steps, config.t_max))
     states = torch.zeros(*orders.shape, num_steps + 1, channels, device=orders.device)  # [B, L, S + 1, C]
     return Trace(states, torch.zeros(*orders.shape, num_steps, device=orders.device))
@@ -317,7 +292,7 @@ def sample(
 
     record: keeps the reverse processes. dtype: of the networks' weights and matrix products; the model's are float32.
     Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, or a recording is wanted
-    at temperature 0.
+    where it cannot be scored (`SamplingConfig.require_traceable`).
     """
     batch_size = len(generators)
     for name, given in (("text", text), ("layout", layout), ("labels", labels)):
@@ -325,7 +300,7 @@ def sample(
             raise ValueError(f"{name} is for {len(given)} images, but there are {batch_size} generators")
     assert not model.training, "sampling needs model.eval()"
     device = model.fake_latent.device
-    orders = sample_orders(batch_size, model.config.num_tokens, generators).to(device)  # [B, L]
+    orders = draw_orders(config.order, batch_size, model.config.grid, generators).to(device)  # [B, L]
     trace = empty_trace(orders, model.config.token_dim, config) if record else None
 
     def noise(_iteration: int, num_draws: int, num_tokens: int) -> Tensor:

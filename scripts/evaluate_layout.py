@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, SWITCH, add_config_arg, add_sampling_args
+from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, SWITCH, add_config_arg, add_sampling_args, add_speed_arg
 from engine.build import sampling_config
 from engine.eval_images import GenerationPlan, PictureOf, find_images, folder_pictures
 from engine.eval_quality import QualityMetrics, load_quality_metrics
@@ -110,6 +110,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=16, help="images sampled at a time (it is part of the pixels)")
     group.add_argument("--detector_batch_size", type=int, default=16, help="images detected at a time")
+    add_speed_arg(group)
     group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
     group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")

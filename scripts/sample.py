@@ -26,7 +26,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_compile_args, add_config_arg, add_sampling_args
+from engine.arguments import (
+    DEFAULT_CLIP,
+    DEFAULT_VAE,
+    add_compile_args,
+    add_config_arg,
+    add_sampling_args,
+    add_speed_arg,
+)
 from engine.build import sampling_config
 from engine.generate import PRECISIONS, generate_class_images, generate_images, num_iterations, scene_grid
 from engine.inference import WeightsInfo
@@ -106,6 +113,7 @@ def add_mar_args(parser: argparse.ArgumentParser) -> None:
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=8, help="images sampled at a time")
+    add_speed_arg(group)
     group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
     group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")

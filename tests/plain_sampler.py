@@ -1,5 +1,7 @@
 """The sampler without any precomputation: the readable reference that `models.sampling` must equal.
 
+Without its guidance interval and its condition cache, too: here every branch runs in every iteration.
+
 Every iteration runs the whole backbone (`StructMAR.predict`) on every token, every reverse step the whole head.
 Shape letters as in `models/sampling.py`.
 """
@@ -89,10 +91,11 @@ def plain_uncover(
     batch_size, num_tokens = orders.shape
     num_branches = len(branches.names)
     counts = cosine_masked_counts(num_tokens, config.num_iter)
-    num_steps = len(reverse_steps(config.num_sampling_steps, config.t_max))
     tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
     for iteration in progress(range(config.num_iter)):
         kept_ids, target_ids = iteration_ids(orders, counts, iteration)  # [B, L - now], [B, p]
+        at = config.at(iteration)
+        num_steps = len(reverse_steps(at.num_sampling_steps, at.t_max))
         z = model.predict(
             tokens.repeat(num_branches, 1, 1), kept_ids.repeat(num_branches, 1), branches.conditions
         )  # [G * B, L, D]
@@ -101,7 +104,7 @@ def plain_uncover(
         draws = noise(iteration, num_steps + 1, target_ids.shape[1]).flatten(1, 2)  # [S + 1, B * p, C]
         scales = guidance_scales(config, num_tokens, counts[iteration + 1])
         record: list[tuple[Tensor, Tensor]] | None = None if trace is None else []
-        drawn = plain_reverse_process(model, z, branches, scales, draws, config, record)  # [B * p, C]
+        drawn = plain_reverse_process(model, z, branches, scales, draws, at, record)  # [B * p, C]
         if trace is not None and record is not None:
             write_trace(trace, target_ids, draws[0], record)
         drawn = drawn.unflatten(0, (batch_size, -1))  # [B, p, C]

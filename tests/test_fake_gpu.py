@@ -90,16 +90,20 @@ def test_loss() -> None:
     assert model(latents, mask, draws, labels=labels).device.type == "cuda"
 
 
+FEWER = {"num_sampling_steps_last": 2, "guidance_interval": (0.2, 1.0), "uncond_refresh": 3, "order": "halton"}
+
+
+@pytest.mark.parametrize("options", [{}, FEWER], ids=["plain", "fewer"])
 @pytest.mark.parametrize(
     ("scales", "dtype"),
     [((1.0, 1.0), torch.float32), ((2.0, 2.0), torch.bfloat16), ((1.5, 3.0), torch.float32)],
     ids=str,
 )
-def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype) -> None:
+def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype, options: dict[str, Any]) -> None:
     """The whole loop: nothing left on the CPU, no value read back, and nothing copied over once it has begun."""
     model = build().eval()
     text, layout = conditions_on_gpu()
-    config = SamplingConfig(num_iter=6, num_sampling_steps=5, cfg_text=scales[0], cfg_layout=scales[1], clip_x0=5.0)
+    config = SamplingConfig(8, 5, cfg_text=scales[0], cfg_layout=scales[1], clip_x0=5.0, **options)
     orders = torch.zeros(BATCH, CONFIG.num_tokens, dtype=torch.int64, device="cuda")
 
     def noise(_iteration: int, num_draws: int, num_tokens: int) -> Tensor:
@@ -114,10 +118,10 @@ def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype) -> None:
 
     with torch.no_grad(), copies:
         branches, config = embed_branches(model, config, BATCH, text, layout, None)
-        trace = empty_trace(orders, CONFIG.token_dim, config)
+        trace = None if options else empty_trace(orders, CONFIG.token_dim, config)
         tokens = uncover(model, branches, orders, noise, config, progress, trace, dtype)
     assert copies.seen == []
-    assert tokens.device.type == trace.states.device.type == "cuda"
+    assert tokens.device.type == "cuda" and (trace is None or trace.states.device.type == "cuda")
     assert model.unpatchify(tokens).shape == (BATCH, 16, 8, 8)
 
 

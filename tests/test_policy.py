@@ -248,6 +248,7 @@ GUIDED: list[dict[str, Any]] = [
     {"cfg_text": 3.0, "cfg_layout": 3.0, "cfg_schedule": "constant", "temperature": 0.8},
     {"cfg_text": 1.5, "cfg_layout": 3.0},
     {"cfg_layout": 3.0, "clip_x0": 2.0},
+    {"cfg_text": 1.5, "cfg_layout": 3.0, "guidance_interval": (0.25, 0.75)},
 ]
 
 

@@ -115,6 +115,29 @@ def test_a_guided_rollout_counts_every_branch(cfg_text, cfg_layout, branches):
     assert estimated == pytest.approx(branches * rollout_flops(CONFIG, SHORT, NUM_TEXT), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_sampling_steps": 6, "num_sampling_steps_last": 2},
+        {"guidance_interval": (0.2, 0.8), "cfg_text": 3.0, "cfg_layout": 3.0},
+        {"uncond_refresh": 3, "cfg_text": 3.0, "cfg_layout": 5.0},
+    ],
+    ids=str,
+)
+def test_options_that_spend_less(options):
+    sampling = replace(SamplingConfig(num_iter=10, num_sampling_steps=3), **options)
+    off = replace(sampling, num_sampling_steps_last=None, guidance_interval=(0.0, 1.0), uncond_refresh=1)
+    estimated = rollout_flops(CONFIG, sampling, NUM_TEXT)
+    assert estimated == counted_per_image(CONFIG, sampling)
+    assert estimated < rollout_flops(CONFIG, off, NUM_TEXT)
+
+
+def test_annealed_steps_are_fewer_head_calls():
+    sampling = SamplingConfig(num_iter=4, num_sampling_steps=8, num_sampling_steps_last=2)
+    cost = estimate_cost(CONFIG, sampling, 2, 3, "elbo", 3, 6, 2, True, NUM_TEXT, updates=10)
+    assert cost.head_calls == 8 + 6 + 4 + 2
+
+
 def test_an_elbo_update_adds_up():
     """The mean over the iterations that a mask may belong to, weighted with the tokens that each uncovers."""
     cost = estimate_cost(CONFIG, SAMPLING, 2, 3, "elbo", 3, 6, 2, True, NUM_TEXT, updates=10)

@@ -1,4 +1,4 @@
-"""Command line > YAML file > parser default.
+"""Command line > YAML file > parser default; a preset (`PresetAction`) right under where it is named.
 
 A config file is a flat mapping from argument names (as they appear in the parsed namespace: `batch_size`, not
 `--batch_size`) to values. It is checked against the parser as strictly as the command line is, and what `dump_yaml`
@@ -11,7 +11,7 @@ import argparse
 import copy
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import yaml
 CONFIG_FLAG = "--config"
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
 
+Expand = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it is written, and every default."""
@@ -27,6 +29,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 class ConfigError(ValueError):
     """A config file that does not fit the parser. The message names the file, the key and the value."""
+
+
+class PresetAction(argparse._StoreAction):
+    """A flag whose value stands for values of other flags. `parse_args` alone knows what is said where, so it applies
+    them: each becomes the default of its flag, unless the command line says it, or the file, where that names the
+    preset. expand(value, defaults so far) gives the other flags' values by name."""
+
+    def __init__(
+        self, *args: Any, expand: Callable[[str, Mapping[str, Any]], Mapping[str, Any]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.expand = expand
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,12 +54,18 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
         parser.add_argument(CONFIG_FLAG, metavar="YAML", help="file with defaults; the command line wins")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument(CONFIG_FLAG)
-    path = finder.parse_known_args(argv)[0].config
-    if path is not None:
+    presets = [action for action in parser._actions if isinstance(action, PresetAction)]
+    for action in presets:
+        finder.add_argument(*action.option_strings)
+    found = vars(finder.parse_known_args(argv)[0])
+    in_file: Mapping[str, Any] = {}
+    if found["config"] is not None:
         try:
-            _set_defaults(parser, path)
+            in_file = _set_defaults(parser, found["config"])
         except ConfigError as error:
             parser.error(str(error))
+    for action in presets:
+        _apply_preset(parser, action, found[action.dest], in_file)
     return parser.parse_args(argv)
 
 
@@ -93,11 +113,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
+def _apply_preset(
+    parser: argparse.ArgumentParser, action: PresetAction, on_command_line: str | None, in_file: Mapping[str, Any]
+) -> None:
+    """Sets the defaults of the preset that is named on the command line or else by the parser (or its file)."""
+    name = on_command_line or parser.get_default(action.dest)
+    if action.choices is not None and name not in action.choices:
+        return  # the parser will say so
+    defaults = {other.dest: parser.get_default(other.dest) for other in parser._actions}
+    values = action.expand(name, defaults)
+    kept = in_file if on_command_line is None else {}
+    parser.set_defaults(**{key: value for key, value in values.items() if key not in kept})
+
+
+def _set_defaults(parser: argparse.ArgumentParser, path: str) -> Mapping[str, Any]:
+    """Makes the file's values the parser's defaults, and gives the file's content."""
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     del actions["config"]
     actions.pop("help", None)
-    for key, value in load_yaml(path).items():
+    values = load_yaml(path)
+    for key, value in values.items():
         if key == "config":
             raise ConfigError(f"config file {path}: config files do not include one another (config: {value!r})")
         if key not in actions:
@@ -110,6 +145,7 @@ def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
             raise ConfigError(f"config file {path}: {key}: {value!r}: {error}") from error
         parser.set_defaults(**{key: converted})
         actions[key].required = False
+    return values
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
