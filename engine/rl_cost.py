@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from models.diffloss import TIME_FREQUENCIES
-from models.diffusion import reverse_steps
 from models.guided import end_of_run
 from models.layout import NUM_FREQUENCIES
 from models.masking import cosine_masked_counts
@@ -121,8 +120,7 @@ def estimate_cost(
     batches of prompts in an update, rolled out and scored one after the other.
     Raises ValueError for an unknown estimator, a count below 1, or more masks than iterations.
     """
-    num_steps = len(reverse_steps(sampling.num_sampling_steps, sampling.t_max))
-    draws = _scored_draws(estimator, num_draws, num_steps)
+    draws = _scored_draws(estimator, num_draws, sampling.num_reverse_steps)
     sizes = {
         "prompts": prompts,
         "group_size": group_size,
@@ -183,8 +181,7 @@ def num_branches(sampling: SamplingConfig) -> int:
 
 def steps_of_iterations(sampling: SamplingConfig) -> list[int]:
     """Reverse steps per token in each iteration."""
-    options = (sampling.at(iteration) for iteration in range(sampling.num_iter))
-    return [len(reverse_steps(at.num_sampling_steps, at.t_max)) for at in options]
+    return [sampling.at(iteration).num_reverse_steps for iteration in range(sampling.num_iter)]
 
 
 def rollout_flops(config: StructMARConfig, sampling: SamplingConfig, num_text_tokens: int) -> float:

@@ -1,7 +1,7 @@
-"""Sampling: uncover tokens in random order, each drawn by the diffusion head, with guidance by text and layout.
+"""Sampling: uncover tokens in some order, each drawn by the diffusion head, with guidance by text and layout.
 
-Per iteration: one pass of the backbone per guidance branch, then the reverse process of the tokens to uncover. Guidance
-combines the branches' noise predictions,
+Per iteration: one pass of the backbone per guidance branch (`models/guided.py` leaves some out), then the reverse
+process of the tokens to uncover. Guidance combines the branches' noise predictions,
 
     eps = eps_0 + w_text (eps_text - eps_0) + w_layout (eps_text+layout - eps_text),
 

@@ -73,6 +73,11 @@ class SamplingConfig:
     def is_annealed(self) -> bool:
         return self.num_sampling_steps_last is not None
 
+    @property
+    def num_reverse_steps(self) -> int:
+        """Those that are left once steps above t_max are merged (in one iteration: see `at`)."""
+        return len(reverse_steps(self.num_sampling_steps, self.t_max))
+
     def at(self, iteration: int) -> SamplingConfig:
         """The options of one iteration: the same number of reverse steps in all."""
         first, last = self.num_sampling_steps, self.num_sampling_steps_last

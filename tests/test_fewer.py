@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,11 @@ import torch
 from torch import Tensor
 
 import models.guided
+import scripts.evaluate_layout
+import scripts.sample
+from engine.build import sampling_config
+from engine.head_comparison import compare_steps, energy_distance, head_inputs
+from engine.speed import SPEEDS
 from models.diffusion import reverse_steps
 from models.guided import GuidedBackbone, plan_passes
 from models.masking import ORDERS, cosine_masked_counts, draw_orders, halton_cells, sample_orders
@@ -18,8 +24,10 @@ from models.policy import TrajectoryEstimator
 from models.prepared import predict_tokens, prepare
 from models.sampling import SamplingConfig, embed_branches, sample, uncover
 from tests import reference
+from tests.conftest import ROOT
 from tests.structured import generator
 from tests.test_prepared import conditions, sampled, world
+from util.config import parse_args
 
 FULL, RUN, REUSE = "full only", "run", "reuse"
 QUICK = SamplingConfig(num_iter=10, num_sampling_steps=4, t_max=950, cfg_text=1.5, cfg_layout=3.0)
@@ -201,3 +209,40 @@ def test_what_cannot_be_scored_is_not_recorded(options: dict[str, Any], message:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**options)
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize("program", [scripts.sample, scripts.evaluate_layout], ids=["sample", "evaluate"])
+def test_speeds(program: Any, speed: str) -> None:
+    """A preset changes sampling and precision alone, never slows down, and yields to flags."""
+
+    def parsed(*argv: str) -> dict[str, Any]:
+        name = "mini_sample" if program is scripts.sample else "mini_eval"
+        return vars(parse_args(program.get_parser(), ["--config", str(ROOT / "configs" / f"{name}.yaml"), *argv]))
+
+    plain, found = parsed(), parsed("--speed", speed)
+    changed = {key for key in found if found[key] != plain[key]} - {"speed"}
+    assert changed <= SPEEDS[speed].keys() and bool(changed) == (speed != "exact")
+    assert found["num_iter"] <= plain["num_iter"] and found["num_sampling_steps"] == 25  # the file's, below 50
+    said = parsed("--speed", speed, "--num_iter", "60", "--precision", "fp32", "--num_sampling_steps", "70")
+    assert (said["num_iter"], said["precision"], said["num_sampling_steps"]) == (60, "fp32", 70)
+    sampling_config(argparse.Namespace(**found))
+
+
+def test_energy_distance() -> None:
+    """By hand in one dimension: samples 0, 2 and 1, 5: 2 * (1 + 5 + 1 + 3) / 4 - 2 / 2 - 4 / 2 = 2."""
+    x, y = torch.tensor([[[0.0], [2.0]]]), torch.tensor([[[1.0], [5.0]]])
+    torch.testing.assert_close(energy_distance(x, y), torch.tensor([2.0]))
+    torch.testing.assert_close(energy_distance(x, x), torch.tensor([0.0]))
+
+
+def test_a_comparison_notices_too_few_steps() -> None:
+    model = world("mini")
+    config = SamplingConfig(num_iter=8, num_sampling_steps=10, cfg_text=2.0, cfg_layout=2.0, clip_x0=5.0)
+    inputs = head_inputs(model, config, *conditions(model), iterations=[1, 5])
+    counts = cosine_masked_counts(64, 8)
+    assert [given.z.shape[:2] for given in inputs] == [(2, 2 * (counts[i] - counts[i + 1])) for i in (1, 5)]
+    many, few = compare_steps(model, config, inputs, [(40, None), (2, None)], num_draws=6, full_steps=40)
+    assert (many.calls, few.calls) == (8 * 40, 8 * 2)
+    assert many.floor == few.floor > 0 and many.energy < 1.3 * many.floor
+    assert few.energy > 2 * few.floor and not few.is_accepted

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from util.config import ConfigError, dump_yaml, load_yaml, parse_args, resolved_dict
+from util.config import ConfigError, PresetAction, dump_yaml, load_yaml, parse_args, resolved_dict
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -131,3 +131,44 @@ def test_a_dumped_run_can_be_given_back(tmp_path: Path) -> None:
 def test_only_plain_values_resolve() -> None:
     with pytest.raises(ValueError, match="root is not a plain value"):
         resolved_dict(argparse.Namespace(root=Path("x")))
+
+
+PRESETS = {"slow": {}, "quick": {"batch_size": 9, "blr": 1.0}}
+
+
+def preset_parser() -> argparse.ArgumentParser:
+    parser = make_parser()
+    parser.add_argument(
+        "--preset", action=PresetAction, expand=lambda name, _: PRESETS[name], default="slow", choices=list(PRESETS)
+    )
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("in_file", "on_command_line", "expected"),
+    [
+        ("", [], (64, 1e-4)),
+        ("", ["--preset", "quick"], (9, 1.0)),
+        ("", ["--preset=quick"], (9, 1.0)),
+        ("", ["--batch_size", "3", "--preset", "quick"], (3, 1.0)),
+        ("batch_size: 8\n", ["--preset", "quick"], (9, 1.0)),  # stronger than a file
+        ("batch_size: 8\npreset: quick\n", [], (8, 1.0)),  # the file's other keys are beside it
+        ("batch_size: 8\npreset: quick\n", ["--blr", "2"], (8, 2.0)),
+        ("batch_size: 8\npreset: quick\n", ["--preset", "slow"], (8, 1e-4)),
+    ],
+)
+def test_a_preset_stands_under_what_is_said_beside_it(
+    tmp_path: Path, in_file: str, on_command_line: list[str], expected: tuple[int, float]
+) -> None:
+    path = write(tmp_path, f"coco_root: data/coco\n{in_file}")
+    args = parse_args(preset_parser(), ["--config", path, *on_command_line])
+    assert (args.batch_size, args.blr) == expected
+
+
+def test_an_unknown_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(preset_parser(), ["--coco_root", "x", "--preset", "quickest"])
+    assert "quickest" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(preset_parser(), ["--config", write(tmp_path, "coco_root: x\npreset: quickest\n")])
+    assert "preset: 'quickest'" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""Do fewer reverse steps draw the same tokens? Distances between samples of the head under fixed conditions.
+
+The conditions z are those of sampled images: once every token is known, each iteration's z can be computed again. Every
+token is then drawn R times with the steps in question (X), with the full number of steps (Y) and, for the floor, with
+the full number and other noise (Z). Per token, over all pairs,
+
+    energy(X, Y) = 2 E|x - y| - E|x - x'| - E|y - y'|,
+
+which is not negative, 0 in expectation only for endless samples of equal distributions: so energy(Z, Y) is what R draws
+of the same distribution give. Also the shift of a channel's mean and the change of its standard deviation, over all.
+
+Shape letters: n tokens, R draws, G guidance branches, L image tokens, D width, C channels, S reverse steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from models.guided import GuidedBackbone, plan_passes
+from models.masking import cosine_masked_counts
+from models.sampling import Branches, SamplingConfig, embed_branches, embed_times, reverse_process, sample
+from models.sampling_config import guidance_scales
+from models.structmar import StructMAR
+from util.rng import generator
+from util.types import LayoutBatch, TextContext
+
+MAX_ENERGY_RATIO = 1.1
+MAX_CHANNEL_CHANGE = 0.02
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What the head draws the n tokens of one iteration from. z: [G, n, D]; scales: of text and layout."""
+
+    iteration: int
+    z: Tensor
+    branches: Branches
+    scales: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class HeadComparison:
+    """energy, floor: means over tokens. mean_shift: the largest of a channel, in its standard deviations. std_change:
+    the largest of a channel, as a share. calls: sequential head calls of an image."""
+
+    energy: float
+    floor: float
+    mean_shift: float
+    std_change: float
+    calls: int
+
+    @property
+    def is_accepted(self) -> bool:
+        change = max(self.mean_shift, self.std_change)
+        return self.energy <= MAX_ENERGY_RATIO * self.floor and change <= MAX_CHANNEL_CHANGE
+
+
+@torch.no_grad()
+def head_inputs(
+    model: StructMAR,
+    config: SamplingConfig,
+    text: TextContext,
+    layout: LayoutBatch,
+    iterations: Sequence[int],
+    seed: int = 0,
+) -> list[HeadInputs]:
+    """Samples an image per caption and layout, and rebuilds what the head was given in `iterations`."""
+    generators = [generator("head inputs", seed, image) for image in range(len(layout))]
+    output = sample(model, config, generators, text, layout)
+    tokens = model.patchify(output.latents)  # [B, L, C]
+    branches, config = embed_branches(model, config, len(layout), text, layout, None)
+    num_branches = len(branches.names)
+    counts = cosine_masked_counts(model.config.num_tokens, config.num_iter)
+    passes = plan_passes(output.orders, counts, config.branch_uses(num_branches))
+    backbone = GuidedBackbone(model, branches.conditions, branches.num_with_text, num_branches, passes)
+    inputs = []
+    for iteration in iterations:
+        z = backbone(tokens, passes[iteration]).flatten(1, 2)  # [G, n, D]
+        scales = guidance_scales(config, model.config.num_tokens, counts[iteration + 1])
+        inputs.append(HeadInputs(iteration, z, branches, scales))
+    return inputs
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: StructMAR, config: SamplingConfig, inputs: Sequence[HeadInputs], num_draws: int, seed: int
+) -> Tensor:
+    """Draws every token of `inputs` R = `num_draws` times, in the steps of its iteration by `config`: [n, R, C]."""
+    drawn = []
+    for given in inputs:
+        at = config.at(given.iteration)
+        z = given.z.repeat_interleave(num_draws, dim=1)  # [G, n * R, D]
+        times = embed_times(model, at, z.device)  # [S, W]
+        shape = (len(times) + 1, z.shape[1], model.config.token_dim)
+        noise = torch.randn(shape, generator=generator("head draws", seed, given.iteration)).to(z.device)
+        tokens = reverse_process(model, z, times, given.branches, given.scales, noise, at)  # [n * R, C]
+        drawn.append(tokens.unflatten(0, (-1, num_draws)))
+    return torch.cat(drawn)  # [n, R, C]
+
+
+def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+    """x, y: [n, R, C], R samples of each of n pairs of distributions; gives [n]. Equal samples are 0 apart."""
+    across, within_x, within_y = (torch.cdist(a, b).mean(dim=(1, 2)) for a, b in ((x, y), (x, x), (y, y)))  # [n] each
+    return 2 * across - within_x - within_y  # [n]
+
+
+def compare(drawn: Tensor, reference: Tensor, floor: Tensor, calls: int) -> HeadComparison:
+    """All [n, R, C]: with the steps in question, with the full number, with the full number and other noise."""
+    (mean, std), (expected_mean, expected_std) = (
+        (tokens.flatten(0, 1).mean(0), tokens.flatten(0, 1).std(0)) for tokens in (drawn, reference)
+    )
+    return HeadComparison(
+        energy=float(energy_distance(drawn, reference).mean()),
+        floor=float(energy_distance(floor, reference).mean()),
+        mean_shift=float(((mean - expected_mean) / expected_std).abs().max()),
+        std_change=float((std / expected_std - 1).abs().max()),
+        calls=calls,
+    )
+
+
+def compare_steps(
+    model: StructMAR,
+    config: SamplingConfig,
+    inputs: Sequence[HeadInputs],
+    steps: Sequence[tuple[int, int | None]],
+    num_draws: int = 8,
+    full_steps: int = 100,
+) -> list[HeadComparison]:
+    """A comparison for each (num_sampling_steps, num_sampling_steps_last) of `steps` with `full_steps` in all."""
+    plain = replace(config, num_sampling_steps=full_steps, num_sampling_steps_last=None)
+    reference, floor = (draw_tokens(model, plain, inputs, num_draws, seed) for seed in (0, 1))
+    found = []
+    for first, last in steps:
+        tried = replace(config, num_sampling_steps=first, num_sampling_steps_last=last)
+        calls = sum(tried.at(iteration).num_reverse_steps for iteration in range(tried.num_iter))
+        found.append(compare(draw_tokens(model, tried, inputs, num_draws, 2), reference, floor, calls))
+    return found

@@ -1,0 +1,99 @@
+"""Compares the tokens that few diffusion steps draw with those of many (`engine/head_comparison.py` says how).
+
+    python -m scripts.compare_heads --resume CKPT --coco_root data/coco --coco_split val2014 --steps 50 50:5
+
+Steps are written FIRST or, annealed over the iterations, FIRST:LAST. A row is accepted where its energy distance is at
+most 1.1 of the floor (the same number of steps, other noise) and no channel's mean or deviation moves by over 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_config_arg, add_sampling_args
+from engine.build import sampling_config
+from engine.generate import encode_prompts
+from engine.head_comparison import HeadComparison, compare_steps, head_inputs
+from engine.pipeline import load_pipeline, require_same_categories
+from engine.scenes import scenes_from_dataset
+from util.coco import BoxFilters, CocoIndex
+from util.config import HelpFormatter, parse_args
+from util.distributed import init_distributed
+from util.types import LayoutBatch
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.compare_heads", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add_config_arg(parser)
+    group = parser.add_argument_group("weights and scenes")
+    group.add_argument("--resume", required=True, help="training checkpoint, its folder, or exported .safetensors")
+    group.add_argument("--no_ema", action="store_true", help="a checkpoint's raw weights, not their average")
+    group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint in the LDM layout")
+    group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
+    group.add_argument("--coco_root", default="./data/coco", help="captions and boxes (only its annotations/ is read)")
+    group.add_argument("--coco_split", default="val2014", help="its first images with boxes")
+    group.add_argument("--num_images", type=int, default=64, help="images sampled to get conditions from")
+    add_sampling_args(parser)
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--steps", nargs="+", default=["100", "50", "50:5"], help="what is compared: FIRST or FIRST:LAST"
+    )
+    group.add_argument("--full_steps", type=int, default=100, help="with what it is compared")
+    group.add_argument("--num_iterations", type=int, default=8, help="iterations whose tokens are drawn, evenly spaced")
+    group.add_argument("--num_draws", type=int, default=8, help="draws per token")
+    group.add_argument("--device", default="cpu", help="cuda, cuda:N or cpu")
+    group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
+    return parser
+
+
+def read_steps(text: str) -> tuple[int, int | None]:
+    """ "50" -> (50, None), "50:5" -> (50, 5). Raises ValueError for anything else."""
+    first, colon, last = text.partition(":")
+    if not first.isdecimal() or (colon and not last.isdecimal()):
+        raise ValueError(f"--steps takes FIRST or FIRST:LAST, got {text!r}")
+    return int(first), int(last) if colon else None
+
+
+def run(args: argparse.Namespace) -> list[HeadComparison]:
+    """Raises ValueError or FileNotFoundError for what does not fit."""
+    steps = [read_steps(text) for text in args.steps]
+    config = sampling_config(args)
+    device = init_distributed(args.device).device
+    parts = load_pipeline(args.resume, args.vae_path, args.clip_path, device, not args.no_ema)
+    model = parts.model
+    index = CocoIndex.load(
+        args.coco_root, args.coco_split, BoxFilters(max_objects=model.config.max_objects), model.config.img_size
+    )
+    require_same_categories(index.categories, parts.info.categories, f"{args.coco_root} {args.coco_split}")
+    scenes = scenes_from_dataset(index, model.config.img_size, args.num_images)
+    text = encode_prompts(parts.text_encoder, [scene.prompt for scene in scenes]).to(device)
+    layout = LayoutBatch.collate([scene.layout for scene in scenes], model.config.max_objects).to(device)
+    spacing = config.num_iter / args.num_iterations
+    iterations = [int((number + 0.5) * spacing) for number in range(args.num_iterations)]
+    inputs = head_inputs(model, config, text, layout, iterations)
+    print(f"{sum(given.z.shape[1] for given in inputs)} tokens, {args.num_draws} draws each", flush=True)
+    return compare_steps(model, config, inputs, steps, args.num_draws, args.full_steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(get_parser(), argv)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    try:
+        found = run(args)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print("| steps | head calls | energy / floor | mean shift | std change | accepted |\n|---|--:|--:|--:|--:|---|")
+    for name, row in zip(args.steps, found, strict=True):
+        changes = f"{100 * row.mean_shift:.1f} % | {100 * row.std_change:.1f} %"
+        verdict = "yes" if row.is_accepted else "no"
+        print(f"| {name} | {row.calls} | {row.energy / row.floor:.2f} | {changes} | {verdict} |")
+
+
+if __name__ == "__main__":
+    main()
