@@ -3,7 +3,8 @@
     python -m scripts.compare_heads --resume CKPT --coco_root data/coco --coco_split val2014 --steps 50 50:5
 
 Steps are written FIRST or, annealed over the iterations, FIRST:LAST. A row is accepted where its energy distance is at
-most 1.1 of the floor (the same number of steps, other noise) and no channel's mean or deviation moves by over 2 %.
+most 1.1 of the floor (the full number of steps, other noise) and no channel's mean (in deviations) or deviation moves
+by more than 2 % beyond the floor's.
 """
 
 from __future__ import annotations
@@ -88,11 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = run(args)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
+    print(f"floor: energy {found[0].floor_energy:.4f}, mean shift or std change {100 * found[0].floor_change:.1f} %")
     print("| steps | head calls | energy / floor | mean shift | std change | accepted |\n|---|--:|--:|--:|--:|---|")
     for name, row in zip(args.steps, found, strict=True):
         changes = f"{100 * row.mean_shift:.1f} % | {100 * row.std_change:.1f} %"
         verdict = "yes" if row.is_accepted else "no"
-        print(f"| {name} | {row.calls} | {row.energy / row.floor:.2f} | {changes} | {verdict} |")
+        print(f"| {name} | {row.calls} | {row.energy / row.floor_energy:.2f} | {changes} | {verdict} |")
 
 
 if __name__ == "__main__":

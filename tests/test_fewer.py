@@ -15,7 +15,7 @@ import models.guided
 import scripts.evaluate_layout
 import scripts.sample
 from engine.build import sampling_config
-from engine.head_comparison import compare_steps, energy_distance, head_inputs
+from engine.head_comparison import channel_changes, compare_steps, energy_distance, head_inputs
 from engine.speed import SPEEDS
 from models.diffusion import reverse_steps
 from models.guided import GuidedBackbone, plan_passes
@@ -234,6 +234,8 @@ def test_energy_distance() -> None:
     x, y = torch.tensor([[[0.0], [2.0]]]), torch.tensor([[[1.0], [5.0]]])
     torch.testing.assert_close(energy_distance(x, y), torch.tensor([2.0]))
     torch.testing.assert_close(energy_distance(x, x), torch.tensor([0.0]))
+    shift, change = channel_changes(y, x)  # 3 - 1 in deviations of sqrt(2); sqrt(8) against sqrt(2)
+    assert (shift, change) == (pytest.approx(2**0.5), pytest.approx(1.0))
 
 
 def test_a_comparison_notices_too_few_steps() -> None:
@@ -244,5 +246,5 @@ def test_a_comparison_notices_too_few_steps() -> None:
     assert [given.z.shape[:2] for given in inputs] == [(2, 2 * (counts[i] - counts[i + 1])) for i in (1, 5)]
     many, few = compare_steps(model, config, inputs, [(40, None), (2, None)], num_draws=6, full_steps=40)
     assert (many.calls, few.calls) == (8 * 40, 8 * 2)
-    assert many.floor == few.floor > 0 and many.energy < 1.3 * many.floor
-    assert few.energy > 2 * few.floor and not few.is_accepted
+    assert many.floor_energy == few.floor_energy > 0 and many.energy < 1.3 * many.floor_energy
+    assert few.energy > 2 * few.floor_energy and not few.is_accepted
