@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.guided import GuidedBackbone, plan_passes
 from models.masking import cosine_masked_counts
+from models.prepared import Head, prepare
 from models.sampling import Branches, SamplingConfig, embed_branches, embed_times, reverse_process, sample
 from models.sampling_config import guidance_scales
 from models.structmar import StructMAR
@@ -79,7 +80,7 @@ def head_inputs(
     num_branches = len(branches.names)
     counts = cosine_masked_counts(model.config.num_tokens, config.num_iter)
     passes = plan_passes(output.orders, counts, config.branch_uses(num_branches))
-    backbone = GuidedBackbone(model, branches.conditions, branches.num_with_text, num_branches, passes)
+    backbone = GuidedBackbone(prepare(model, branches.conditions, branches.num_with_text), num_branches, passes)
     inputs = []
     for iteration in iterations:
         z = backbone(tokens, passes[iteration]).flatten(1, 2)  # [G, n, D]
@@ -93,6 +94,7 @@ def draw_tokens(
     model: StructMAR, config: SamplingConfig, inputs: Sequence[HeadInputs], num_draws: int, seed: int
 ) -> Tensor:
     """Draws every token of `inputs` R = `num_draws` times, in the steps of its iteration by `config`: [n, R, C]."""
+    head = Head(model.diffloss.net, model.diffloss.net)
     drawn = []
     for given in inputs:
         at = config.at(given.iteration)
@@ -100,7 +102,7 @@ def draw_tokens(
         times = embed_times(model, at, z.device)  # [S, W]
         shape = (len(times) + 1, z.shape[1], model.config.token_dim)
         noise = torch.randn(shape, generator=generator("head draws", seed, given.iteration)).to(z.device)
-        tokens = reverse_process(model, z, times, given.branches, given.scales, noise, at)  # [n * R, C]
+        tokens = reverse_process(head, z, times, given.branches, given.scales, noise, at)  # [n * R, C]
         drawn.append(tokens.unflatten(0, (-1, num_draws)))
     return torch.cat(drawn)  # [n, R, C]
 

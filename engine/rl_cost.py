@@ -204,9 +204,9 @@ def rollout_flops(config: StructMARConfig, sampling: SamplingConfig, num_text_to
         counted = 1 if use == "full only" else branches
         total += (now - after) * _sampled_token(config, num_steps, counted)
     pooled = _linear(1, config.text_dim, config.encoder_embed_dim)
-    keys = with_text + any(use != "run" for use in uses)  # the full branch's a second time, to run it alone
+    captions = with_text * (pooled + _caption_keys(config, context))
     boxes = _conditions(config).forward - pooled
-    return with_text * pooled + keys * _caption_keys(config, context) + boxes + total
+    return captions + boxes + total
 
 
 def _caption_keys(config: StructMARConfig, context: int) -> int:

@@ -106,7 +106,7 @@ def test_condition_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     original = models.guided.predict_tokens
 
     def counting(*args: Any) -> Tensor:
-        rows.append(len(args[2]))
+        rows.append(len(args[1]))
         return original(*args)
 
     monkeypatch.setattr(models.guided, "predict_tokens", counting)
@@ -116,14 +116,14 @@ def test_condition_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randn(2, 64, model.config.token_dim, generator=generator(4))
     with torch.no_grad():
         branches, _ = embed_branches(model, QUICK, 2, *conditions(model), None)
-        backbone = GuidedBackbone(model, branches.conditions, branches.num_with_text, 3, passes)
+        every = prepare(model, branches.conditions, branches.num_with_text)
+        backbone = GuidedBackbone(every, 3, passes)
         found = [backbone(tokens, step) for step in passes]
         assert rows == [6] * 5 + [2, 2, 6, 2, 2]
-        every = prepare(model, branches.conditions, branches.num_with_text)
 
         def direct(kept: Tensor, ids: Tensor) -> Tensor:
             parts = (tokens.repeat(3, 1, 1), kept.repeat(3, 1), ids.repeat(3, 1))
-            return predict_tokens(model, every, *parts).unflatten(0, (3, 2))
+            return predict_tokens(every, *parts).unflatten(0, (3, 2))
 
         for iteration, (step, z) in enumerate(zip(passes, found, strict=True)):
             now = direct(step.kept_ids, step.token_ids)
