@@ -1,0 +1,176 @@
+"""Times sampling, training and stage 3 against the public MAR code and our own plain path, and counts what they do.
+
+    git clone https://github.com/LTH14/mar ../mar
+    python -m scripts.benchmark --baseline ../mar --output_dir output/benchmark
+
+A case is run by several contenders on the same weights, conditions, orders and noise: the public code as it stands
+(`scripts/benchmark/baseline.py`), our plain path that computes everything every time (`tests/plain_sampler.py`), and
+ours. They take turns (A B C A B C ...), so that a busy machine slows all alike; medians are compared, and the first
+contender's output with the others'. Without --baseline, without --weights (StructMAR) or without --mar_weights (MAR's
+own), the rows that need them are left out. The machine's ceilings are measured first: the shares say how far a row is
+from them. Prints Markdown; --output_dir gets benchmark.json, benchmark.md and benchmark.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from scripts.benchmark import curves, operations, plot, table
+from scripts.benchmark.baseline import load_baseline
+from scripts.benchmark.curves import Curve
+from scripts.benchmark.operations import LoopOperations
+from scripts.benchmark.policy_update import UPDATE_CASES
+from scripts.benchmark.sampling import ROLLOUT_CASES, SAMPLING_CASES
+from scripts.benchmark.table import Case, Row, line, measure
+from scripts.benchmark.timing import Ceilings, measure_ceilings
+from scripts.benchmark.training import TRAINING_CASES
+from scripts.benchmark.world import Models, available_models, build_world
+from util.images import save_png
+
+CASES: dict[str, Sequence[Case]] = {
+    "sampling": SAMPLING_CASES,
+    "rollout": ROLLOUT_CASES,
+    "training": TRAINING_CASES,
+    "update": UPDATE_CASES,
+}
+PARTS = (*CASES, "operations", "curves")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--baseline", type=Path, help="a checkout of LTH14/mar; default: its rows are left out")
+    parser.add_argument("--weights", type=Path, help="a trained StructMAR: an export or a training checkpoint")
+    parser.add_argument("--mar_weights", type=Path, help="trained MAR weights (class labels)")
+    parser.add_argument("--mar_size", default="mar_mini", help="preset of --mar_weights")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
+    parser.add_argument("--only", default="", help="of the timed cases, those whose name contains this")
+    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each contender")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output_dir", type=Path, help="folder for benchmark.json, benchmark.md, benchmark.png")
+    args = parser.parse_args(argv)
+    if args.repeats < 1 or args.threads < 1:
+        parser.error(f"--repeats and --threads must be at least 1, got {args.repeats} and {args.threads}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    public = load_public(args.baseline)
+    models = available_models(args.weights, args.mar_weights, args.mar_size)
+    report = Report()
+    ceilings = measure_ceilings()
+    report.say(describe(args.threads, args.repeats, ceilings))
+    chosen = [case for part in args.parts for case in CASES.get(part, ()) if args.only in case.name]
+    rows = timed_rows(chosen, models, public, args.repeats, ceilings, report)
+    counted = operation_rows(models, public, report) if "operations" in args.parts else []
+    measured = curve_rows(report) if "curves" in args.parts else []
+    if args.output_dir is not None:
+        content = {
+            "about": about(args.threads, args.repeats),
+            "ceilings": asdict(ceilings),
+            "rows": [asdict(row) for row in rows],
+            "operations": [asdict(row) for row in counted],
+            "curves": [asdict(curve) for curve in measured],
+        }
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (args.output_dir / "benchmark.md").write_text(report.text, encoding="utf-8")
+        if rows or measured:
+            save_png(plot.plot(rows, measured), args.output_dir / "benchmark.png")
+        print(f"\nwritten to {args.output_dir}")
+
+
+class Report:
+    """What is printed as it comes, and kept."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.text += text + "\n"
+
+    def begin_table(self, header: Sequence[str]) -> None:
+        self.say("\n" + line(header) + "\n" + line(["---"] * len(header)))
+
+
+def load_public(path: Path | None) -> ModuleType | None:
+    if path is None:
+        print("no --baseline: the rows of the public code are left out")
+        return None
+    try:
+        return load_baseline(path)
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: --baseline: {error}") from error
+
+
+def about(threads: int, repeats: int) -> dict[str, object]:
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cores": cores,
+        "threads": threads,
+        "repeats": repeats,
+    }
+
+
+def describe(threads: int, repeats: int, ceilings: Ceilings) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in about(threads, repeats).items())
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.matmul.items())
+    return f"{facts}\nceilings: matmul {rates}; copy {ceilings.copy / 1e9:.1f} GB/s"
+
+
+def timed_rows(
+    cases: Sequence[Case], models: Models, public: ModuleType | None, repeats: int, ceilings: Ceilings, report: Report
+) -> list[Row]:
+    """One model at a time is in memory."""
+    rows: list[Row] = []
+    if cases:
+        report.begin_table(table.HEADER)
+    for case in cases:
+        if case.model not in models:
+            missing = [case.name, str(case.images), f"left out: no weights of {case.model}"]
+            report.say(line([*missing, *[""] * (len(table.HEADER) - len(missing))]))
+            continue
+        world = build_world(models[case.model](), case.images, case.group_size)
+        for row in measure(case.name, case.images, case.contenders(world, public), repeats, ceilings):
+            report.say(line(table.cells(row)))
+            rows.append(row)
+    return rows
+
+
+def operation_rows(models: Models, public: ModuleType | None, report: Report) -> list[LoopOperations]:
+    report.begin_table(operations.HEADER)
+    rows = []
+    for name in operations.MODELS:
+        if name in models:
+            for row in operations.count_operations(name, build_world(models[name](), 1), public):
+                report.say(line(operations.cells(row)))
+                rows.append(row)
+    report.say(f"\nhead shapes in a schedule of 64 iterations and 256 tokens: {operations.head_shapes(256, 64)}")
+    return rows
+
+
+def curve_rows(report: Report) -> list[Curve]:
+    report.begin_table(curves.HEADER)
+    measured = []
+    for name in curves.CURVES:
+        if not curves.can_run(name):
+            report.say(line([name, "left out: fewer cores than threads", ""]))
+            continue
+        measured.append(curves.measure_curve(name))
+        report.say(line(curves.cells(measured[-1])))
+    return measured

@@ -1,0 +1,94 @@
+"""The update of stage 3 after a rollout: log-probabilities of the old and the reference policy, and the inner epochs.
+
+Nothing is sampled: the rollout holds random tokens and rewards, which cost the same. (Rollouts are sampling cases.) The
+output that is compared is the old policy's log-probabilities.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from engine.grpo_step import GrpoConfig, GrpoStep, Pass
+from engine.optim import build_optimizer
+from engine.rewards import RewardBatch
+from engine.rl_cost import scoring_flops
+from engine.rollout import Rollout, RolloutWorker
+from engine.train import Learner, Position
+from models.policy import ElboEstimator, Policy, Samples
+from models.weights import select_trainable
+from scripts.benchmark.table import OURS, Contender
+from scripts.benchmark.world import NUM_TEXT, TRAINED, World
+from util.distributed import DistInfo
+from util.ema import Ema
+
+LR, EMA_RATE = 1e-6, 0.999
+
+
+@dataclass(frozen=True)
+class UpdateCase:
+    """A `Case`."""
+
+    name: str
+    model: str
+    images: int
+    group_size: int
+    estimator: ElboEstimator
+    inner_epochs: int = 2
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+
+    def contenders(self, world: World, _public: ModuleType | None) -> list[Contender]:
+        model = copy.deepcopy(world.model)
+        trainable = select_trainable(model, "full")
+        policy = Policy(model, self.estimator)
+        learner = Learner(model, policy, trainable, build_optimizer(trainable, LR, 0.0), Ema(trainable, EMA_RATE))
+        return [_contender(self, world, learner, precision) for precision in self.precisions]
+
+
+UPDATE_CASES = (
+    UpdateCase(
+        "StructMAR mar_mini update, 4 x 4", TRAINED, 16, 4, ElboEstimator(num_iter=16, num_masks=2, num_draws=4)
+    ),
+    UpdateCase("StructMAR mar_base update, 1 x 2", "mar_base StructMAR", 2, 2, ElboEstimator(64, 1, 2), 1),
+)
+
+
+def _contender(case: UpdateCase, world: World, learner: Learner, precision: str) -> Contender:
+    config = GrpoConfig(1, 1, inner_epochs=case.inner_epochs, precision=precision)
+    reference, worker = world.model.requires_grad_(False), cast(RolloutWorker, None)  # nothing is sampled
+    dist = DistInfo(0, 1, 0, torch.device("cpu"))
+    step = GrpoStep(config, learner, worker, case.estimator, reference, None, dist)
+    rollout = _rollout(world, case.group_size)
+
+    def run() -> Tensor:
+        passes = step.score(rollout, 0, 0)
+        for inner in range(case.inner_epochs):
+            step.optimizer_step(passes, [], 1.0, Position(), inner)
+        step.read()
+        return torch.zeros(())
+
+    def log_probs() -> Tensor:
+        return torch.cat([each.old.log_prob.flatten() for each in step.score(rollout, 0, 0)])
+
+    formula = sum(_formula(case, world, each) for each in step.score(rollout, 0, 0))
+    return Contender(OURS, precision, run, log_probs, formula)
+
+
+def _rollout(world: World, group_size: int) -> Rollout:
+    generator, shape = torch.Generator().manual_seed(4), (*world.orders.shape, world.model.config.token_dim)
+    tokens = torch.randn(shape, generator=generator)  # [n, L, C]
+    rewards = RewardBatch(torch.rand(len(world), generator=generator), {}, [])
+    return Rollout([], Samples(tokens, world.orders, world.text, world.layout), [], rewards, group_size)
+
+
+def _formula(case: UpdateCase, world: World, scored: Pass) -> float:
+    """Of one pass: old and reference policy, then forward and backward of every inner epoch."""
+    num_masked = scored.draws.token_ids.shape[1]
+    cost = scoring_flops(world.model.config, num_masked, num_masked * case.estimator.num_draws, NUM_TEXT)
+    gradients = cost.gradients(grad_checkpointing=False)
+    return len(world) * ((2 + case.inner_epochs) * cost.forward + case.inner_epochs * gradients)

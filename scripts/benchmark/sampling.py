@@ -1,0 +1,116 @@
+"""Sampling and rollouts: the public code, our plain path (`tests/plain_sampler.py`) and ours, on one set of weights.
+
+A case is data. A slice runs some iterations of a schedule, which all contenders choose alike; the tokens of the others
+stay zero. A rollout of stage 3 is a case with several images of each prompt, without guidance.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from engine.rl_cost import rollout_flops
+from models.masking import cosine_masked_counts
+from models.sampling import SamplingConfig, embed_branches, uncover
+from scripts.benchmark.baseline import build_baseline, sample_baseline
+from scripts.benchmark.table import OURS, PLAIN, PUBLIC, Contender
+from scripts.benchmark.world import NUM_TEXT, TRAINED, TRAINED_MAR, World, is_structured
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender as data. sampling: None for the case's own.
+
+    Ours with another one, for options that do not keep the output: `Entry("ours, few steps", "bf16", replace(...))`.
+    """
+
+    who: str
+    precision: str = "fp32"
+    sampling: SamplingConfig | None = None
+
+
+@dataclass(frozen=True)
+class SamplingCase:
+    """A `Case`. iterations: those of the schedule that run; None: all."""
+
+    name: str
+    model: str
+    images: int
+    sampling: SamplingConfig
+    entries: tuple[Entry, ...]
+    iterations: tuple[int, ...] | None = None
+    group_size: int = 1
+
+    def contenders(self, world: World, public: ModuleType | None) -> list[Contender]:
+        entries = [entry for entry in self.entries if entry.who != PUBLIC or public is not None]
+        return [_contender(self, entry, world, public) for entry in entries]
+
+
+PUBLIC_TOO = (Entry(PUBLIC), Entry(PUBLIC, "bf16"), Entry(PLAIN), Entry(OURS), Entry(OURS, "bf16"))
+OWN = (Entry(PLAIN), Entry(OURS), Entry(OURS, "bf16"))
+UNGUIDED = SamplingConfig(num_iter=16, num_sampling_steps=25)
+GUIDED = replace(UNGUIDED, cfg_text=3.0, cfg_layout=3.0)
+SLICED = replace(GUIDED, num_iter=64, num_sampling_steps=100)
+FEW = (Entry(PUBLIC), Entry(OURS), Entry(OURS, "bf16"))
+
+SAMPLING_CASES = (
+    SamplingCase("MAR mar_mini", TRAINED_MAR, 1, GUIDED, PUBLIC_TOO),
+    SamplingCase("MAR mar_mini", TRAINED_MAR, 4, GUIDED, PUBLIC_TOO),
+    SamplingCase("MAR mar_base, iteration 40 of 64", "mar_base MAR", 1, SLICED, PUBLIC_TOO, (40,)),
+    SamplingCase("MAR mar_base, iteration 40 of 64", "mar_base MAR", 4, SLICED, FEW, (40,)),
+    SamplingCase("MAR mar_huge, iteration 40 of 64", "mar_huge MAR", 1, SLICED, FEW, (40,)),
+    SamplingCase("StructMAR mar_mini", TRAINED, 1, GUIDED, OWN),
+    SamplingCase("StructMAR mar_mini, two scales", TRAINED, 8, replace(GUIDED, cfg_text=1.5), OWN),
+    SamplingCase("StructMAR mar_base, iteration 40 of 64", "mar_base StructMAR", 1, SLICED, OWN, (40,)),
+)
+ROLLOUT_CASES = (
+    SamplingCase("MAR mar_mini rollout, 4 x 4", TRAINED_MAR, 16, UNGUIDED, PUBLIC_TOO, group_size=4),
+    SamplingCase("StructMAR mar_mini rollout, 4 x 4", TRAINED, 16, UNGUIDED, OWN, group_size=4),
+)
+
+
+def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleType | None) -> Contender:
+    sampling = entry.sampling or case.sampling
+    chosen = range(sampling.num_iter) if case.iterations is None else case.iterations
+    if entry.who == PUBLIC:
+        assert public is not None
+        return _public_code(entry, sampling, chosen, world, public)
+    loop = importlib.import_module("tests.plain_sampler").plain_uncover if entry.who == PLAIN else uncover
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=entry.precision == "bf16"):
+            branches, used = embed_branches(world.model, sampling, len(world), world.text, world.layout, world.labels)
+            tokens = loop(world.model, branches, world.orders, world.noise, used, lambda _: chosen)
+        return world.model.unpatchify(tokens)  # [B, C, h, w]
+
+    formula = None
+    if entry.who != PLAIN:
+        num_text = NUM_TEXT if is_structured(world.model) else 0
+        formula = len(world) * rollout_flops(world.model.config, sampling, num_text, chosen)
+    return Contender(entry.who, entry.precision, run, formula=formula)
+
+
+def _public_code(
+    entry: Entry, sampling: SamplingConfig, chosen: Iterable[int], world: World, public: ModuleType
+) -> Contender:
+    baseline = build_baseline(public, world.model, sampling.num_sampling_steps)
+    counts = cosine_masked_counts(world.orders.shape[1], sampling.num_iter)
+
+    def tape(iteration: int) -> Tensor:
+        num_tokens = counts[iteration] - counts[iteration + 1]
+        return world.noise(iteration, sampling.num_sampling_steps + 1, num_tokens).flatten(1, 2)  # [S + 1, B * p, C]
+
+    def run() -> Tensor:
+        assert world.labels is not None
+        with torch.autocast("cpu", torch.bfloat16, enabled=entry.precision == "bf16"):
+            return sample_baseline(
+                public, baseline, world.labels, world.orders, tape, sampling, counts, tuple(chosen)
+            )  # [B, C, h, w]
+
+    return Contender(PUBLIC, entry.precision, run)
