@@ -54,7 +54,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mar_weights", type=Path, help="trained MAR weights (class labels)")
     parser.add_argument("--mar_size", default="mar_mini", help="preset of --mar_weights")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
-    parser.add_argument("--only", default="", help="of the timed cases, those whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="of the timed cases, those that contain this: 'mar_base', 'MAR mar_mini, 1 images'"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each contender")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, help="folder for benchmark.json, benchmark.md, benchmark.png")
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report()
     ceilings = measure_ceilings()
     report.say(describe(args.threads, args.repeats, ceilings))
-    chosen = [case for part in args.parts for case in CASES.get(part, ()) if args.only in case.name]
+    chosen = [case for part in args.parts for case in CASES.get(part, ()) if args.only in label(case)]
     rows = timed_rows(chosen, models, public, args.repeats, ceilings, report)
     counted = operation_rows(models, public, report) if "operations" in args.parts else []
     measured = curve_rows(report) if "curves" in args.parts else []
@@ -131,6 +133,10 @@ def describe(threads: int, repeats: int, ceilings: Ceilings) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in about(threads, repeats).items())
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.matmul.items())
     return f"{facts}\nceilings: matmul {rates}; copy {ceilings.copy / 1e9:.1f} GB/s"
+
+
+def label(case: Case) -> str:
+    return f"{case.name}, {case.images} images"
 
 
 def timed_rows(
