@@ -64,7 +64,7 @@ def layering(root: Path) -> list[str]:
                 found.append(f"{name}:{line} imports {target}")
             if other not in LAYERS:
                 continue
-            is_one_package = module.count(".") > 1 and module.split(".")[:2] == target.split(".")[:2]
+            is_one_package = anchor.count(".") > 1 and anchor.split(".")[:2] == target.split(".")[:2]
             is_same_lower_layer = own == other and LAYERS[own] < LAYERS["scripts"]
             if not (LAYERS[other] < LAYERS[own] or is_same_lower_layer or is_one_package):
                 found.append(f"{name}:{line} imports {target}")

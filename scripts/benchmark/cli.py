@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.say(describe(args.threads, args.repeats, ceilings))
     chosen = [case for part in args.parts for case in CASES.get(part, ()) if args.only in label(case)]
     rows = timed_rows(chosen, models, public, args.repeats, ceilings, report)
-    counted = operation_rows(models, public, report) if "operations" in args.parts else []
+    counted = operation_rows(public, report) if "operations" in args.parts else []
     measured = curve_rows(report) if "curves" in args.parts else []
     if args.output_dir is not None:
         content = {
@@ -158,14 +158,11 @@ def timed_rows(
     return rows
 
 
-def operation_rows(models: Models, public: ModuleType | None, report: Report) -> list[LoopOperations]:
+def operation_rows(public: ModuleType | None, report: Report) -> list[LoopOperations]:
     report.begin_table(operations.HEADER)
-    rows = []
-    for name in operations.MODELS:
-        if name in models:
-            for row in operations.count_operations(name, build_world(models[name](), 1), public):
-                report.say(line(operations.cells(row)))
-                rows.append(row)
+    rows = operations.all_operations(public)
+    for row in rows:
+        report.say(line(operations.cells(row)))
     report.say(f"\nhead shapes in a schedule of 64 iterations and 256 tokens: {operations.head_shapes(256, 64)}")
     return rows
 

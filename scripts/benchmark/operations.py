@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 from models.masking import cosine_masked_counts
 from scripts.benchmark.counting import Counts, count
 from scripts.benchmark.sampling import OWN, PUBLIC_TOO, SLICED, Entry, SamplingCase
-from scripts.benchmark.world import TRAINED, TRAINED_MAR, World, is_structured
+from scripts.benchmark.world import STRUCTURED, World, build_world, is_structured, random_model
 
-MODELS = (TRAINED_MAR, TRAINED, "mar_huge MAR")  # their heads: 4, 4 and 12 blocks
+HEAD_BLOCKS = 12  # mar_huge's; widths do not matter, so the models are small
+MODELS: dict[str, dict[str, Any]] = {"MAR": {"rope_mode": "off"}, "StructMAR": STRUCTURED}
 FEW, MANY = 10, 20
 ITERATIONS = (0, 10)
 
@@ -31,6 +33,15 @@ class LoopOperations:
     syncs_per_head_step: float
     kernels_per_iteration: int
     syncs_per_iteration: int
+
+
+def all_operations(public: ModuleType | None) -> list[LoopOperations]:
+    """public: the module of `load_baseline`; None leaves its rows out."""
+    found: list[LoopOperations] = []
+    for name, options in MODELS.items():
+        world = build_world(random_model("mar_mini", diffloss_d=HEAD_BLOCKS, **options), 1)
+        found += count_operations(f"{name}, {HEAD_BLOCKS} head blocks", world, public)
+    return found
 
 
 def count_operations(name: str, world: World, public: ModuleType | None) -> list[LoopOperations]:

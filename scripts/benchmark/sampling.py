@@ -7,7 +7,7 @@ stay zero. A rollout of stage 3 is a case with several images of each prompt, wi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -76,7 +76,7 @@ ROLLOUT_CASES = (
 
 def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleType | None) -> Contender:
     sampling = entry.sampling or case.sampling
-    chosen = range(sampling.num_iter) if case.iterations is None else case.iterations
+    chosen = tuple(range(sampling.num_iter)) if case.iterations is None else case.iterations
     if entry.who == PUBLIC:
         assert public is not None
         return _public_code(entry, sampling, chosen, world, public)
@@ -84,20 +84,24 @@ def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleTyp
 
     @torch.no_grad()
     def run() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=entry.precision == "bf16"):
+        with autocast(entry.precision):
             branches, used = embed_branches(world.model, sampling, len(world), world.text, world.layout, world.labels)
             tokens = loop(world.model, branches, world.orders, world.noise, used, lambda _: chosen)
         return world.model.unpatchify(tokens)  # [B, C, h, w]
 
     formula = None
-    if entry.who != PLAIN:
+    if entry.who != PLAIN and case.iterations is None:
         num_text = NUM_TEXT if is_structured(world.model) else 0
-        formula = len(world) * rollout_flops(world.model.config, sampling, num_text, chosen)
+        formula = len(world) * rollout_flops(world.model.config, sampling, num_text)
     return Contender(entry.who, entry.precision, run, formula=formula)
 
 
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
 def _public_code(
-    entry: Entry, sampling: SamplingConfig, chosen: Iterable[int], world: World, public: ModuleType
+    entry: Entry, sampling: SamplingConfig, chosen: Sequence[int], world: World, public: ModuleType
 ) -> Contender:
     baseline = build_baseline(public, world.model, sampling.num_sampling_steps)
     counts = cosine_masked_counts(world.orders.shape[1], sampling.num_iter)
@@ -108,9 +112,9 @@ def _public_code(
 
     def run() -> Tensor:
         assert world.labels is not None
-        with torch.autocast("cpu", torch.bfloat16, enabled=entry.precision == "bf16"):
+        with autocast(entry.precision):
             return sample_baseline(
-                public, baseline, world.labels, world.orders, tape, sampling, counts, tuple(chosen)
+                public, baseline, world.labels, world.orders, tape, sampling, counts, chosen
             )  # [B, C, h, w]
 
     return Contender(PUBLIC, entry.precision, run)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from util.types import Layout, LayoutBatch, TextContext
 NUM_TEXT = 14  # tokens of a caption
 NUM_OBJECTS = 2
 TRAINED_MAR, TRAINED = "trained MAR", "trained StructMAR"
-STRUCTURED = {"num_categories": 80, "text_dim": 512}
+STRUCTURED: dict[str, Any] = {"num_categories": 80, "text_dim": 512}
 
 Models = Mapping[str, Callable[[], StructMAR]]
 """Name -> builds the model, in evaluation mode. What names no trained weights has random ones."""
@@ -38,7 +39,7 @@ def available_models(weights: Path | None, mar_weights: Path | None, mar_size: s
     return models
 
 
-def random_model(preset: str, **overrides: object) -> StructMAR:
+def random_model(preset: str, **overrides: Any) -> StructMAR:
     """As initialised, but for what starts at zero, which would hide differences: gates and output layers."""
     torch.manual_seed(0)
     model = StructMAR(preset_config(preset, **overrides)).eval()
