@@ -30,7 +30,7 @@ from scripts.benchmark.curves import Curve
 from scripts.benchmark.operations import LoopOperations
 from scripts.benchmark.policy_update import UPDATE_CASES
 from scripts.benchmark.sampling import ROLLOUT_CASES, SAMPLING_CASES
-from scripts.benchmark.table import Case, Row, line, measure
+from scripts.benchmark.table import Case, Row, label, line, measure
 from scripts.benchmark.timing import Ceilings, measure_ceilings
 from scripts.benchmark.training import TRAINING_CASES
 from scripts.benchmark.world import Models, available_models, build_world
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mar_size", default="mar_mini", help="preset of --mar_weights")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
     parser.add_argument(
-        "--only", default="", help="of the timed cases, those that contain this: 'mar_base', 'MAR mar_mini, 1 images'"
+        "--only", default="", help="of the timed cases, those that begin so: 'StructMAR', 'MAR mar_mini, batch 4'"
     )
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each contender")
     parser.add_argument("--threads", type=int, default=1)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report()
     ceilings = measure_ceilings()
     report.say(describe(args.threads, args.repeats, ceilings))
-    chosen = [case for part in args.parts for case in CASES.get(part, ()) if args.only in label(case)]
+    chosen = [case for part in args.parts for case in CASES.get(part, ()) if label(case).startswith(args.only)]
     rows = timed_rows(chosen, models, public, args.repeats, ceilings, report)
     counted = operation_rows(public, report) if "operations" in args.parts else []
     measured = curve_rows(report) if "curves" in args.parts else []
@@ -133,10 +133,6 @@ def describe(threads: int, repeats: int, ceilings: Ceilings) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in about(threads, repeats).items())
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.matmul.items())
     return f"{facts}\nceilings: matmul {rates}; copy {ceilings.copy / 1e9:.1f} GB/s"
-
-
-def label(case: Case) -> str:
-    return f"{case.name}, {case.images} images"
 
 
 def timed_rows(

@@ -52,7 +52,7 @@ def draw_bars(rows: Sequence[Row]) -> Image.Image:
         top = 40 + BAR_HEIGHT * index
         is_first = index == 0 or (rows[index - 1].case, rows[index - 1].images) != (row.case, row.images)
         colour = FIRST if is_first else LATER
-        label = f"{row.case}, {row.images} images: {row.who}, {row.precision}"
+        label = f"{row.case}, batch {row.images}: {row.who}, {row.precision}"
         draw.text((BAR_LEFT - 8, top + BAR_HEIGHT / 2), label, fill=BLACK, font=font, anchor="rm")
         draw.rectangle((BAR_LEFT, top + 3, BAR_LEFT + unit * speedup, top + BAR_HEIGHT - 3), fill=colour)
         right = BAR_LEFT + unit * speedup + 6

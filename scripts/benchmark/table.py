@@ -104,8 +104,12 @@ def relative_mse(found: Tensor | None, expected: Tensor | None) -> float:
     return float(difference / expected.double().square().mean())
 
 
+def label(case: Case) -> str:
+    return f"{case.name}, batch {case.images}"
+
+
 HEADER = (
-    "case", "images", "who", "seconds", "fastest", "x first", "x public bf16", "x plain", "rel. MSE", "GFLOP",
+    "case", "batch", "who", "seconds", "fastest", "x first", "x public bf16", "x plain", "rel. MSE", "GFLOP",
     "formula", "of matmul", "of copy",
 )  # fmt: skip
 
