@@ -234,6 +234,8 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert [row["who"] for row in content["rows"]] == [PLAIN, OURS, OURS]
     assert (tmp_path / "out" / "benchmark.md").read_text() in printed
     assert (tmp_path / "out" / "benchmark.png").is_file()
+    with pytest.raises(SystemExit, match="no case begins with --only 'case', there are: a case, batch 1"):
+        cli.main(["--parts", "sampling", "--only", "case"])
     with pytest.raises(SystemExit, match="no checkout"):
         cli.main(["--baseline", str(tmp_path)])
 

@@ -68,13 +68,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    chosen = [case for part in args.parts for case in CASES.get(part, ()) if label(case).startswith(args.only)]
+    if args.only and not chosen:
+        names = "; ".join(label(case) for part in args.parts for case in CASES.get(part, ()))
+        raise SystemExit(f"error: no case begins with --only {args.only!r}, there are: {names}")
     torch.set_num_threads(args.threads)
     public = load_public(args.baseline)
     models = available_models(args.weights, args.mar_weights, args.mar_size)
     report = Report()
     ceilings = measure_ceilings()
     report.say(describe(args.threads, args.repeats, ceilings))
-    chosen = [case for part in args.parts for case in CASES.get(part, ()) if label(case).startswith(args.only)]
     rows = timed_rows(chosen, models, public, args.repeats, ceilings, report)
     counted = operation_rows(public, report) if "operations" in args.parts else []
     measured = curve_rows(report) if "curves" in args.parts else []
