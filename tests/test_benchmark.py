@@ -19,6 +19,7 @@ from torch import Tensor
 import models
 from engine.rl_cost import rollout_flops
 from models.masking import cosine_masked_counts
+from models.packed import PackedLinear
 from models.policy import ElboEstimator
 from models.structmar import StructMAR
 from scripts.benchmark import cli, curves, operations, plot, table
@@ -73,6 +74,12 @@ def test_flops_of_the_cpus_attention() -> None:
         assert counts.flops == 5 * one_product
 
 
+def test_flops_of_packed_linears() -> None:
+    packed = PackedLinear(torch.nn.Linear(5, 7), with_silu=True)
+    with torch.no_grad():
+        assert count(lambda: packed(torch.ones(2, 3, 5)))[1].flops == 2 * 6 * 5 * 7
+
+
 def test_host_syncs() -> None:
     x = torch.ones(3)
     for sync in (x.sum().item, x.nonzero, lambda: torch.tensor([1.0]), lambda: torch.from_numpy(x.numpy())):
@@ -103,9 +110,9 @@ def test_sampling(iterations: tuple[int, ...] | None) -> None:
     assert ours.counts.flops < plain.counts.flops and bf16.counts.product_bytes < ours.counts.product_bytes
 
 
-def test_an_option_is_a_contender_of_its_own() -> None:
-    fewer = Entry("ours, two steps", sampling=replace(QUICK, num_sampling_steps=2))
-    _, ours, fast = rows_of(SamplingCase("", "", 1, QUICK, (Entry(PLAIN), Entry(OURS), fewer)), structured_model())
+def test_a_preset_is_a_contender_of_its_own() -> None:
+    sampling, preset = replace(QUICK, num_sampling_steps=20), Entry("ours, --speed fast", speed="fast")
+    _, ours, fast = rows_of(SamplingCase("", "", 1, sampling, (Entry(PLAIN), Entry(OURS), preset)), structured_model())
     assert fast.counts.flops < ours.counts.flops and fast.relative_mse > ours.relative_mse
 
 

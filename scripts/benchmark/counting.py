@@ -1,10 +1,10 @@
 """What a run asks of the machine, counted while it runs: FLOPs, bytes that matrix products touch, kernels, host syncs.
 
-One multiply-add is two FLOPs, by the formulas of `torch.utils.flop_counter`, which lacks the CPU's fused attention:
-added here (its backward pass computes the logits again). Bytes are those of every operand and result of a matrix
-product, as if no cache held them. A kernel is an operation that is no view. A host sync is an operation that a GPU
-would have to wait for: a value read back (`item`, `nonzero`), or a tensor made of the host's numbers (`torch.tensor`,
-`torch.from_numpy`).
+One multiply-add is two FLOPs, by the formulas of `torch.utils.flop_counter`, which lacks the CPU's fused attention
+(its backward pass computes the logits again) and its linears on packed weights: added here. Bytes are those of every
+operand and result of a matrix product, as if no cache held them. A kernel is an operation that is no view. A host sync
+is an operation that a GPU would have to wait for: a value read back (`item`, `nonzero`), or a tensor made of the host's
+numbers (`torch.tensor`, `torch.from_numpy`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ def _attention_gradients(_gradient: Tensor, query: Tensor, key: Tensor, *_: Any,
     return 10 * query.numel() * key.shape[2]
 
 
+def _packed_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """[..., i] and [o, i]."""
+    return 2 * x.numel() * weight.shape[0]
+
+
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_gradients,
+    torch.ops.mkldnn._linear_pointwise: _packed_linear,
 }
 READ_BACK = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
 FROM_HOST = {aten.lift_fresh.default}

@@ -14,7 +14,7 @@ from typing import Any
 
 from models.masking import cosine_masked_counts
 from scripts.benchmark.counting import Counts, count
-from scripts.benchmark.sampling import OWN, PUBLIC_TOO, SLICED, Entry, SamplingCase
+from scripts.benchmark.sampling import OWN, PUBLIC_TOO, FULL, Entry, SamplingCase
 from scripts.benchmark.world import STRUCTURED, World, build_world, is_structured, random_model
 
 HEAD_BLOCKS = 12  # mar_huge's; widths do not matter, so the models are small
@@ -68,7 +68,7 @@ def count_operations(name: str, world: World, public: ModuleType | None) -> list
 def _counts(
     world: World, public: ModuleType | None, entries: tuple[Entry, ...], steps: int, iterations: tuple[int, ...]
 ) -> dict[str, Counts]:
-    sampling = replace(SLICED, num_iter=16, num_sampling_steps=steps)
+    sampling = replace(FULL, num_iter=16, num_sampling_steps=steps)
     case = SamplingCase("", "", len(world), sampling, entries, iterations)
     return {each.who: count(each.run)[1] for each in case.contenders(world, public)}
 

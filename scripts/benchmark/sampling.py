@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.generate import DTYPES
 from engine.rl_cost import rollout_flops
+from engine.speed import speed_preset
 from models.masking import cosine_masked_counts
 from models.sampling import SamplingConfig, embed_branches, uncover
 from scripts.benchmark.baseline import build_baseline, sample_baseline
@@ -24,14 +27,11 @@ from scripts.benchmark.world import NUM_TEXT, TRAINED, TRAINED_MAR, World, is_st
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender as data. sampling: None for the case's own.
-
-    Ours with another one, for options that do not keep the output: `Entry("ours, few steps", "bf16", replace(...))`.
-    """
+    """A contender as data. speed: a preset of `engine/speed.py`; the output is another one then."""
 
     who: str
     precision: str = "fp32"
-    sampling: SamplingConfig | None = None
+    speed: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,22 @@ class SamplingCase:
 
 
 PUBLIC_TOO = (Entry(PUBLIC), Entry(PUBLIC, "bf16"), Entry(PLAIN), Entry(OURS), Entry(OURS, "bf16"))
+PRESETS = (Entry(f"{OURS}, --speed fast", "bf16", "fast"), Entry(f"{OURS}, --speed faster", "bf16", "faster"))
 OWN = (Entry(PLAIN), Entry(OURS), Entry(OURS, "bf16"))
 UNGUIDED = SamplingConfig(num_iter=16, num_sampling_steps=25)
 GUIDED = replace(UNGUIDED, cfg_text=3.0, cfg_layout=3.0)
-SLICED = replace(GUIDED, num_iter=64, num_sampling_steps=100)
+FULL = replace(GUIDED, num_iter=64, num_sampling_steps=100)
 FEW = (Entry(PUBLIC), Entry(OURS), Entry(OURS, "bf16"))
 
 SAMPLING_CASES = (
-    SamplingCase("MAR mar_mini", TRAINED_MAR, 1, GUIDED, PUBLIC_TOO),
-    SamplingCase("MAR mar_mini", TRAINED_MAR, 4, GUIDED, PUBLIC_TOO),
-    SamplingCase("MAR mar_base, iteration 40 of 64", "mar_base MAR", 1, SLICED, PUBLIC_TOO, (40,)),
-    SamplingCase("MAR mar_base, iteration 40 of 64", "mar_base MAR", 4, SLICED, FEW, (40,)),
-    SamplingCase("MAR mar_huge, iteration 40 of 64", "mar_huge MAR", 1, SLICED, FEW, (40,)),
-    SamplingCase("StructMAR mar_mini", TRAINED, 1, GUIDED, OWN),
+    SamplingCase("MAR mar_mini", TRAINED_MAR, 1, FULL, PUBLIC_TOO + PRESETS),
+    SamplingCase("MAR mar_mini", TRAINED_MAR, 4, FULL, PUBLIC_TOO + PRESETS),
+    SamplingCase("MAR mar_base, iteration 40 of 64", "mar_base MAR", 1, FULL, PUBLIC_TOO, (40,)),
+    SamplingCase("MAR mar_base, iteration 40 of 64", "mar_base MAR", 4, FULL, FEW, (40,)),
+    SamplingCase("MAR mar_huge, iteration 40 of 64", "mar_huge MAR", 1, FULL, FEW, (40,)),
+    SamplingCase("StructMAR mar_mini", TRAINED, 1, FULL, OWN + PRESETS),
     SamplingCase("StructMAR mar_mini, two scales", TRAINED, 8, replace(GUIDED, cfg_text=1.5), OWN),
-    SamplingCase("StructMAR mar_base, iteration 40 of 64", "mar_base StructMAR", 1, SLICED, OWN, (40,)),
+    SamplingCase("StructMAR mar_base, iteration 40 of 64", "mar_base StructMAR", 1, FULL, OWN, (40,)),
 )
 ROLLOUT_CASES = (
     SamplingCase("MAR mar_mini rollout, 4 x 4", TRAINED_MAR, 16, UNGUIDED, PUBLIC_TOO, group_size=4),
@@ -75,18 +76,21 @@ ROLLOUT_CASES = (
 
 
 def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleType | None) -> Contender:
-    sampling = entry.sampling or case.sampling
+    sampling = replace(case.sampling, **sampling_options(entry.speed, case.sampling))
     chosen = tuple(range(sampling.num_iter)) if case.iterations is None else case.iterations
     if entry.who == PUBLIC:
         assert public is not None
         return _public_code(entry, sampling, chosen, world, public)
-    loop = importlib.import_module("tests.plain_sampler").plain_uncover if entry.who == PLAIN else uncover
+    plain_uncover = importlib.import_module("tests.plain_sampler").plain_uncover
 
     @torch.no_grad()
     def run() -> Tensor:
-        with autocast(entry.precision):
-            branches, used = embed_branches(world.model, sampling, len(world), world.text, world.layout, world.labels)
-            tokens = loop(world.model, branches, world.orders, world.noise, used, lambda _: chosen)
+        branches, used = embed_branches(world.model, sampling, len(world), world.text, world.layout, world.labels)
+        inputs = (world.model, branches, world.orders, world.noise, used, lambda _: chosen)
+        if entry.who == PLAIN:
+            tokens = plain_uncover(*inputs)  # [B, L, C]
+        else:
+            tokens = uncover(*inputs, dtype=DTYPES[entry.precision])  # [B, L, C]
         return world.model.unpatchify(tokens)  # [B, C, h, w]
 
     formula = None
@@ -96,8 +100,8 @@ def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleTyp
     return Contender(entry.who, entry.precision, run, formula=formula)
 
 
-def autocast(precision: str) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+def sampling_options(speed: str, sampling: SamplingConfig) -> dict[str, Any]:
+    return {name: value for name, value in speed_preset(speed, asdict(sampling)).items() if name != "precision"}
 
 
 def _public_code(
@@ -112,7 +116,7 @@ def _public_code(
 
     def run() -> Tensor:
         assert world.labels is not None
-        with autocast(entry.precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=entry.precision == "bf16"):
             return sample_baseline(
                 public, baseline, world.labels, world.orders, tape, sampling, counts, chosen
             )  # [B, C, h, w]
