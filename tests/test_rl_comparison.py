@@ -321,12 +321,15 @@ def test_lines_of_one_step_are_one_point(tmp_path: Path) -> None:
         read_metrics(path)
 
 
-def test_ticks_and_means_by_hand() -> None:
+def test_ticks_and_medians_by_hand() -> None:
     assert ticks(0.0, 300.0) == [0.0, 100.0, 200.0, 300.0]
     assert ticks(0.41, 0.86) == [0.5, 0.6, 0.7, 0.8]
     assert smoothed(np.arange(10.0)).tolist() == list(range(10))  # too short to smooth
     values = np.tile([0.0, 1.0], 20)
-    assert smoothed(values)[[0, 1, 20]] == pytest.approx([1 / 3, 2 / 4, 2 / 5])  # two neighbours on either side
+    assert smoothed(values)[[0, 1, 20, 21]].tolist() == [0.0, 0.5, 0.0, 1.0]  # two neighbours on either side
+    values = np.arange(40.0)
+    values[20] = 1000.0  # a single spike moves it by one place at most
+    assert smoothed(values)[18:23].tolist() == [18.0, 19.0, 21.0, 22.0, 23.0]
 
 
 def test_a_better_run_is_drawn_higher(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
         --output curves.png
 
 Four panels over updates: reward of the rollouts, held-out AP50 (by --eval_detector), KL to the reference, norm of the
-gradient. Thin lines are the values, thick ones their moving mean over about a tenth of the run; a panel whose number no
+gradient. Thin lines are the values, thick ones their moving median over about a tenth of the run; a panel whose number no
 run has stays empty. Colours are Okabe and Ito's, which are told apart with every common colour blindness.
 """
 
@@ -35,7 +35,7 @@ MARGINS = (64, 34, 16, 32)  # left, top, right, bottom of the plot in its panel
 LEGEND_HEIGHT = 34
 NUM_TICKS = 5
 GREY, PALE = (90, 90, 90), (225, 225, 225)
-SMOOTHED_SHARE = 0.1  # of a run's points, in the moving mean
+SMOOTHED_SHARE = 0.1  # of a run's points, in the moving median
 MIN_POINTS_TO_SMOOTH = 30
 
 
@@ -76,14 +76,13 @@ def curve_of(name: str, metrics: Mapping[int, Mapping[str, float]], key: str) ->
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean [n] over a tenth of the points (fewer at the ends); short curves stay as they are."""
+    """Centred moving median [n] over a tenth of the points (fewer at the ends); short curves stay as they are."""
     if len(values) < MIN_POINTS_TO_SMOOTH:
         return values
     half = max(1, round(SMOOTHED_SHARE * len(values) / 2))
-    sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return np.asarray((sums[high] - sums[low]) / (high - low))
+    return np.array([np.median(values[start:end]) for start, end in zip(low, high, strict=True)])
 
 
 def value_range(curves: Sequence[Curve]) -> tuple[float, float]:
