@@ -14,7 +14,7 @@ from typing import Any
 
 from models.masking import cosine_masked_counts
 from scripts.benchmark.counting import Counts, count
-from scripts.benchmark.sampling import OWN, PUBLIC_TOO, FULL, Entry, SamplingCase
+from scripts.benchmark.sampling import FULL, OWN, PUBLIC_TOO, Entry, SamplingCase
 from scripts.benchmark.world import STRUCTURED, World, build_world, is_structured, random_model
 
 HEAD_BLOCKS = 12  # mar_huge's; widths do not matter, so the models are small

@@ -4,7 +4,7 @@
         --output curves.png
 
 Four panels over updates: reward of the rollouts, held-out AP50 (by --eval_detector), KL to the reference, norm of the
-gradient. Thin lines are the values, thick ones their moving median over about a tenth of the run; a panel whose number no
+gradient. Thin lines are the values, thick ones their moving median over a tenth of the run; a panel whose number no
 run has stays empty. Colours are Okabe and Ito's, which are told apart with every common colour blindness.
 """
 
