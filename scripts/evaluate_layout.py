@@ -23,7 +23,15 @@ from pathlib import Path
 
 import torch
 
-from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, SWITCH, add_config_arg, add_sampling_args, add_speed_arg
+from engine.arguments import (
+    DEFAULT_CLIP,
+    DEFAULT_VAE,
+    SWITCH,
+    add_compile_args,
+    add_config_arg,
+    add_sampling_args,
+    add_speed_arg,
+)
 from engine.build import sampling_config
 from engine.eval_images import GenerationPlan, PictureOf, find_images, folder_pictures
 from engine.eval_quality import QualityMetrics, load_quality_metrics
@@ -31,6 +39,7 @@ from engine.eval_run import RESERVED_NAMES, EvaluationRun, Generation, round_tri
 from engine.eval_set import EvalSet, apply_geometry, load_eval_set
 from engine.evaluate import Judge, unknown_categories
 from engine.generate import PRECISIONS
+from engine.parallel import compile_parts
 from engine.pipeline import load_pipeline, require_same_categories
 from engine.profiles import Profile, available_profiles, load_profile
 from models.detections import BoxDetector, DetectorSettings
@@ -114,6 +123,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
     group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
+    add_compile_args(group)
     group.add_argument("--output_dir", default="./output/evaluation", help="made if missing; continued if begun")
     group.add_argument("--rescore", action="store_true", help="score the images that are there; never generate")
 
@@ -219,6 +229,8 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
         raise ValueError(
             f"--num_iter {config.num_iter} exceeds the {pipeline.info.config.num_tokens} tokens of an image"
         )
+    if args.compile or args.cuda_graphs:
+        compile_parts(pipeline.model, args.cuda_graphs)
     plan = GenerationPlan(config, args.batch_size, args.precision, dist)
     return Generation(pipeline, plan, tuple(args.seeds))
 
