@@ -269,18 +269,14 @@ def test_gains_are_paired() -> None:
 def test_table_by_hand(tmp_path: Path) -> None:
     text = rl_table.comparison(write_runs(tmp_path), ["stage2", "elbo"], ["reward", "judge"], num_resamples=50)
     lines = [entry for entry in text.splitlines() if entry.startswith("| ")]
-    heads = ["reward detector"] * 3 + ["judge"] * 5
-    measures = ["mean reward", "AP50", "mIoU", "mean reward", "AP50", "mIoU", "success rate", "extra objects an image"]
-    names = [f"| {measure}, {head}" for measure, head in zip(measures, heads, strict=True)]
-    assert [entry.split(" | ")[0] for entry in lines] == 2 * ["|", *names, "| right colours"]
-    assert lines[0] == "| | stage 2 (before) | GRPO, elbo |"
+    assert len(lines) == 2 * 10 and lines[0] == "| | stage 2 (before) | GRPO, elbo |"
     cells = {entry.split(" | ")[0]: entry.removesuffix(" |").split(" | ")[1:] for entry in lines[1:10]}
     before, after = cells["| mean reward, reward detector"]
     assert before.startswith("1.025 [0.6") and after == "1.400 [1.400, 1.400], +0.375 [+0.000, +0.750]"
     assert cells["| mIoU, reward detector"][1] == "100.0 [100.0, 100.0], +25.0 [+0.0, +50.0]"
     assert cells["| success rate, judge"][0] == "75.0 [50.0, 100.0]"
     assert cells["| extra objects an image, judge"][1] == "0.00 [0.00, 0.00], -0.25 [-0.50, +0.00]"
-    assert cells["| right colours"] == ["50.0 [40.0, 60.0]"] * 2
+    assert cells["| right colours"] == ["50.0 [40.0, 60.0]"] * 2 and "| AP50, judge" in cells
     assert "mini (abc), 2 images of val2017 (ids def), seeds 0, 1" in text
 
 
@@ -327,8 +323,7 @@ def test_ticks_and_medians_by_hand() -> None:
     assert smoothed(np.arange(10.0)).tolist() == list(range(10))  # too short to smooth
     values = np.tile([0.0, 1.0], 20)
     assert smoothed(values)[[0, 1, 20, 21]].tolist() == [0.0, 0.5, 0.0, 1.0]  # two neighbours on either side
-    values = np.arange(40.0)
-    values[20] = 1000.0  # a single spike moves it by one place at most
+    values = np.where(np.arange(40) == 20, 1000.0, np.arange(40.0))  # a single spike moves it by one place at most
     assert smoothed(values)[18:23].tolist() == [18.0, 19.0, 21.0, 22.0, 23.0]
 
 
