@@ -10,17 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SPEEDS: dict[str, dict[str, Any]] = {
-    "exact": {},
-    "fast": {"precision": "bf16", "num_sampling_steps": 50, "num_sampling_steps_last": 5},
-    "faster": {
-        "precision": "bf16",
-        "num_sampling_steps": 50,
-        "num_sampling_steps_last": 5,
-        "num_iter": 32,
-        "uncond_refresh": 4,
-    },
-}
+FAST = {"precision": "bf16", "num_sampling_steps": 50, "num_sampling_steps_last": 5, "uncond_refresh": 4}
+SPEEDS: dict[str, dict[str, Any]] = {"exact": {}, "fast": FAST, "faster": {**FAST, "num_iter": 32}}
 LOWERED = ("num_sampling_steps", "num_iter")
 
 

@@ -245,6 +245,9 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         cli.main(["--parts", "sampling", "--only", "case"])
     with pytest.raises(SystemExit, match="no checkout"):
         cli.main(["--baseline", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--weights", str(tmp_path / "absent.pth")])
+    assert f"--weights {tmp_path / 'absent.pth'} does not exist" in capsys.readouterr().err
 
 
 def test_a_plot_of_rows_and_curves() -> None:

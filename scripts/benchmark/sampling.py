@@ -51,23 +51,24 @@ class SamplingCase:
         return [_contender(self, entry, world, public) for entry in entries]
 
 
-PUBLIC_TOO = (Entry(PUBLIC), Entry(PUBLIC, "bf16"), Entry(PLAIN), Entry(OURS), Entry(OURS, "bf16"))
-PRESETS = (Entry(f"{OURS}, --speed fast", "bf16", "fast"), Entry(f"{OURS}, --speed faster", "bf16", "faster"))
 OWN = (Entry(PLAIN), Entry(OURS), Entry(OURS, "bf16"))
+PUBLIC_TOO = (Entry(PUBLIC), Entry(PUBLIC, "bf16"), *OWN)
+FAST, FASTER = (Entry(f"{OURS}, --speed {speed}", "bf16", speed) for speed in ("fast", "faster"))
 UNGUIDED = SamplingConfig(num_iter=16, num_sampling_steps=25)
 GUIDED = replace(UNGUIDED, cfg_text=3.0, cfg_layout=3.0)
 FULL = replace(GUIDED, num_iter=64, num_sampling_steps=100)
-FEW = (Entry(PUBLIC), Entry(OURS), Entry(OURS, "bf16"))
+SLICE = tuple(range(1, 64, 18))
+SLICED = f"{len(SLICE)} of 64 iterations"
 
 SAMPLING_CASES = (
-    SamplingCase("MAR mar_mini", TRAINED_MAR, 1, FULL, PUBLIC_TOO + PRESETS),
-    SamplingCase("MAR mar_mini", TRAINED_MAR, 4, FULL, PUBLIC_TOO + PRESETS),
-    SamplingCase("MAR mar_base, iteration 40 of 64", "mar_base MAR", 1, FULL, PUBLIC_TOO, (40,)),
-    SamplingCase("MAR mar_base, iteration 40 of 64", "mar_base MAR", 4, FULL, FEW, (40,)),
-    SamplingCase("MAR mar_huge, iteration 40 of 64", "mar_huge MAR", 1, FULL, FEW, (40,)),
-    SamplingCase("StructMAR mar_mini", TRAINED, 1, FULL, OWN + PRESETS),
+    SamplingCase("MAR mar_mini", TRAINED_MAR, 1, FULL, (*PUBLIC_TOO, FAST, FASTER)),
+    SamplingCase("MAR mar_mini", TRAINED_MAR, 4, FULL, (*PUBLIC_TOO, FAST, FASTER)),
+    SamplingCase(f"MAR mar_base, {SLICED}", "mar_base MAR", 1, FULL, (*PUBLIC_TOO, FAST), SLICE),
+    SamplingCase(f"MAR mar_base, {SLICED}", "mar_base MAR", 4, FULL, (*PUBLIC_TOO, FAST), SLICE),
+    SamplingCase(f"MAR mar_huge, {SLICED}", "mar_huge MAR", 1, FULL, (*PUBLIC_TOO, FAST), SLICE),
+    SamplingCase("StructMAR mar_mini", TRAINED, 1, FULL, (*OWN, FAST, FASTER)),
     SamplingCase("StructMAR mar_mini, two scales", TRAINED, 8, replace(GUIDED, cfg_text=1.5), OWN),
-    SamplingCase("StructMAR mar_base, iteration 40 of 64", "mar_base StructMAR", 1, FULL, OWN, (40,)),
+    SamplingCase(f"StructMAR mar_base, {SLICED}", "mar_base StructMAR", 1, FULL, (*OWN, FAST), SLICE),
 )
 ROLLOUT_CASES = (
     SamplingCase("MAR mar_mini rollout, 4 x 4", TRAINED_MAR, 16, UNGUIDED, PUBLIC_TOO, group_size=4),
