@@ -27,7 +27,7 @@ from scripts.benchmark.baseline import load_baseline, on_this_device, sample_bas
 from scripts.benchmark.counting import count
 from scripts.benchmark.curves import Curve
 from scripts.benchmark.policy_update import UpdateCase
-from scripts.benchmark.sampling import GUIDED, OWN, PUBLIC_TOO, Entry, SamplingCase
+from scripts.benchmark.sampling import FULL, GUIDED, OWN, PUBLIC_TOO, SLICE, Entry, SamplingCase, sampling_options
 from scripts.benchmark.table import OURS, PLAIN, PUBLIC, Row, measure
 from scripts.benchmark.timing import Ceilings, Times, interleave
 from scripts.benchmark.training import PUBLIC_FIRST, STAGES, TrainingCase
@@ -114,6 +114,16 @@ def test_a_preset_is_a_contender_of_its_own() -> None:
     sampling, preset = replace(QUICK, num_sampling_steps=20), Entry("ours, --speed fast", speed="fast")
     _, ours, fast = rows_of(SamplingCase("", "", 1, sampling, (Entry(PLAIN), Entry(OURS), preset)), structured_model())
     assert fast.counts.flops < ours.counts.flops and fast.relative_mse > ours.relative_mse
+
+
+def test_a_slice_stands_for_its_schedule() -> None:
+    """As many tokens and as many runs of every branch as four of 64 iterations have on average."""
+    counts, whole = cosine_masked_counts(256, FULL.num_iter), FULL.num_iter / len(SLICE)
+    assert sum(counts[at] - counts[at + 1] for at in SLICE) * whole == pytest.approx(256, rel=0.1)
+    uses = replace(FULL, **sampling_options("fast", FULL)).branch_uses(2)
+    runs = [at for at in SLICE if uses[at] == "run"]
+    assert runs[0] == SLICE[0] and uses[SLICE[0] + 1] == "reuse"  # what the later ones of the slice reuse
+    assert len(runs) * whole == pytest.approx(uses.count("run"), rel=0.2)
 
 
 def test_stages() -> None:
