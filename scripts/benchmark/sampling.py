@@ -57,7 +57,7 @@ FAST, FASTER = (Entry(f"{OURS}, --speed {speed}", "bf16", speed) for speed in ("
 UNGUIDED = SamplingConfig(num_iter=16, num_sampling_steps=25)
 GUIDED = replace(UNGUIDED, cfg_text=3.0, cfg_layout=3.0)
 FULL = replace(GUIDED, num_iter=64, num_sampling_steps=100)
-SLICE = tuple(range(4, 64, 17))  # the first one, and only that, runs every branch under --speed fast: 1 in 4, of all 1 in 3
+SLICE = tuple(range(4, 64, 17))  # under --speed fast the first one alone runs every branch (of all 64, one in three)
 SLICED = f"{len(SLICE)} of 64 iterations"
 
 SAMPLING_CASES = (
