@@ -79,33 +79,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     public = load_public(args.baseline)
     models = available_models(args.weights, args.mar_weights, args.mar_size)
-    report = Report()
     ceilings = measure_ceilings()
+    report = Report(about(args.threads, args.repeats), ceilings, args.output_dir)
     report.say(describe(args.threads, args.repeats, ceilings))
-    rows = timed_rows(chosen, models, public, args.repeats, ceilings, report)
-    counted = operation_rows(public, report) if "operations" in args.parts else []
-    measured = curve_rows(report) if "curves" in args.parts else []
+    time_cases(chosen, models, public, args.repeats, ceilings, report)
+    if "operations" in args.parts:
+        count_loops(public, report)
+    if "curves" in args.parts:
+        measure_curves(report)
+    report.save()
     if args.output_dir is not None:
-        content = {
-            "about": about(args.threads, args.repeats),
-            "ceilings": asdict(ceilings),
-            "rows": [asdict(row) for row in rows],
-            "operations": [asdict(row) for row in counted],
-            "curves": [asdict(curve) for curve in measured],
-        }
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (args.output_dir / "benchmark.md").write_text(report.text, encoding="utf-8")
-        if rows or measured:
-            save_png(plot.plot(rows, measured), args.output_dir / "benchmark.png")
         print(f"\nwritten to {args.output_dir}")
 
 
 class Report:
-    """What is printed as it comes, and kept."""
+    """What is printed as it comes, and kept; `save` writes it, so that a run that is killed leaves what it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, about: dict[str, object], ceilings: Ceilings, output_dir: Path | None) -> None:
+        self.about, self.ceilings, self.output_dir = about, ceilings, output_dir
         self.text = ""
+        self.rows: list[Row] = []
+        self.operations: list[LoopOperations] = []
+        self.curves: list[Curve] = []
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -113,6 +108,23 @@ class Report:
 
     def begin_table(self, header: Sequence[str]) -> None:
         self.say("\n" + line(header) + "\n" + line(["---"] * len(header)))
+
+    def save(self) -> None:
+        """benchmark.json, benchmark.md and, of what was timed, benchmark.png."""
+        if self.output_dir is None:
+            return
+        content = {
+            "about": self.about,
+            "ceilings": asdict(self.ceilings),
+            "rows": [asdict(row) for row in self.rows],
+            "operations": [asdict(row) for row in self.operations],
+            "curves": [asdict(curve) for curve in self.curves],
+        }
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        (self.output_dir / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (self.output_dir / "benchmark.md").write_text(self.text, encoding="utf-8")
+        if self.rows or self.curves:
+            save_png(plot.plot(self.rows, self.curves), self.output_dir / "benchmark.png")
 
 
 def load_public(path: Path | None) -> ModuleType | None:
@@ -142,11 +154,10 @@ def describe(threads: int, repeats: int, ceilings: Ceilings) -> str:
     return f"{facts}\nceilings: matmul {rates}; copy {ceilings.copy / 1e9:.1f} GB/s"
 
 
-def timed_rows(
+def time_cases(
     cases: Sequence[Case], models: Models, public: ModuleType | None, repeats: int, ceilings: Ceilings, report: Report
-) -> list[Row]:
+) -> None:
     """One model at a time is in memory."""
-    rows: list[Row] = []
     if cases:
         report.begin_table(table.HEADER)
     for case in cases:
@@ -157,26 +168,23 @@ def timed_rows(
         world = build_world(models[case.model](), case.images, case.group_size)
         for row in measure(case.name, case.images, case.contenders(world, public), repeats, ceilings):
             report.say(line(table.cells(row)))
-            rows.append(row)
-    return rows
+            report.rows.append(row)
+        report.save()
 
 
-def operation_rows(public: ModuleType | None, report: Report) -> list[LoopOperations]:
+def count_loops(public: ModuleType | None, report: Report) -> None:
     report.begin_table(operations.HEADER)
-    rows = operations.all_operations(public)
-    for row in rows:
+    report.operations = operations.all_operations(public)
+    for row in report.operations:
         report.say(line(operations.cells(row)))
     report.say(f"\nhead shapes in a schedule of 64 iterations and 256 tokens: {operations.head_shapes(256, 64)}")
-    return rows
 
 
-def curve_rows(report: Report) -> list[Curve]:
+def measure_curves(report: Report) -> None:
     report.begin_table(curves.HEADER)
-    measured = []
     for name in curves.CURVES:
         if not curves.can_run(name):
             report.say(line([name, "left out: fewer cores than threads", ""]))
             continue
-        measured.append(curves.measure_curve(name))
-        report.say(line(curves.cells(measured[-1])))
-    return measured
+        report.curves.append(curves.measure_curve(name))
+        report.say(line(curves.cells(report.curves[-1])))

@@ -54,6 +54,7 @@ class SamplingCase:
 OWN = (Entry(PLAIN), Entry(OURS), Entry(OURS, "bf16"))
 PUBLIC_TOO = (Entry(PUBLIC), Entry(PUBLIC, "bf16"), *OWN)
 FAST, FASTER = (Entry(f"{OURS}, --speed {speed}", "bf16", speed) for speed in ("fast", "faster"))
+FEW = (Entry(PUBLIC), Entry(OURS), Entry(OURS, "bf16"), FAST)
 UNGUIDED = SamplingConfig(num_iter=16, num_sampling_steps=25)
 GUIDED = replace(UNGUIDED, cfg_text=3.0, cfg_layout=3.0)
 FULL = replace(GUIDED, num_iter=64, num_sampling_steps=100)
@@ -64,8 +65,8 @@ SAMPLING_CASES = (
     SamplingCase("MAR mar_mini", TRAINED_MAR, 1, FULL, (*PUBLIC_TOO, FAST, FASTER)),
     SamplingCase("MAR mar_mini", TRAINED_MAR, 4, FULL, (*PUBLIC_TOO, FAST, FASTER)),
     SamplingCase(f"MAR mar_base, {SLICED}", "mar_base MAR", 1, FULL, (*PUBLIC_TOO, FAST), SLICE),
-    SamplingCase(f"MAR mar_base, {SLICED}", "mar_base MAR", 4, FULL, (*PUBLIC_TOO, FAST), SLICE),
-    SamplingCase(f"MAR mar_huge, {SLICED}", "mar_huge MAR", 1, FULL, (*PUBLIC_TOO, FAST), SLICE),
+    SamplingCase(f"MAR mar_base, {SLICED}", "mar_base MAR", 4, FULL, FEW, SLICE),
+    SamplingCase(f"MAR mar_huge, {SLICED}", "mar_huge MAR", 1, FULL, FEW, SLICE),
     SamplingCase("StructMAR mar_mini", TRAINED, 1, FULL, (*OWN, FAST, FASTER)),
     SamplingCase("StructMAR mar_mini, two scales", TRAINED, 8, replace(GUIDED, cfg_text=1.5), OWN),
     SamplingCase(f"StructMAR mar_base, {SLICED}", "mar_base StructMAR", 1, FULL, (*OWN, FAST), SLICE),
