@@ -12,23 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from engine.arguments_rl import rl_parser
 from engine.build import sampling_config
 from engine.build_rl import build_estimator
-from engine.grpo_step import GrpoConfig, GrpoStep, Pass
-from engine.train import Learner
-from models.policy import Draws, ElboEstimator, PolicyOutput, Samples, TrajectoryEstimator
-from models.sampling import SamplingConfig
+from models.policy import TrajectoryEstimator
 from scripts import evaluate_layout
 from scripts.mini import rl_table
-from scripts.mini.paper_surrogate import PaperStep
 from scripts.mini.rl_curves import COLOURS, LEGEND_HEIGHT, PANEL_SIZE, learning_curves, read_metrics, smoothed, ticks
 from scripts.mini.rl_measures import Measured, load_evaluation, measure
 from tests.conftest import ROOT
 from util.config import load_yaml, parse_args
-from util.distributed import DistInfo
 
 # script
 
@@ -45,7 +39,7 @@ case "$*" in
     *colour_accuracy*) touch "$file" ;;
 esac
 """
-RUNS = ["elbo", "trajectory", "no_kl", "paper"]
+RUNS = ["elbo", "trajectory", "no_kl", "paper", "guided"]
 
 
 class Tree:
@@ -88,13 +82,15 @@ def test_every_run_has_the_same_budget_and_start(tmp_path: Path) -> None:
     assert code == 0
     found = trainings(lines)
     assert [Path(value_of(words, "--output_dir")).name for words in found] == RUNS
-    assert [words[:2] for words in found] == [["main_rl.py", "--config"]] * 3 + [["-m", "scripts.mini.paper_surrogate"]]
+    mains = [["main_rl.py", "--config"]] * 3 + [["-m", "scripts.mini.paper_surrogate"], ["main_rl.py", "--config"]]
+    assert [words[:2] for words in found] == mains
     no_kl = ["--kl_coef", "0"]
     own = {
         "elbo": [],
         "trajectory": ["--rl_masks", "4", "--rl_draws", "8", "--lr", "1e-5"],
         "no_kl": no_kl,
         "paper": no_kl,
+        "guided": ["--cfg_text", "6", "--cfg_layout", "4", "--cfg_schedule", "constant", "--lr", "1e-5"],
     }
     for name, words in zip(RUNS, found, strict=True):
         estimator = "trajectory" if name == "trajectory" else "elbo"
@@ -139,6 +135,10 @@ def test_rollouts_are_drawn_as_the_config_says(tmp_path: Path) -> None:
     assert float(value_of(words, "--cfg_text")) == float(value_of(words, "--cfg_layout")) == config["cfg"] == 1
     assert config["detector_path"] != config["eval_detector"]
     assert int(value_of(words, "--max_rl_steps")) == config["max_rl_steps"]
+    (words,) = trainings(Tree(tmp_path / "guided").run(NAMES="guided")[1])
+    args, evaluated = parse_args(rl_parser(), words[1:]), load_yaml(ROOT / "configs/mini_eval.yaml")
+    for name in ("cfg_text", "cfg_layout", "cfg_schedule"):
+        assert getattr(args, name) == evaluated[name]
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -147,11 +147,11 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert code == 7 and len(trainings(lines)) == 3 and evaluations(lines) == []
     code, lines = tree.run()
     assert code == 0 and [Path(value_of(words, "--output_dir")).name for words in trainings(lines)] == RUNS[2:]
-    assert len(evaluations(lines)) == 5 * 2 * 2
+    assert len(evaluations(lines)) == 6 * 2 * 2
     code, lines = tree.run()
     assert code == 0 and trainings(lines) == evaluations(lines) == []
     code, lines = tree.run(UPDATES="20")  # another budget, other folders
-    assert code == 0 and len(trainings(lines)) == 4
+    assert code == 0 and len(trainings(lines)) == 5
 
 
 def test_smoke_is_apart_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,61 +339,3 @@ def test_a_better_run_is_drawn_higher(tmp_path: Path) -> None:
     assert heights[0] > heights[1] + 100  # rows count from the top
     with pytest.raises(ValueError, match="expected 1 to 6 runs, got 0"):
         learning_curves({})
-
-
-# the released surrogate
-
-ADVANTAGES = torch.tensor([1.0, -2.0])
-
-
-class OneWeight(torch.nn.Module):
-    """A policy whose denoising error is its weight, once for the first image and three times for the second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(5.0))
-
-    def forward(self, samples: Samples, draws: Draws) -> PolicyOutput:
-        error = self.weight * torch.tensor([[1.0, 1.0], [3.0, 3.0]])
-        return PolicyOutput(-error, error)
-
-
-def grpo_step(policy: torch.nn.Module, estimator: Any, **changes: Any) -> GrpoStep:
-    config = GrpoConfig(seed=1, total_updates=1, **({"kl_coef": 0.0} | changes))
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    learner: Any = Learner(policy, policy, dict(policy.named_parameters()), optimizer, None)  # type: ignore[arg-type]
-    worker: Any = None
-    return GrpoStep(config, learner, worker, estimator, None, None, DistInfo(0, 1, 0, torch.device("cpu")))
-
-
-def scored() -> Pass:
-    orders = torch.stack([torch.arange(16), torch.arange(15, -1, -1)])
-    samples = Samples(torch.zeros(2, 16, 4), orders, None, None)
-    empty = torch.zeros(2, 0, dtype=torch.int64)
-    return Pass(samples, ADVANTAGES, Draws(empty, empty, empty, None, None, 0), PolicyOutput(empty, empty), None)
-
-
-def test_the_released_loss_by_hand() -> None:
-    """advantage * error: (1 * w + -2 * 3 w) / 2 = -2.5 w, so the second image's error grows without bound."""
-    policy = OneWeight()
-    step = PaperStep(grpo_step(policy, ElboEstimator(4, 2, 2)))
-    step.rl_backward(scored(), weight=0.5, is_last=True)
-    assert policy.weight.grad == pytest.approx(0.5 * -2.5)
-    assert step.read()["policy_loss"] == pytest.approx(-2.5 * 5)
-
-
-def test_every_inner_step_has_draws_of_its_own() -> None:
-    step = PaperStep(grpo_step(OneWeight(), ElboEstimator(4, 2, 2)))
-    noises = [step._redrawn(scored(), (0, inner, 0)).draws.noise for inner in (0, 1, 0)]
-    assert all(noise is not None for noise in noises)
-    assert torch.equal(noises[0], noises[2])  # type: ignore[arg-type]
-    assert noises[0].shape != noises[1].shape or not torch.equal(noises[0], noises[1])  # type: ignore[union-attr,arg-type]
-
-
-def test_the_released_loss_has_no_other_estimator_and_no_kl() -> None:
-    with pytest.raises(ValueError, match="needs --rl_estimator elbo, got TrajectoryEstimator"):
-        PaperStep(grpo_step(OneWeight(), TrajectoryEstimator(SamplingConfig(num_iter=4, num_sampling_steps=10), 2)))
-    step = grpo_step(OneWeight(), ElboEstimator(4, 2, 2))
-    step.config = GrpoConfig(seed=1, total_updates=1, kl_coef=0.02)
-    with pytest.raises(ValueError, match=r"--kl_coef 0 and --rl_step_ratio 1, got 0.02 and 1.0"):
-        PaperStep(step)

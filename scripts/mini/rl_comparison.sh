@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What reward fine-tuning changes in the mini world: GRPO with either estimator, without the KL term, and the paper's
-# released surrogate, from the same stage-2 weights on the same budget of rollouts, before and after.
+# What reward fine-tuning changes in the mini world: GRPO with either estimator, without the KL term, with guided
+# rollouts, and the paper's released surrogate, from the same stage-2 weights and as many rollouts, before and after.
 #   bash scripts/mini/rl_comparison.sh                              took three and a half hours of one busy core
 #   bash scripts/mini/rl_comparison.sh --detector yolox_nano.onnx   a third detector judges too
 #   bash scripts/mini/rl_comparison.sh --smoke                      a few updates of everything, to see that it works
@@ -18,11 +18,12 @@ run_flags() {
         elbo) echo "--rl_estimator elbo" ;;
         trajectory) echo "--rl_estimator trajectory --rl_masks 4 --rl_draws 8 --lr 1e-5" ;; # loses at elbo's 3e-5
         no_kl | paper) echo "--rl_estimator elbo --kl_coef 0" ;;
-        *) echo "unknown run $1 in NAMES; known are elbo trajectory no_kl paper" >&2; return 2 ;;
+        guided) echo "--rl_estimator elbo --cfg_text 6 --cfg_layout 4 --cfg_schedule constant --lr 1e-5" ;;
+        *) echo "unknown run $1 in NAMES; known are elbo trajectory no_kl paper guided" >&2; return 2 ;;
     esac
 }
 usage() {
-    echo "usage: [UPDATES=200] [IMAGES=300] [SEEDS='0 1 2'] [NAMES='elbo trajectory no_kl paper']" \
+    echo "usage: [UPDATES=200] [IMAGES=300] [SEEDS='0 1 2'] [NAMES='elbo trajectory no_kl paper guided']" \
         "bash scripts/mini/rl_comparison.sh [--detector FILE] [--smoke]" >&2
     exit 2
 }
@@ -30,7 +31,7 @@ usage() {
 ROOT="${RL_ROOT:+$RL_ROOT/}"
 DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
 UPDATES="${UPDATES:-200}" IMAGES="${IMAGES:-300}" SEEDS="${SEEDS:-0 1 2}"
-read -r -a NAMES <<<"${NAMES:-elbo trajectory no_kl paper}"
+read -r -a NAMES <<<"${NAMES:-elbo trajectory no_kl paper guided}"
 NUM_TRAIN=6000 NUM_VAL=500 SUFFIX="" EXTRA=() YOLOX=""
 SAMPLING=(--num_iter 16 --num_sampling_steps 25 --cfg_text 1 --cfg_layout 1 --temperature 1)
 GUIDED=() # what mini_eval.yaml says

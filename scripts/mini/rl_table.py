@@ -39,9 +39,10 @@ LABELS = {
     "trajectory": "GRPO, trajectory",
     "no_kl": "GRPO, elbo, no KL",
     "paper": "the released surrogate",
+    "guided": "GRPO, elbo, guided rollouts",
 }
 SAMPLINGS = {
-    "rollout": "Sampled as in training (no guidance)",
+    "rollout": "Sampled without guidance (as all but the guided rollouts)",
     "guided": "Sampled with guidance (configs/mini_eval.yaml)",
 }
 REWARD, JUDGE, YOLOX = "reward", "judge", "yolox"
