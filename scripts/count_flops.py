@@ -2,8 +2,9 @@
 
     python -m scripts.count_flops --model mar_huge
 
-The model is built on the meta device and PyTorch's counter follows the real forward and backward passes; one
-multiply-add is two operations. Element-wise work, the frozen VAE and CLIP are not counted.
+For training the model is built on the meta device and PyTorch's counter follows the real forward and backward passes;
+sampling is what `engine/rl_cost.py` says of it, which tests hold to the counter. One multiply-add is two operations.
+Element-wise work, the frozen VAE and CLIP are not counted.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import argparse
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.rl_cost import rollout_flops
 from models.diffloss import DiffusionDraws
-from models.masking import TokenMask, cosine_masked_counts
+from models.masking import TokenMask
+from models.sampling import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable
 from util.types import LayoutBatch, TextContext
@@ -57,26 +60,6 @@ def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
     return counter.get_total_flops()
 
 
-@torch.no_grad()
-def sampling_flops(model: StructMAR, num_iter: int, num_steps: int, num_branches: int, num_text: int) -> float:
-    """One image: a pass of every guidance branch per iteration, `num_steps` head passes per token and branch."""
-    config = model.config
-    model.eval()
-    text, layout = conditions(config, num_branches, num_text)
-    tokens = torch.zeros(num_branches, config.num_tokens, config.token_dim, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        embedded = model.embed_conditions(num_branches, text=text, layout=layout)
-        for num_masked in cosine_masked_counts(config.num_tokens, num_iter)[:-1]:
-            kept = torch.zeros(num_branches, config.num_tokens - num_masked, dtype=torch.int64, device="meta")
-            model.predict(tokens, kept, embedded)
-    backbone = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        z = torch.zeros(config.num_tokens, config.decoder_embed_dim, device="meta")
-        x = torch.zeros(config.num_tokens, config.token_dim, device="meta")
-        model.diffloss.net(x, torch.zeros(config.num_tokens, device="meta"), z)
-    return backbone + counter.get_total_flops() * num_steps * num_branches
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mar_huge", help="preset")
@@ -100,8 +83,9 @@ def main() -> None:
         print(f"{stage}: {flops / TERA:.4g} TFLOP per training image (forward and backward)")
     for num_iter in (64, 256):
         if num_iter <= config.num_tokens:
-            for branches, guided in ((1, "no guidance"), (2, "guidance")):
-                flops = sampling_flops(model, num_iter, args.num_sampling_steps, branches, args.num_text)
+            for scale, guided in ((1.0, "no guidance"), (3.0, "guidance")):
+                sampling = SamplingConfig(num_iter, args.num_sampling_steps, cfg_text=scale, cfg_layout=scale)
+                flops = rollout_flops(config, sampling, args.num_text)
                 print(f"sampling, {num_iter} iterations, {guided}: {flops / TERA:.4g} TFLOP per image")
 
 

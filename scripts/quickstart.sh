@@ -11,13 +11,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT="${QUICKSTART_ROOT:+$QUICKSTART_ROOT/}"
 OUT="${ROOT}output/quickstart" DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
 MINI=pretrained_models/mini
-NUM_TRAIN=6000 NUM_VAL=500 NUM_EVAL=250 EPOCHS1=2 EPOCHS2=7 UPDATES3=40 EXTRA=() EXTRA3=()
+NUM_TRAIN=6000 NUM_VAL=500 NUM_EVAL=250 EPOCHS1=2 EPOCHS2=7 UPDATES3=100 EXTRA=() EXTRA3=()
 SAMPLE=() EVAL=()
 if [ "${1:-}" = "--smoke" ]; then
     OUT="${OUT}_smoke" DATA="${DATA}_smoke" CACHE="${CACHE}_smoke"
     NUM_TRAIN=96 NUM_VAL=16 NUM_EVAL=4 EPOCHS1=1 EPOCHS2=2
     EXTRA=(--batch_size 24 --max_steps 4 --diffusion_batch_mul 1) UPDATES3=2
-    EXTRA3=(--batch_size 2 --group_size 2 --eval_images 4 --num_iter 4 --num_sampling_steps 12)
+    EXTRA3=(--batch_size 2 --group_size 2 --num_iter 4 --num_sampling_steps 12)
     SAMPLE=(--num_iter 4 --num_sampling_steps 5)
     EVAL=("${SAMPLE[@]}" --num_resamples 20)
 elif [ $# -gt 0 ]; then
@@ -36,30 +36,31 @@ echo "training in $PRECISION with $OMP_NUM_THREADS threads"
 step "2/8 samples from the committed stage-2 weights (under a minute)"
 $python -m scripts.sample --config configs/mini_sample.yaml --output_dir "$OUT/committed" ${SAMPLE[@]+"${SAMPLE[@]}"}
 
-step "3/8 the mini world: $NUM_TRAIN training and $NUM_VAL held-out scenes, their latents and text states (3 minutes)"
+step "3/8 the mini world: $NUM_TRAIN training and $NUM_VAL held-out scenes, their latents and text states (2 minutes)"
 $python -m scripts.mini.make_dataset --output_dir "$DATA" --num_train "$NUM_TRAIN" --num_val "$NUM_VAL"
 $python -m scripts.cache_latents --coco_root "$DATA" --coco_split train2017 --cached_path "$CACHE/train2017" \
     --vae_path $MINI/vae/kl8_mini.ckpt --clip_path $MINI/clip-text-mini \
     --img_size 64 --device cpu --num_workers 0
 
 COMMON=(--coco_root "$DATA" --cached_path "$CACHE/train2017" --precision "$PRECISION" --num_threads "$OMP_NUM_THREADS")
-step "4/8 stage 1, align: the new parts learn beside the frozen MAR (2 minutes)"
+step "4/8 stage 1, align: the new parts learn beside the frozen MAR (3 minutes)"
 $python main_mar.py --config configs/mini_stage1.yaml --output_dir "$OUT/stage1" --epochs "$EPOCHS1" \
     "${COMMON[@]}" ${EXTRA[@]+"${EXTRA[@]}"}
 
-step "5/8 stage 2, SFT: everything learns (6 minutes)"
+step "5/8 stage 2, SFT: everything learns (7 minutes)"
 $python main_mar.py --config configs/mini_stage2.yaml --output_dir "$OUT/stage2" --epochs "$EPOCHS2" \
     --resume "$OUT/stage1/checkpoint-last.pth" --ema_rate 0.99 "${COMMON[@]}" ${EXTRA[@]+"${EXTRA[@]}"}
 
-step "6/8 stage 3, GRPO: $UPDATES3 updates on the reward of a frozen detector (5 minutes)"
+step "6/8 stage 3, GRPO: $UPDATES3 updates on the reward of a frozen detector (7 minutes)"
 $python main_rl.py --config configs/mini_stage3.yaml --output_dir "$OUT/stage3" --max_rl_steps "$UPDATES3" \
-    --resume "$OUT/stage2/checkpoint-last.pth" --eval_freq "$UPDATES3" "${COMMON[@]}" ${EXTRA3[@]+"${EXTRA3[@]}"}
+    --resume "$OUT/stage2/checkpoint-last.pth" --eval_freq "$UPDATES3" --eval_images "$NUM_EVAL" \
+    "${COMMON[@]}" ${EXTRA3[@]+"${EXTRA3[@]}"}
 
 step "7/8 samples of your own model (under a minute)"
 $python -m scripts.sample --config configs/mini_sample.yaml --resume "$OUT/stage3/checkpoint-last.pth" \
     --output_dir "$OUT/samples" ${SAMPLE[@]+"${SAMPLE[@]}"}
 
-step "8/8 evaluation on $NUM_EVAL held-out scenes by another detector: the committed weights, then your own (8 minutes)"
+step "8/8 evaluation on $NUM_EVAL held-out scenes by another detector: the committed weights, then your own (6 minutes)"
 for which in committed own_stage2 own_stage3; do
     weights="$MINI/structmar_mini_stage2.safetensors"
     if [ $which != committed ]; then weights="$OUT/${which#own_}/checkpoint-last.pth"; fi
@@ -69,7 +70,8 @@ for which in committed own_stage2 own_stage3; do
         ${EVAL[@]+"${EVAL[@]}"}
 done
 
-printf '\n'
+printf '\nBefore and after stage 3, sampled as its rollouts are (no guidance, 16 iterations), by the other detector:\n'
+grep 'evaluation of' "$OUT/stage3/log.txt" | sed 's/^.* evaluation of/    /'
 printf 'The committed weights: %s\n' "$OUT/committed/grid.png" "$OUT/evaluation_committed/report.html"
 printf 'Your own model:        %s\n' "$OUT/samples/grid.png" "$OUT/evaluation_own_stage2/report.html" \
     "$OUT/evaluation_own_stage3/report.html"
