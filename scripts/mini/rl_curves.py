@@ -163,7 +163,8 @@ def learning_curves(runs: Mapping[str, Path]) -> Picture:
     sheet = Image.new("RGB", (2 * width, 2 * height + LEGEND_HEIGHT), "white")
     for index, (key, title) in enumerate(PANELS.items()):
         curves = [curve for name, values in metrics.items() if (curve := curve_of(name, values, key)) is not None]
-        sheet.paste(draw_panel(title, curves, colours), (width * (index % 2), LEGEND_HEIGHT + height * (index // 2)))
+        panel = draw_panel(f"{title}, over updates", curves, colours)
+        sheet.paste(panel, (width * (index % 2), LEGEND_HEIGHT + height * (index // 2)))
     _draw_legend(ImageDraw.Draw(sheet), colours)
     return np.asarray(sheet)
 
@@ -175,7 +176,6 @@ def _draw_legend(draw: ImageDraw.ImageDraw, colours: Mapping[str, tuple[int, int
         draw.line((x, y, x + 26, y), fill=colour, width=4)
         draw.text((x + 34, y), name, fill="black", font=font, anchor="lm")
         x += 34 + font.getlength(name) + 30
-    draw.text((x, y), "over updates", fill=GREY, font=font, anchor="lm")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
