@@ -63,8 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.threads < 1:
         parser.error(f"--repeats and --threads must be at least 1, got {args.repeats} and {args.threads}")
-    for name in ("weights", "mar_weights"):
-        path: Path | None = getattr(args, name)
+    for name, path in (("weights", args.weights), ("mar_weights", args.mar_weights)):
         if path is not None and not path.exists():
             parser.error(f"--{name} {path} does not exist")
     return args
