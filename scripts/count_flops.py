@@ -10,6 +10,7 @@ Element-wise work, the frozen VAE and CLIP are not counted.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,7 +61,7 @@ def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
     return counter.get_total_flops()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mar_huge", help="preset")
     parser.add_argument("--num_categories", type=int, default=80)
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--num_text", type=int, default=14, help="text tokens of a caption")
     parser.add_argument("--diffusion_batch_mul", type=int, default=1)
     parser.add_argument("--num_sampling_steps", type=int, default=100)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     config = preset_config(
         args.model,
         num_categories=args.num_categories,

@@ -70,7 +70,7 @@ for which in committed own_stage2 own_stage3; do
         ${EVAL[@]+"${EVAL[@]}"}
 done
 
-printf '\nBefore and after stage 3, sampled as its rollouts are (no guidance, 16 iterations), by the other detector:\n'
+printf '\nBefore and after stage 3, sampled as its rollouts are (no guidance), by the other detector:\n'
 grep 'evaluation of' "$OUT/stage3/log.txt" | sed 's/^.* evaluation of/    /'
 printf 'The committed weights: %s\n' "$OUT/committed/grid.png" "$OUT/evaluation_committed/report.html"
 printf 'Your own model:        %s\n' "$OUT/samples/grid.png" "$OUT/evaluation_own_stage2/report.html" \

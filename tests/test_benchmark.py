@@ -260,6 +260,20 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert f"--weights {tmp_path / 'absent.pth'} does not exist" in capsys.readouterr().err
 
 
+def test_a_run_that_dies_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_model() -> StructMAR:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "measure_ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(cli, "available_models", lambda *_: {"tiny": structured_model, "huge": no_model})
+    cases = (SamplingCase("first", "tiny", 1, QUICK, OWN[:1]), SamplingCase("second", "huge", 1, QUICK, OWN))
+    monkeypatch.setattr(cli, "CASES", {"sampling": cases})
+    with pytest.raises(KeyboardInterrupt):
+        threads = str(torch.get_num_threads())
+        cli.main(["--parts", "sampling", "--repeats", "1", "--threads", threads, "--output_dir", str(tmp_path)])
+    assert [row["case"] for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]] == ["first"]
+
+
 def test_a_plot_of_rows_and_curves() -> None:
     rows = rows_of(SamplingCase("", "", 1, replace(QUICK, num_iter=1), OWN), structured_model())
     picture = plot.plot(rows, [Curve("images", {1: 0.5, 2: 0.8, 16: 5.0})] * 3)

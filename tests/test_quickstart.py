@@ -55,6 +55,12 @@ def read_checkpoint(folder: Path) -> dict:
 
 
 @pytest.mark.integration
+def held_out_steps(printed: str) -> list[int]:
+    """Of the lines that say what stage 3 changed."""
+    lines = printed[printed.index("Before and after stage 3") :].splitlines()
+    return [int(line.split(" layouts at step ")[1].split(":")[0]) for line in lines if " layouts at step " in line]
+
+
 def test_smoke_run_and_again(tmp_path: Path) -> None:
     """A few steps of everything; the second run finds all of it done and only samples."""
     missing = [name for name in WEIGHTS if not (ROOT / "pretrained_models" / "mini" / name).exists()]
@@ -71,6 +77,7 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
         f"Your own model:        {out / 'evaluation_own_stage2' / 'report.html'}",
         f"Your own model:        {out / 'evaluation_own_stage3' / 'report.html'}",
     ]
+    assert held_out_steps(first.stdout) == [0, 2]
     for which in ("committed", "own_stage2", "own_stage3"):
         rows = [line.split("|")[1].strip() for line in first.stdout.splitlines() if line.startswith("| ")]
         assert rows.count("real images") == rows.count("shuffled layouts") == 3 and f"StructMAR ({which})" in rows
@@ -85,6 +92,7 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
     again = quickstart(tmp_path, "--smoke")
     assert again.returncode == 0, again.stderr[-4000:]
     assert "already there, nothing to do" in again.stdout
+    assert held_out_steps(again.stdout) == [0, 2]
     for name, stage, before in zip(STAGES, STAGES.values(), stages, strict=True):
         path = out / name / "checkpoint-last.pth"
         assert f"continuing stage '{stage}' from {path} at epoch" in again.stderr + again.stdout

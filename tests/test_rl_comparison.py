@@ -269,14 +269,18 @@ def test_gains_are_paired() -> None:
 def test_table_by_hand(tmp_path: Path) -> None:
     text = rl_table.comparison(write_runs(tmp_path), ["stage2", "elbo"], ["reward", "judge"], num_resamples=50)
     lines = [entry for entry in text.splitlines() if entry.startswith("| ")]
-    assert len(lines) == 2 * 10 and lines[0] == "| | stage 2 (before) | GRPO, elbo |"
+    heads = ["reward detector"] * 3 + ["judge"] * 5
+    measures = ["mean reward", "AP50", "mIoU", "mean reward", "AP50", "mIoU", "success rate", "extra objects an image"]
+    names = [f"| {measure}, {head}" for measure, head in zip(measures, heads, strict=True)]
+    assert [entry.split(" | ")[0] for entry in lines] == 2 * ["|", *names, "| right colours"]
+    assert lines[0] == "| | stage 2 (before) | GRPO, elbo |"
     cells = {entry.split(" | ")[0]: entry.removesuffix(" |").split(" | ")[1:] for entry in lines[1:10]}
     before, after = cells["| mean reward, reward detector"]
     assert before.startswith("1.025 [0.6") and after == "1.400 [1.400, 1.400], +0.375 [+0.000, +0.750]"
     assert cells["| mIoU, reward detector"][1] == "100.0 [100.0, 100.0], +25.0 [+0.0, +50.0]"
     assert cells["| success rate, judge"][0] == "75.0 [50.0, 100.0]"
     assert cells["| extra objects an image, judge"][1] == "0.00 [0.00, 0.00], -0.25 [-0.50, +0.00]"
-    assert cells["| right colours"] == ["50.0 [40.0, 60.0]"] * 2 and "| AP50, judge" in cells
+    assert cells["| right colours"] == ["50.0 [40.0, 60.0]"] * 2
     assert "mini (abc), 2 images of val2017 (ids def), seeds 0, 1" in text
 
 

@@ -177,6 +177,7 @@ def count_loops(public: ModuleType | None, report: Report) -> None:
     for row in report.operations:
         report.say(line(operations.cells(row)))
     report.say(f"\nhead shapes in a schedule of 64 iterations and 256 tokens: {operations.head_shapes(256, 64)}")
+    report.save()
 
 
 def measure_curves(report: Report) -> None:
@@ -187,3 +188,4 @@ def measure_curves(report: Report) -> None:
             continue
         report.curves.append(curves.measure_curve(name))
         report.say(line(curves.cells(report.curves[-1])))
+        report.save()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What reward fine-tuning changes in the mini world: GRPO with either estimator, without the KL term, with guided
 # rollouts, and the paper's released surrogate, from the same stage-2 weights and as many rollouts, before and after.
-#   bash scripts/mini/rl_comparison.sh                              took about four hours of one busy core
+#   bash scripts/mini/rl_comparison.sh                              its runs, one by one, took about four hours of a busy core
 #   bash scripts/mini/rl_comparison.sh --detector yolox_nano.onnx   a third detector judges too
 #   bash scripts/mini/rl_comparison.sh --smoke                      a few updates of everything, to see that it works
 # Every run makes UPDATES (200) updates with configs/mini_stage3.yaml's settings; trajectory scores as many masks and
