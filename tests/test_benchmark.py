@@ -268,8 +268,8 @@ def test_a_run_that_dies_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(cli, "available_models", lambda *_: {"tiny": structured_model, "huge": no_model})
     cases = (SamplingCase("first", "tiny", 1, QUICK, OWN[:1]), SamplingCase("second", "huge", 1, QUICK, OWN))
     monkeypatch.setattr(cli, "CASES", {"sampling": cases})
+    threads = str(torch.get_num_threads())
     with pytest.raises(KeyboardInterrupt):
-        threads = str(torch.get_num_threads())
         cli.main(["--parts", "sampling", "--repeats", "1", "--threads", threads, "--output_dir", str(tmp_path)])
     assert [row["case"] for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]] == ["first"]
 
