@@ -13,14 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from engine.arguments import train_parser
-from engine.build import build_training
-from engine.main import run_main
-from engine.validate import validate_train_args
+from engine.cli.arguments import train_parser
+from engine.cli.build import build_training
+from engine.cli.main import run_main
+from engine.cli.validate import validate_train_args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """See `engine.main.run_main`."""
+    """See `engine.cli.main.run_main`."""
     return run_main(train_parser(), validate_train_args, build_training, argv)
 
 

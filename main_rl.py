@@ -13,14 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from engine.arguments_rl import rl_parser
-from engine.build_rl import build_rl
-from engine.main import run_main
-from engine.validate import validate_rl_args
+from engine.cli.arguments_rl import rl_parser
+from engine.cli.build_rl import build_rl
+from engine.cli.main import run_main
+from engine.cli.validate import validate_rl_args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """See `engine.main.run_main`."""
+    """See `engine.cli.main.run_main`."""
     return run_main(rl_parser(), validate_rl_args, build_rl, argv)
 
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.guided import GuidedBackbone, plan_passes
 from models.masking import cosine_masked_counts
-from models.prepared import Head, prepare
-from models.sampling import Branches, SamplingConfig, embed_branches, embed_times, reverse_process, sample
-from models.sampling_config import guidance_scales
+from models.sampling.condition_cache import GuidedBackbone, plan_passes
+from models.sampling.config import guidance_scales
+from models.sampling.prepared import Head, prepare
+from models.sampling.sampler import Branches, SamplingConfig, embed_branches, embed_times, reverse_process, sample
 from models.structmar import StructMAR
 from util.rng import generator
 from util.types import LayoutBatch, TextContext

@@ -4,7 +4,7 @@ gated cross-attention to the caption. Every addition is the identity when its ga
     x = x + Attn(LN(x));  x = x + tanh(g) CrossAttn(LN(x), text);  x = x + MLP(LN(x))
 
 `forward` starts from angles and text; `run` and `attend` start from what follows from these alone, which the sampler
-computes once (`models/prepared.py`).
+computes once (`models/sampling/prepared.py`).
 
 Shape letters: B batch, H heads, n tokens, D width, d head width, T text tokens, C text channels, R rows with text,
 p tokens asked for, m tokens attended to.

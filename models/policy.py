@@ -32,10 +32,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from models.diffloss import DiffusionDraws
-from models.diffusion import NUM_TRAIN_STEPS, ReverseStep, add_noise, normal_log_prob, reverse_steps
+from models.heads.diffloss import DiffusionDraws
+from models.heads.diffusion import NUM_TRAIN_STEPS, ReverseStep, add_noise, normal_log_prob, reverse_steps
 from models.masking import TokenMask, cosine_masked_counts
-from models.sampling import (
+from models.sampling.sampler import (
     SampleOutput,
     SamplingConfig,
     Trace,

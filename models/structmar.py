@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from models.blocks import Block, LayerNorm, gather_tokens
 from models.conditioning import Conditions
-from models.diffloss import DiffLoss, DiffusionDraws, sample_draws
+from models.config import PRESETS, StructMARConfig, preset_config
+from models.heads.diffloss import DiffLoss, DiffusionDraws, sample_draws
 from models.layout import LayoutEmbedder, attention_bias, layout_bias
 from models.masking import TokenMask, sample_token_mask
 from models.rope import rope_angles_2d, with_buffer
-from models.structmar_config import PRESETS, StructMARConfig, preset_config
 from util.types import LayoutBatch, TextContext
 
 __all__ = ["PRESETS", "StructMAR", "StructMARConfig", "gather_tokens", "preset_config"]

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from engine.cache import LatentCacheKey, TextCacheKey, write_latent_cache, write_text_cache
-from engine.data import read_crop
-from models.text import TextEncoder
-from models.vae import LatentCodec
+from engine.data.cache import LatentCacheKey, TextCacheKey, write_latent_cache, write_text_cache
+from engine.data.coco import read_crop
+from models.frozen.text import TextEncoder
+from models.frozen.vae import LatentCodec
 from util.boxes import plan_center_crop
 from util.coco import BoxFilters, CocoIndex
 from util.images import to_model_range

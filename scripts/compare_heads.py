@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_config_arg, add_sampling_args
-from engine.build import sampling_config
-from engine.generate import encode_prompts
+from engine.cli.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_config_arg, add_sampling_args
+from engine.cli.build import sampling_config
+from engine.data.scenes import scenes_from_dataset
 from engine.head_comparison import HeadComparison, compare_steps, head_inputs
-from engine.pipeline import load_pipeline, require_same_categories
-from engine.scenes import scenes_from_dataset
+from engine.sample.generate import encode_prompts
+from engine.sample.pipeline import load_pipeline, require_same_categories
 from util.coco import BoxFilters, CocoIndex
 from util.config import HelpFormatter, parse_args
 from util.distributed import init_distributed

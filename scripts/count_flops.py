@@ -3,7 +3,7 @@
     python -m scripts.count_flops --model mar_huge
 
 For training the model is built on the meta device and PyTorch's counter follows the real forward and backward passes;
-sampling is what `engine/rl_cost.py` says of it, which tests hold to the counter. One multiply-add is two operations.
+sampling is what `engine/rl/cost.py` says of it, which tests hold to the counter. One multiply-add is two operations.
 Element-wise work, the frozen VAE and CLIP are not counted.
 """
 
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.rl_cost import rollout_flops
-from models.diffloss import DiffusionDraws
+from engine.rl.cost import rollout_flops
+from models.heads.diffloss import DiffusionDraws
 from models.masking import TokenMask
-from models.sampling import SamplingConfig
+from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable
 from util.types import LayoutBatch, TextContext

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from engine.arguments import (
+from engine.cli.arguments import (
     DEFAULT_CLIP,
     DEFAULT_VAE,
     SWITCH,
@@ -32,19 +32,19 @@ from engine.arguments import (
     add_sampling_args,
     add_speed_arg,
 )
-from engine.build import sampling_config
-from engine.eval_images import GenerationPlan, PictureOf, find_images, folder_pictures
-from engine.eval_quality import QualityMetrics, load_quality_metrics
-from engine.eval_run import RESERVED_NAMES, EvaluationRun, Generation, round_trip, run_evaluation
-from engine.eval_set import EvalSet, apply_geometry, load_eval_set
-from engine.evaluate import Judge, unknown_categories
-from engine.generate import PRECISIONS
-from engine.parallel import compile_parts
-from engine.pipeline import load_pipeline, require_same_categories
-from engine.profiles import Profile, available_profiles, load_profile
-from models.detections import BoxDetector, DetectorSettings
-from models.detector import RESNET50_FPN_V2, load_detector
-from models.vae import LatentCodec
+from engine.cli.build import sampling_config
+from engine.eval.generation import GenerationPlan, PictureOf, find_images, folder_pictures
+from engine.eval.judge import Judge, unknown_categories
+from engine.eval.profiles import Profile, available_profiles, load_profile
+from engine.eval.quality import QualityMetrics, load_quality_metrics
+from engine.eval.run import RESERVED_NAMES, EvaluationRun, Generation, round_trip, run_evaluation
+from engine.eval.targets import EvalSet, apply_geometry, load_eval_set
+from engine.sample.generate import PRECISIONS
+from engine.sample.pipeline import load_pipeline, require_same_categories
+from engine.train.parallel import compile_parts
+from models.frozen.detections import BoxDetector, DetectorSettings
+from models.frozen.faster_rcnn import RESNET50_FPN_V2, load_detector
+from models.frozen.vae import LatentCodec
 from util.checkpoint import sha256_file
 from util.config import HelpFormatter, parse_args
 from util.distributed import DistInfo, init_distributed, shutdown

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.weights import DTYPES, export_weights
+from engine.checkpoint.load import DTYPES, export_weights
 from util.checkpoint import sha256_file
 from util.logging import setup_logging
 

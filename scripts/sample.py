@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.arguments import (
+from engine.checkpoint.identity import WeightsInfo
+from engine.checkpoint.load import load_mar_for_sampling
+from engine.cli.arguments import (
     DEFAULT_CLIP,
     DEFAULT_VAE,
     add_compile_args,
@@ -34,17 +36,15 @@ from engine.arguments import (
     add_sampling_args,
     add_speed_arg,
 )
-from engine.build import sampling_config
-from engine.generate import PRECISIONS, generate_class_images, generate_images, num_iterations, scene_grid
-from engine.inference import WeightsInfo
-from engine.parallel import compile_parts
-from engine.pipeline import load_pipeline, require_fitting_codec, require_same_categories
-from engine.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
-from engine.weights import load_mar_for_sampling
-from models.sampling import SamplingConfig
+from engine.cli.build import sampling_config
+from engine.data.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
+from engine.sample.generate import PRECISIONS, generate_class_images, generate_images, num_iterations, scene_grid
+from engine.sample.pipeline import load_pipeline, require_fitting_codec, require_same_categories
+from engine.train.parallel import compile_parts
+from models.frozen.text import TextEncoder
+from models.frozen.vae import LatentCodec
+from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR, preset_config
-from models.text import TextEncoder
-from models.vae import LatentCodec
 from util.coco import BoxFilters, CocoIndex
 from util.config import HelpFormatter, parse_args, resolved_dict
 from util.distributed import init_distributed

@@ -17,11 +17,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_mar
-from engine.arguments import train_parser
-from engine.build import model_config
+from engine.cli.arguments import train_parser
+from engine.cli.build import model_config
 from scripts import cache_latents
-from tests.coco_fixture import FixtureBox, FixtureImage, annotation_path, write_coco
-from tests.tiny_run import SIZES, argv, load_checkpoint, read_metrics, write_clip, write_vae, write_world
+from tests.helpers.coco_fixture import FixtureBox, FixtureImage, annotation_path, write_coco
+from tests.helpers.tiny_run import SIZES, argv, load_checkpoint, read_metrics, write_clip, write_vae, write_world
 from util.config import parse_args
 
 STAGE_1 = r"""

@@ -18,19 +18,19 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import engine.grpo_step
+import engine.rl.step
 import main_mar
 import main_rl
-from engine.arguments_rl import rl_parser
-from engine.build import model_config
-from engine.profiles import load_profile
-from engine.rollout import RolloutWorker
-from tests.coco_fixture import CATEGORIES, annotation_path
-from tests.eval_world import write_detector
+from engine.cli.arguments_rl import rl_parser
+from engine.cli.build import model_config
+from engine.eval.profiles import load_profile
+from engine.rl.rollout import RolloutWorker
+from tests.engine.checkpoint.test_resume import assert_same, in_child
+from tests.engine.train.test_parallel import in_two_processes
+from tests.helpers.coco_fixture import CATEGORIES, annotation_path
+from tests.helpers.eval_world import write_detector
+from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
 from tests.test_main_mar import words
-from tests.test_parallel import in_two_processes
-from tests.test_state import assert_same, in_child
-from tests.tiny_run import argv, load_checkpoint, read_metrics, write_world
 from util.config import parse_args
 from util.types import Category
 
@@ -61,7 +61,7 @@ PARTS = ("iou", "confidence", "centroid", "miss", "extra")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """tests/tiny_run.py's world with a stage-2 checkpoint, two detectors and a profile."""
+    """tests/helpers/tiny_run.py's world with a stage-2 checkpoint, two detectors and a profile."""
     root = write_world(tmp_path_factory.mktemp("rl") / "world")
     write_detector(root / "detector.pth", NAMES)
     write_detector(root / "judge.pth", NAMES, seed=1)
@@ -255,7 +255,7 @@ def assert_same_run(world: Path, one: str, other: str) -> None:
     ("owner", "name", "calls"),
     [
         (RolloutWorker, "collect", 2),  # one per update: killed in the third
-        (engine.grpo_step.GrpoStep, "rl_backward", 2 * 4 + 3),  # four per update: killed in the third
+        (engine.rl.step.GrpoStep, "rl_backward", 2 * 4 + 3),  # four per update: killed in the third
     ],
 )
 def test_killed_and_continued_is_uninterrupted(world, finished, owner, name, calls):
@@ -280,7 +280,7 @@ def test_killed_and_continued_is_uninterrupted(world, finished, owner, name, cal
 
 
 def test_a_guard_that_stops_ends_the_run(world, monkeypatch):
-    monkeypatch.setattr("engine.rl_guard.OverOptimisationGuard.update", lambda *args: "step 1: fooled")
+    monkeypatch.setattr("engine.rl.guard.OverOptimisationGuard.update", lambda *args: "step 1: fooled")
     flags = {**held_out(world), "guard": "stop"}
     assert main_rl.main(rl_argv(world, "fooled", **flags)) == 0
     assert load_checkpoint(world, "fooled")["step"] == 0  # the start itself was scored

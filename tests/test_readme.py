@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from engine.arguments import train_parser
-from engine.arguments_rl import rl_parser
-from engine.validate import RULES
+from engine.cli.arguments import train_parser
+from engine.cli.arguments_rl import rl_parser
+from engine.cli.validate import RULES
 from tests.conftest import ROOT
 from tests.test_main_mar import STAGE_1, STAGE_2, words
 from tests.test_main_rl import STAGE_3

@@ -21,9 +21,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from models.diffloss import DiffusionDraws
+from models.heads.diffloss import DiffusionDraws
 from models.masking import TokenMask, mask_from_orders
-from models.sampling import SamplingConfig
+from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR
 
 OWN_NAMES = ("models", "diffusion")  # its packages; the first is also ours

@@ -14,12 +14,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from engine.grpo_step import GrpoConfig, GrpoStep, Pass
-from engine.optim import build_optimizer
-from engine.rewards import RewardBatch
-from engine.rl_cost import scoring_flops
-from engine.rollout import Rollout, RolloutWorker
-from engine.train import Learner, Position
+from engine.rl.cost import scoring_flops
+from engine.rl.rewards import RewardBatch
+from engine.rl.rollout import Rollout, RolloutWorker
+from engine.rl.step import GrpoConfig, GrpoStep, Pass
+from engine.train.loop import Learner, Position
+from engine.train.optim import build_optimizer
 from models.policy import ElboEstimator, Policy, Samples
 from models.weights import select_trainable
 from scripts.benchmark.table import OURS, Contender

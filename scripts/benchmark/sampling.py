@@ -1,4 +1,4 @@
-"""Sampling and rollouts: the public code, our plain path (`tests/plain_sampler.py`) and ours, on one set of weights.
+"""Sampling and rollouts: the public code, our plain path (`tests/helpers/plain_sampler.py`) and ours, same weights.
 
 A case is data. A slice runs some iterations of a schedule, which all contenders choose alike; the tokens of the others
 stay zero. A rollout of stage 3 is a case with several images of each prompt, without guidance.
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.generate import DTYPES
-from engine.rl_cost import rollout_flops
-from engine.speed import speed_preset
+from engine.cli.speed import speed_preset
+from engine.rl.cost import rollout_flops
+from engine.sample.generate import DTYPES
 from models.masking import cosine_masked_counts
-from models.sampling import SamplingConfig, embed_branches, uncover
+from models.sampling.sampler import SamplingConfig, embed_branches, uncover
 from scripts.benchmark.baseline import build_baseline, sample_baseline
 from scripts.benchmark.table import OURS, PLAIN, PUBLIC, Contender
 from scripts.benchmark.world import NUM_TEXT, TRAINED, TRAINED_MAR, World, is_structured
@@ -27,7 +27,7 @@ from scripts.benchmark.world import NUM_TEXT, TRAINED, TRAINED_MAR, World, is_st
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender as data. speed: a preset of `engine/speed.py`; the output is another one then."""
+    """A contender as data. speed: a preset of `engine/cli/speed.py`; the output is another one then."""
 
     who: str
     precision: str = "fp32"
@@ -83,7 +83,7 @@ def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleTyp
     if entry.who == PUBLIC:
         assert public is not None
         return _public_code(entry, sampling, chosen, world, public)
-    plain_uncover = importlib.import_module("tests.plain_sampler").plain_uncover
+    plain_uncover = importlib.import_module("tests.helpers.plain_sampler").plain_uncover
 
     @torch.no_grad()
     def run() -> Tensor:

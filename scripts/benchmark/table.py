@@ -20,7 +20,7 @@ PUBLIC, PLAIN, OURS = "public code", "plain path", "ours"
 class Contender:
     """Who runs a case, and how. run: what is timed.
 
-    output: what is compared, if that is not what the first `run` returns. formula: FLOPs that `engine/rl_cost.py` says.
+    output: what is compared, if that is not what the first `run` returns. formula: FLOPs that `engine/rl/cost.py` says.
     """
 
     who: str

@@ -1,5 +1,5 @@
 """A training step: the public code's (its engine_mar.py, without gradient scaling, which does nothing on a CPU) and
-ours (`engine.train.SupervisedStep`), on the same masks, timesteps and noise; and stage 1 against stage 2.
+ours (`engine.train.loop.SupervisedStep`), on the same masks, timesteps and noise; and stage 1 against stage 2.
 
 A step is forward, backward, clipping, AdamW and EMA. Latents are given: no VAE, no text encoder. Every step makes the
 same draws, so that all have as many masked tokens. No dropout. The output that is compared is the loss and the
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.inputs import StepInputs
-from engine.optim import build_optimizer, parameter_groups
-from engine.rl_cost import scoring_flops
-from engine.train import Learner, Position, SupervisedStep, TrainConfig
-from models.diffloss import DiffusionDraws
+from engine.data.inputs import StepInputs
+from engine.rl.cost import scoring_flops
+from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig
+from engine.train.optim import build_optimizer, parameter_groups
+from models.heads.diffloss import DiffusionDraws
 from models.masking import TokenMask
 from models.structmar import StructMAR
 from models.weights import select_trainable
@@ -94,7 +94,7 @@ class _Batch:
 
 
 def build_learner(model: StructMAR, mode: str) -> Learner:
-    """On a copy of the model, as `engine/build.py` does."""
+    """On a copy of the model, as `engine/cli/build.py` does."""
     own = copy.deepcopy(model).train()
     trainable = select_trainable(own, mode)
     return Learner(own, own, trainable, build_optimizer(trainable, LR, WEIGHT_DECAY), Ema(trainable, EMA_RATE))

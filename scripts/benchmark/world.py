@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.weights import load_for_sampling, load_mar_for_sampling
+from engine.checkpoint.load import load_for_sampling, load_mar_for_sampling
 from models.masking import sample_orders
 from models.structmar import StructMAR, preset_config
 from util.types import Layout, LayoutBatch, TextContext

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.report import FORMAT, Column
+from engine.eval.report.page import FORMAT, Column
 
 MODEL, NO_LAYOUT, REAL = "model", "no layout", "real images"
 VARIANTS: dict[str, tuple[str, str]] = {  # folder -> what the table calls it, and which row counts

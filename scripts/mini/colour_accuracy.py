@@ -33,7 +33,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from engine.bootstrap import Interval, bootstrap_weights, interval
+from engine.eval.bootstrap import Interval, bootstrap_weights, interval
 from scripts.mini.drawing import CLASS_BY_ID, COLOURS
 from util.images import Picture, load_image
 

@@ -7,7 +7,7 @@ Takes main_rl.py's flags. The released loss is the denoising error of the sample
     L = E[ A * sum_k || eps_k - eps_theta(sqrt(bar_k) x + sqrt(1 - bar_k) eps_k, t_k, z) ||^2 / K ],
 
 with a mask, timesteps and noises of its own at every step: no ratio, no clip, so where A < 0 an error without bound is
-raised. Everything else is engine/grpo_step.py's: rollouts, rewards, advantages, optimizer, numbers of steps and masks.
+raised. Everything else is engine/rl/step.py's: rollouts, rewards, advantages, optimizer, numbers of steps and masks.
 
 Left out: the released KL. It compares errors at unshared noises, which is noise (about 45 where both models are the
 same one), and subtracts it from the reward; --kl_coef must be 0. Left out too: dropout in the update.
@@ -23,15 +23,15 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.arguments_rl import rl_parser
-from engine.build import Prepared
-from engine.build_rl import build_rl
-from engine.grpo_step import GrpoStep, Pass
-from engine.main import run_main
-from engine.parallel import gradient_sync
-from engine.rl_eval import HeldOutEvaluation, RolloutPreview
-from engine.train import Position
-from engine.validate import validate_rl_args
+from engine.cli.arguments_rl import rl_parser
+from engine.cli.build import Prepared
+from engine.cli.build_rl import build_rl
+from engine.cli.main import run_main
+from engine.cli.validate import validate_rl_args
+from engine.rl.held_out import HeldOutEvaluation, RolloutPreview
+from engine.rl.step import GrpoStep, Pass
+from engine.train.loop import Position
+from engine.train.parallel import gradient_sync
 from models.policy import ElboEstimator
 from util.distributed import DistInfo
 from util.rng import generator
@@ -92,7 +92,7 @@ def build(args: argparse.Namespace, dist: DistInfo) -> Prepared:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """See `engine.main.run_main`."""
+    """See `engine.cli.main.run_main`."""
     return run_main(rl_parser(), validate_rl_args, build, argv)
 
 

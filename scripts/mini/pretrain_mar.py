@@ -20,15 +20,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.build import saver
-from engine.generate import generate_class_images
-from engine.inputs import ClassBatch, ClassInputs
-from engine.optim import LrSchedule, build_optimizer
-from engine.state import Identity, check_identity, find_source, load_weights, restore, resumed_position
-from engine.train import Learner, SupervisedStep, TrainConfig, TrainingRun, train
-from models.sampling import SamplingConfig
+from engine.checkpoint.resume import Identity, check_identity, find_source, load_weights, restore, resumed_position
+from engine.cli.build import saver
+from engine.data.inputs import ClassBatch, ClassInputs
+from engine.sample.generate import generate_class_images
+from engine.train.loop import Learner, SupervisedStep, TrainConfig, TrainingRun, train
+from engine.train.optim import LrSchedule, build_optimizer
+from models.frozen.vae import LatentCodec
+from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
-from models.vae import LatentCodec
 from models.weights import select_trainable
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import render_single

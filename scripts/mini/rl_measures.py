@@ -6,8 +6,8 @@ both, so that what makes a layout hard for both cancels.
 
     gain_r = value_r(model) - value_r(baseline),   r = 1, ..., R resamples of the layouts
 
-The mean reward is engine/rewards.py's with its default weights, by whatever detector evaluated, and of all pictures of
-all seeds. What the intervals leave out: the spread over seeds and over trainings.
+The mean reward is engine/rl/rewards.py's with its default weights, by whatever detector evaluated, and of all pictures
+of all seeds. What the intervals leave out: the spread over seeds and over trainings.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.ap import average_precision
-from engine.bootstrap import Interval, bootstrap_weights, interval
-from engine.eval_run import file_stem
-from engine.report import FORMAT
-from engine.rewards import RewardSettings, RewardWeights, layout_reward_parts, total_reward
+from engine.eval.ap import average_precision
+from engine.eval.bootstrap import Interval, bootstrap_weights, interval
+from engine.eval.report.page import FORMAT
+from engine.eval.run import file_stem
+from engine.rl.rewards import RewardSettings, RewardWeights, layout_reward_parts, total_reward
 from util.boxes import xywh_to_xyxy
 
 Json = dict[str, Any]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.bootstrap import Interval
+from engine.eval.bootstrap import Interval
 from scripts.mini.colour_accuracy import FORMAT as COLOUR_FORMAT
 from scripts.mini.rl_curves import learning_curves
 from scripts.mini.rl_measures import (
@@ -175,7 +175,7 @@ def comparison(runs: Path, names: Sequence[str], detectors: Sequence[str], num_r
     profile, dataset, seeds = results["profile"], results["dataset"], ", ".join(map(str, results["seeds"]))
     parts.append(
         f"Profile {profile['name']} ({profile['hash']}), {dataset['num_images']} images of {dataset['split']} (ids "
-        f"{dataset['ids_hash']}), seeds {seeds}. Reward: engine/rewards.py with the default weights; AP50, mIoU, "
+        f"{dataset['ids_hash']}), seeds {seeds}. Reward: engine/rl/rewards.py with the default weights; AP50, mIoU, "
         "success rate (IoU of at least 0.5) and colours (where the caption decides) in percent. [95 % interval over "
         f"layouts], then the gain [95 %, paired over layouts]; {num_resamples} bootstrap resamples, one training each. "
         "What the reward detector says was trained for and is no evidence of quality; the judge is another "

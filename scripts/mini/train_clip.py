@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models.text import TextEncoder
+from models.frozen.text import TextEncoder
 from scripts.mini.tokenizer import build_tokenizer, save_tokenizer
 from scripts.mini.training import batch_indices, learning_rate, load_images, load_state, save_state, to_float
 from util.rng import derive_seed, generator

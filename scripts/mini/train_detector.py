@@ -37,7 +37,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
 
-from models.detector import (
+from models.frozen.faster_rcnn import (
     SMALL,
     SMALL_FPN,
     BoxDetector,

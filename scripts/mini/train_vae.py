@@ -34,7 +34,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from models.vae import LOGVAR_RANGE, LatentCodec, VaeConfig, build_autoencoder, ldm_checkpoint
+from models.frozen.vae import LOGVAR_RANGE, LatentCodec, VaeConfig, build_autoencoder, ldm_checkpoint
 from scripts.mini.training import (
     batch_indices,
     image_paths,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.ap import average_precision
-from models.detector import BoxDetector, DetectorSettings, load_detector
+from engine.eval.ap import average_precision
+from models.frozen.faster_rcnn import BoxDetector, DetectorSettings, load_detector
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import Scene, render_scene
 from util.boxes import xyxy_to_xywh

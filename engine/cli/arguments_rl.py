@@ -1,0 +1,185 @@
+"""The command-line flags of stage 3. Model, data, optimizer, run and sampling share theirs with stages 1 and 2; where a
+default differs from theirs, it is set here."""
+
+from __future__ import annotations
+
+import argparse
+
+from engine.cli.arguments import (
+    SWITCH,
+    add_config_arg,
+    add_data_args,
+    add_frozen_args,
+    add_length_args,
+    add_model_args,
+    add_optim_args,
+    add_run_args,
+    add_sampling_args,
+    add_score_args,
+    add_sft_args,
+)
+from engine.rl.grpo import ADV_NORMS, KL_ESTIMATORS
+from engine.rl.guard import GUARD_MODES
+from engine.rl.rewards import RewardSettings, RewardWeights
+from engine.rl.step import MIXES
+
+DEFAULT_DETECTOR = "./pretrained_models/fasterrcnn_resnet50_fpn_v2_coco.pth"
+ESTIMATORS = ("elbo", "trajectory")
+RL_TRAIN_MODES = {"all": "full", "backbone": "backbone", "adapters": "text_layout"}  # --rl_train -> train_mode
+DEFAULTS = {
+    "output_dir": "./output/stage3_rl_grpo",
+    "batch_size": 4,
+    "epochs": 10,
+    "num_iter": 256,
+    "lr": 1e-6,
+    "weight_decay": 0.0,
+    "warmup_epochs": 0.0,
+    "grad_clip": 1.0,
+    "ema_rate": 0.995,
+    "log_freq": 1,
+    "save_last_freq": 1,
+    "save_freq_steps": 50,
+}
+
+
+def rl_parser() -> argparse.ArgumentParser:
+    """The parser of main_rl.py."""
+    parser = argparse.ArgumentParser(
+        prog="main_rl.py",
+        description="StructMAR stage 3: GRPO with a frozen detector as reward, on the captions and boxes of COCO.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config_arg(parser)
+    add_model_args(parser)
+    add_frozen_args(parser)
+    add_data_args(parser)
+    add_rl_args(parser)
+    add_reward_args(parser)
+    add_sft_args(parser.add_argument_group("the SFT part (where --rl_step_ratio is below 1)"))
+    add_optim_args(parser)
+    add_run_args(parser)
+    add_sampling_args(parser)
+    add_rl_preview_args(parser)
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def add_rl_args(parser: argparse.ArgumentParser) -> None:
+    """Rollouts and updates."""
+    group = parser.add_argument_group("GRPO")
+    add_length_args(group)
+    group.add_argument("--max_rl_steps", type=int, default=None, help="stop after this many updates of this stage")
+    group.add_argument(
+        "--num_train_samples",
+        type=int,
+        default=None,
+        help="prompts of an epoch: so many images, drawn once by the seed; None: all with boxes",
+    )
+    group.add_argument(
+        "--group_size", type=int, default=4, help="images sampled per prompt; --batch_size counts prompts"
+    )
+    group.add_argument(
+        "--rl_estimator",
+        default="elbo",
+        choices=ESTIMATORS,
+        help="log-probabilities from denoising losses of the final tokens, or of the recorded reverse steps",
+    )
+    group.add_argument(
+        "--rl_masks",
+        type=int,
+        default=None,
+        help="sampling iterations scored per image; None: 4 (elbo), 16 (trajectory)",
+    )
+    group.add_argument(
+        "--rl_draws",
+        type=int,
+        default=None,
+        help="noise draws per token (elbo; None: 8) or reverse steps scored (trajectory; None: all but 2 at each end)",
+    )
+    group.add_argument("--inner_epochs", type=int, default=2, help="optimizer steps on each update's rollouts")
+    group.add_argument(
+        "--clip_range", type=float, default=None, help="of the ratio; None: 0.05 (elbo), 0.2 (trajectory)"
+    )
+    group.add_argument(
+        "--kl_coef", type=float, default=0.02, help="weight of the KL to the start; 0: no reference model"
+    )
+    group.add_argument(
+        "--kl_estimator",
+        default="k3",
+        choices=KL_ESTIMATORS,
+        help="k2, k3: from log-probabilities; eps: elbo only; exact: trajectory only",
+    )
+    group.add_argument(
+        "--adv_norm", default="zscore", choices=ADV_NORMS, help="how a group's rewards become advantages"
+    )
+    group.add_argument(
+        "--rl_step_ratio",
+        type=float,
+        default=1.0,
+        help="r of r * RL + (1 - r) * SFT; 1: pure RL, no image is read; 0: nothing is sampled",
+    )
+    group.add_argument(
+        "--rl_mix", default="loss", choices=MIXES, help="mix both losses in every step, or draw the kind of each step"
+    )
+    group.add_argument(
+        "--rl_train",
+        default="all",
+        choices=sorted(RL_TRAIN_MODES),
+        help="everything; without the diffusion head; or stage 1's new parts",
+    )
+
+
+def add_reward_args(parser: argparse.ArgumentParser) -> None:
+    """The detector's verdict as a number."""
+    weights, settings = RewardWeights(), RewardSettings()
+    group = parser.add_argument_group("reward")
+    group.add_argument("--detector_path", default=DEFAULT_DETECTOR, help="the frozen detector that rewards")
+    group.add_argument("--w_iou", type=float, default=weights.iou, help="weight of the IoU with the wanted boxes")
+    group.add_argument("--w_confidence", type=float, default=weights.confidence, help="weight of the detector's scores")
+    group.add_argument("--w_centroid", type=float, default=weights.centroid, help="weight of the nearness of centres")
+    group.add_argument("--w_miss", type=float, default=weights.miss, help="weight of missing objects, subtracted")
+    group.add_argument("--w_extra", type=float, default=weights.extra, help="weight of unwanted objects, subtracted")
+    group.add_argument("--w_quality", type=float, default=weights.quality, help="weight of the CLIP score")
+    group.add_argument("--quality_clip_path", default="", help="a whole CLIP for --w_quality; empty: no such term")
+    group.add_argument(
+        "--reward_min_score", type=float, default=settings.min_score, help="weaker detections are ignored"
+    )
+    group.add_argument(
+        "--reward_full_score",
+        type=float,
+        default=settings.full_credit_score,
+        help="detections below it count in proportion to their score",
+    )
+    group.add_argument(
+        "--reward_iou_floor",
+        type=float,
+        default=settings.iou_floor,
+        help="a detection that overlaps less with a wanted box is not that object",
+    )
+    group.add_argument("--reward_batch_size", type=int, default=16, help="images the detector sees at a time")
+
+
+def add_rl_preview_args(parser: argparse.ArgumentParser) -> None:
+    """Rollout pictures, and the held-out evaluation with its guard."""
+    group = parser.add_argument_group("pictures and held-out scores while training")
+    group.add_argument("--sample_freq", type=int, default=20, help="updates between pictures of rollouts; 0: none")
+    group.add_argument("--num_preview", type=int, default=4, help="prompts in such a picture, with all their images")
+    group.add_argument(
+        "--online_eval",
+        action=SWITCH,
+        default=True,
+        help="score a fixed set of layouts every --eval_freq updates, where --eval_detector is given",
+    )
+    group.add_argument("--eval_freq", type=int, default=100, help="updates between held-out evaluations")
+    add_score_args(group)
+    group.add_argument(
+        "--guard",
+        default="warn",
+        choices=GUARD_MODES,
+        help="what to do when the reward rises while the held-out AP50 falls",
+    )
+    group.add_argument(
+        "--guard_drop", type=float, default=0.02, help="fall of the held-out AP50 that counts, as a share"
+    )
+    group.add_argument("--guard_patience", type=int, default=2, help="evaluations in a row below it")

@@ -1,0 +1,73 @@
+"""What main_mar.py and main_rl.py do alike: arguments in, a prepared run, its folder, the loop, an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from engine.cli.build import Prepared
+from engine.train.loop import train
+from util.config import dump_yaml, parse_args
+from util.distributed import DistInfo, init_distributed, shutdown
+from util.logging import MetricWriter, setup_logging
+from util.run_info import describe_environment
+from util.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+def run_main(
+    parser: argparse.ArgumentParser,
+    validate: Callable[[argparse.Namespace], None],
+    build: Callable[[argparse.Namespace, DistInfo], Prepared],
+    argv: Sequence[str] | None,
+) -> int:
+    """Returns the exit code: 0, or 128 + the number of the signal that stopped the run (after saving).
+
+    Raises SystemExit with one line for a user's mistake; the run folder is untouched then.
+    """
+    args = parse_args(parser, argv)
+    try:
+        validate(args)
+        dist = init_distributed(args.device)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"{parser.prog}: error: {error}") from error
+    try:
+        return _run_stage(parser.prog, args, build, dist)
+    finally:
+        shutdown()
+
+
+def _run_stage(
+    program: str, args: argparse.Namespace, build: Callable[[argparse.Namespace, DistInfo], Prepared], dist: DistInfo
+) -> int:
+    setup_logging(None, dist.rank)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    try:
+        prepared = build(args, dist)
+    except (ValueError, FileNotFoundError) as error:
+        logger.debug("where it was found", exc_info=True)
+        raise SystemExit(f"{program}: error: {error}") from error
+    with StopRequest() as stop, _open_run_folder(args, prepared, dist) as writer:
+        signum = train(prepared.run, prepared.start, writer, stop)
+    return 0 if signum is None else 128 + signum
+
+
+def _open_run_folder(args: argparse.Namespace, prepared: Prepared, dist: DistInfo) -> MetricWriter:
+    """What it takes to repeat the run goes there first."""
+    folder = Path(args.output_dir)
+    setup_logging(folder, dist.rank)
+    if dist.is_main:
+        dump_yaml(prepared.args, folder / "args.yaml")
+        environment = {**describe_environment(dist.device), "processes": dist.world_size}
+        (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    logger.info("run folder %s, stage '%s', from step %d", folder, prepared.stage, prepared.start.step)
+    for note in prepared.notes:
+        logger.info("%s", note)
+    return MetricWriter(folder, dist.rank, prepared.start.step, args.log_dir)

@@ -1,0 +1,320 @@
+"""COCO images as training samples: one caption, one crop and one flip per image and epoch, applied to pixels and boxes.
+
+Every draw is keyed by (seed, epoch, image id, caption id), so a sample does not depend on workers, ranks, batch size or
+order; `ResumableSampler` fixes the order by (seed, epoch), so an interrupted epoch continues at its next batch.
+
+Captions that say left or right are not flipped: the flip would make them false.
+
+Shape letters: B batch, N boxes (max), T text tokens, C channels, n boxes of one image, t tokens of one caption.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from engine.data.cache import LatentCache, TextCache
+from util.boxes import CROP_MODES, Crop, CropMode, flip_boxes, plan_center_crop, plan_random_crop
+from util.coco import BoxFilters, CocoImage, CocoIndex, fit_boxes
+from util.images import crop_image, load_image, to_model_range
+from util.rng import generator
+from util.types import Layout, LayoutBatch, TextContext
+
+logger = logging.getLogger(__name__)
+
+CaptionMode = Literal["random", "all"]
+CAPTION_MODES: tuple[CaptionMode, ...] = get_args(CaptionMode)
+
+_SIDED = re.compile(r"\b(left|right)(s|most|hand|handed|wards?|side)?\b", re.IGNORECASE)
+
+
+def names_a_side(caption: str) -> bool:
+    """Whether a mirrored image would contradict the caption: "left", "Right-hand", "leftmost", not "upright"."""
+    return _SIDED.search(caption) is not None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, how they are cropped and flipped, which boxes stay (see `BoxFilters` for units).
+
+    caption_mode: "random" draws one caption per image and epoch; "all" makes each caption an item of its own.
+    """
+
+    coco_root: str
+    split: str
+    img_size: int = 256
+    crop: CropMode = "center"
+    hflip_prob: float = 0.5
+    caption_mode: CaptionMode = "random"
+    max_objects: int = 16
+    min_area: float = 0.0
+    min_visibility: float = 0.2
+    keep_crowd: bool = False
+    drop_empty: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROP_MODES:
+            raise ValueError(f"crop must be one of {CROP_MODES}, got {self.crop!r}")
+        if self.caption_mode not in CAPTION_MODES:
+            raise ValueError(f"caption_mode must be one of {CAPTION_MODES}, got {self.caption_mode!r}")
+        if not 0 <= self.hflip_prob <= 1:
+            raise ValueError(f"hflip_prob must lie in [0, 1], got {self.hflip_prob}")
+        if self.img_size < 1:
+            raise ValueError(f"img_size must be positive, got {self.img_size}")
+
+    @property
+    def filters(self) -> BoxFilters:
+        return BoxFilters(self.min_area, self.min_visibility, self.max_objects, self.keep_crowd, self.drop_empty)
+
+    def load_index(self) -> CocoIndex:
+        return CocoIndex.load(self.coco_root, self.split, self.filters, self.img_size)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with one caption. Either pixels [3, H, W] in [-1, 1] or moments [2C, h, w] (from a cache) are there, or
+    neither in a dataset without images.
+
+    text_states: [t, C] from a cache, or None where the caption is still to be encoded.
+    """
+
+    image_id: int
+    caption: str
+    caption_id: int
+    is_flipped: bool
+    layout: Layout
+    pixels: Tensor | None = None
+    moments: Tensor | None = None
+    text_states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels: [B, 3, H, W] in [-1, 1], or moments: [B, 2C, h, w], or neither (captions and layouts alone). text: None
+    where captions are still to be encoded."""
+
+    image_ids: list[int]
+    captions: list[str]
+    layout: LayoutBatch
+    pixels: Tensor | None = None
+    moments: Tensor | None = None
+    text: TextContext | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copies in the background where the batch is pinned and the device is a GPU."""
+        background = torch.device(device).type == "cuda"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=background))
+
+    def pin_memory(self) -> Batch:
+        """Called by a DataLoader with pin_memory=True."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        layout, text = self.layout, self.text
+        return Batch(
+            image_ids=self.image_ids,
+            captions=self.captions,
+            layout=LayoutBatch(change(layout.boxes_xyxy), change(layout.categories), change(layout.valid)),
+            pixels=None if self.pixels is None else change(self.pixels),
+            moments=None if self.moments is None else change(self.moments),
+            text=None if text is None else TextContext(change(text.tokens), change(text.valid), change(text.pooled)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+def collate(max_objects: int) -> Callable[[Sequence[Sample]], Batch]:
+    """A DataLoader's collate_fn: pads layouts to `max_objects` slots and captions to the longest of the batch."""
+    return functools.partial(_collate, max_objects)
+
+
+def _collate(max_objects: int, samples: Sequence[Sample]) -> Batch:
+    states = [sample.text_states for sample in samples if sample.text_states is not None]
+    return Batch(
+        image_ids=[sample.image_id for sample in samples],
+        captions=[sample.caption for sample in samples],
+        layout=LayoutBatch.collate([sample.layout for sample in samples], max_objects),
+        pixels=_stack([sample.pixels for sample in samples]),
+        moments=_stack([sample.moments for sample in samples]),
+        text=TextContext.collate(states) if states else None,
+    )
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    assert len(present) in (0, len(tensors)), "all samples of a dataset carry the same fields"
+    return torch.stack(present) if present else None
+
+
+class CocoLayoutDataset(Dataset[Sample]):
+    """Map-style: item k of the current epoch. `set_epoch` also reaches running workers (shared memory)."""
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        config: DataConfig,
+        latents: LatentCache | None = None,
+        texts: TextCache | None = None,
+        has_images: bool = True,
+    ) -> None:
+        """has_images: False gives captions and layouts alone; no image and no latent is read then.
+
+        Raises FileNotFoundError if images are needed and missing, ValueError if config, index and caches differ.
+        """
+        if index.split != config.split or index.filters != config.filters:
+            raise ValueError(
+                f"the index is of {index.split}, {index.filters}; asked for {config.split}, {config.filters}"
+            )
+        if not has_images:
+            latents = None
+        elif latents is None:
+            index.require_images()
+        else:
+            _check_latents(latents, index, config)
+        if texts is not None:
+            texts.require(caption_id for image in index.images for caption_id in image.caption_ids)
+        self.index = index
+        self.config = config
+        self.latents = latents
+        self.texts = texts
+        self.has_images = has_images
+        counts = [len(image.captions) if config.caption_mode == "all" else 1 for image in index.images]
+        self._first_items = np.concatenate([[0], np.cumsum(counts)])
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @classmethod
+    def from_config(
+        cls, config: DataConfig, latents: LatentCache | None = None, texts: TextCache | None = None
+    ) -> CocoLayoutDataset:
+        return cls(config.load_index(), config, latents, texts)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return int(self._first_items[-1])
+
+    def __getitem__(self, item: int) -> Sample:
+        if not 0 <= item < len(self):
+            raise IndexError(f"item {item} of {len(self)}")
+        position = int(np.searchsorted(self._first_items, item, side="right")) - 1
+        image = self.index.images[position]
+        chosen = self._choose_caption(image, item - int(self._first_items[position]))
+        caption, caption_id = image.captions[chosen], image.caption_ids[chosen]
+        crop = self._plan_crop(image, caption_id)
+        is_flipped = self._is_flipped(image, caption, caption_id)
+        pixels = self._pixels(position, crop, is_flipped) if self.has_images and self.latents is None else None
+        moments = self.latents.moments(image.id, is_flipped) if self.latents is not None else None
+        states = self.texts.states(caption_id, caption) if self.texts is not None else None
+        layout = make_layout(image, crop, is_flipped, self.index.filters)
+        return Sample(image.id, caption, caption_id, is_flipped, layout, pixels, moments, states)
+
+    def _draw(self, purpose: str, *ids: int) -> torch.Generator:
+        return generator(self.config.seed, "data", purpose, int(self._epoch), *ids)
+
+    def _choose_caption(self, image: CocoImage, offset: int) -> int:
+        if self.config.caption_mode == "all":
+            return offset
+        return int(torch.randint(len(image.captions), (), generator=self._draw("caption", image.id)))
+
+    def _plan_crop(self, image: CocoImage, caption_id: int) -> Crop:
+        if self.config.crop == "center":
+            return plan_center_crop(image.width, image.height, self.config.img_size)
+        draw = self._draw("crop", image.id, caption_id)
+        return plan_random_crop(image.width, image.height, self.config.img_size, draw)
+
+    def _is_flipped(self, image: CocoImage, caption: str, caption_id: int) -> bool:
+        if names_a_side(caption):
+            return False
+        return torch.rand((), generator=self._draw("flip", image.id, caption_id)).item() < self.config.hflip_prob
+
+    def _pixels(self, position: int, crop: Crop, is_flipped: bool) -> Tensor:
+        return to_model_range(read_crop(self.index, position, crop, is_flipped))
+
+
+def read_crop(index: CocoIndex, position: int, crop: Crop, is_flipped: bool = False) -> np.ndarray:
+    """uint8 [H, W, 3]. Raises ValueError naming the file if it is unreadable or not of the size the json states."""
+    path = index.image_path(position)
+    image = load_image(path)
+    if image.size != crop.source:
+        raise ValueError(f"{path} is {image.size} (width, height), but instances_{index.split}.json says {crop.source}")
+    picture = crop_image(image, crop)
+    return picture[:, ::-1] if is_flipped else picture
+
+
+def make_layout(image: CocoImage, crop: Crop, is_flipped: bool, filters: BoxFilters) -> Layout:
+    """The boxes that the model is given with this crop of the image, largest first."""
+    fitted = fit_boxes(image.boxes_px, crop, filters)
+    boxes_xyxy = flip_boxes(fitted.boxes_xyxy) if is_flipped else fitted.boxes_xyxy
+    return Layout(torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(image.categories[fitted.kept]))
+
+
+def _check_latents(latents: LatentCache, index: CocoIndex, config: DataConfig) -> None:
+    if config.crop != latents.crop:
+        raise ValueError(
+            f"{latents.path} holds latents of the {latents.crop!r} crop, but crop={config.crop!r} was asked for: "
+            "use that crop, or train from images"
+        )
+    if (latents.split, latents.img_size) != (config.split, config.img_size):
+        raise ValueError(
+            f"{latents.path} holds {latents.split} at {latents.img_size} px, "
+            f"but {config.split} at {config.img_size} px was asked for"
+        )
+    latents.require(image.id for image in index.images)
+
+
+class ResumableSampler(Sampler[int]):
+    """This rank's share of one permutation of `length` items, which (seed, epoch) fix for all ranks.
+
+    Global batch k is the permutation's k-th run of world_size * batch_size items, dealt to the ranks in turns; what
+    does not fill a last global batch is left out. Use with DataLoader(batch_size=batch_size).
+    """
+
+    def __init__(self, length: int, rank: int, world_size: int, seed: int, batch_size: int) -> None:
+        """Raises ValueError if the items do not fill one global batch, or rank is not one of world_size."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        if length < world_size * batch_size:
+            raise ValueError(
+                f"the dataset has {length} items, fewer than one global batch of {world_size * batch_size} "
+                f"({world_size} ranks x batch_size {batch_size})"
+            )
+        self.length = length
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.batch_size = batch_size
+        self.epoch = 0
+        self.start_batch = 0
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of a whole epoch, on every rank."""
+        return self.length // (self.world_size * self.batch_size)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """start_batch: how many batches of this epoch are done already. Raises ValueError if there are not so many."""
+        if not 0 <= start_batch <= self.num_batches:
+            raise ValueError(f"start_batch must lie in [0, {self.num_batches}], got {start_batch}")
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.length, generator=generator(self.seed, "order", self.epoch))
+        global_batch = self.world_size * self.batch_size
+        used = order[self.start_batch * global_batch : self.num_batches * global_batch]
+        yield from used[self.rank :: self.world_size].tolist()
+
+    def __len__(self) -> int:
+        return (self.num_batches - self.start_batch) * self.batch_size

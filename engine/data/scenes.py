@@ -1,0 +1,178 @@
+"""What to generate: scenes (a caption and its boxes), read from a layout file or taken from a dataset.
+
+A layout file holds one entry, or a list of entries:
+    {"prompt": "a dog on a bench", "objects": [{"label": "dog", "bbox": [x0, y0, x1, y1]}]}
+Boxes are xyxy, normalised to [0, 1], origin at the top left. Labels are category names of the checkpoint.
+Every mistake is one ValueError that names the file, the entry, the object and the values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.data.coco import make_layout
+from util.boxes import plan_center_crop
+from util.coco import CocoIndex
+from util.types import Category, Layout
+
+ENTRY_KEYS = ("prompt", "objects")
+OBJECT_KEYS = ("label", "bbox")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image to generate. `names` are the labels drawn on the boxes, one for each box of `layout`."""
+
+    prompt: str
+    layout: Layout
+    names: list[str]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.layout):
+            raise ValueError(
+                f"a scene needs one name per box, got {len(self.names)} names for {len(self.layout)} boxes"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scene as an entry of a layout file: `read_layout_file` gives it back."""
+        boxes = [
+            [float(str(value)) for value in box] for box in self.layout.boxes_xyxy.numpy()
+        ]  # shortest exact decimals
+        objects = [{"label": name, "bbox": box} for name, box in zip(self.names, boxes, strict=True)]
+        return {"prompt": self.prompt, "objects": objects}
+
+
+def empty_layout() -> Layout:
+    """No boxes: the image is generated from its caption (or class) alone."""
+    return Layout(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+def text_scene(prompt: str) -> Scene:
+    return Scene(prompt, empty_layout(), [])
+
+
+def read_layout_file(
+    path: str | Path, categories: Sequence[Category], max_objects: int, prompt: str | None = None
+) -> list[Scene]:
+    """The scenes of a layout file; `prompt`, where given, replaces every entry's own.
+
+    Raises FileNotFoundError for a missing file, ValueError for whatever is wrong inside it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"layout file {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"layout file {path} is not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"layout file {path} is not valid JSON: {error}") from error
+    entries = content if isinstance(content, list) else [content]
+    if not entries:
+        raise ValueError(f"layout file {path} holds an empty list: there is nothing to generate")
+    indices = {category.name: index for index, category in enumerate(categories)}
+    return [
+        _read_entry(entry, f"layout file {path}, entry {i}", indices, max_objects, prompt)
+        for i, entry in enumerate(entries)
+    ]
+
+
+def scenes_from_dataset(index: CocoIndex, img_size: int, num_scenes: int) -> list[Scene]:
+    """The first `num_scenes` images of a split that keep a box in the centre crop, each with its first caption.
+
+    Only the split's jsons are needed, not its images. Raises ValueError if it has fewer such images.
+    """
+    scenes: list[Scene] = []
+    for image in index.images:
+        layout = make_layout(image, plan_center_crop(image.width, image.height, img_size), False, index.filters)
+        if len(scenes) < num_scenes and len(layout) > 0:
+            names = [index.categories[int(category)].name for category in layout.categories]
+            scenes.append(Scene(image.captions[0], layout, names))
+    if len(scenes) < num_scenes:
+        raise ValueError(f"{num_scenes} scenes were asked for, but {index.split} has {len(scenes)} images with boxes")
+    return scenes
+
+
+def _read_entry(entry: Any, where: str, indices: dict[str, int], max_objects: int, prompt: str | None) -> Scene:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: must be an object with the keys {list(ENTRY_KEYS)}, got {_short(entry)}")
+    _refuse_unknown_keys(entry, ENTRY_KEYS, where)
+    prompt = entry.get("prompt") if prompt is None else prompt
+    if prompt is None:
+        raise ValueError(f"{where}: 'prompt' is missing; write it in the file or pass --prompt")
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: 'prompt' must be a string, got {_short(prompt)}")
+    if "objects" not in entry:
+        raise ValueError(f"{where}: 'objects' is missing; it lists {{'label': ..., 'bbox': [x0, y0, x1, y1]}}")
+    objects = entry["objects"]
+    if not isinstance(objects, list):
+        raise ValueError(f"{where}: 'objects' must be a list, got {_short(objects)}")
+    if len(objects) > max_objects:
+        raise ValueError(f"{where}: {len(objects)} objects, but the checkpoint places at most {max_objects}")
+    parsed = [_read_object(item, f"{where}, object {i}", indices) for i, item in enumerate(objects)]
+    if not parsed:
+        return text_scene(prompt)
+    labels = [label for label, _ in parsed]
+    boxes = torch.tensor([box for _, box in parsed], dtype=torch.float32)
+    return Scene(prompt, Layout(boxes, torch.tensor([indices[label] for label in labels])), labels)
+
+
+def _read_object(item: Any, where: str, indices: dict[str, int]) -> tuple[str, list[float]]:
+    if not isinstance(item, dict):
+        raise ValueError(f"{where}: must be an object with the keys {list(OBJECT_KEYS)}, got {_short(item)}")
+    _refuse_unknown_keys(item, OBJECT_KEYS, where)
+    for key in OBJECT_KEYS:
+        if key not in item:
+            raise ValueError(f"{where}: '{key}' is missing, got {_short(item)}")
+    label = item["label"]
+    if not isinstance(label, str):
+        raise ValueError(f"{where}: 'label' must be a string, got {_short(label)}")
+    if label not in indices:
+        raise ValueError(f"{where}: unknown label '{label}'; {_suggest(label, list(indices))}")
+    return label, _read_box(item["bbox"], f"{where} ('{label}')")
+
+
+def _read_box(box: Any, where: str) -> list[float]:
+    if not isinstance(box, list) or len(box) != 4:
+        raise ValueError(f"{where}: 'bbox' must be four numbers [x0, y0, x1, y1], got {_short(box)}")
+    for name, value in zip(("x0", "y0", "x1", "y1"), box, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where}: 'bbox' {name} must be a number, got {_short(value)} in {_short(box)}")
+        if not 0 <= value <= 1:  # also refuses NaN
+            raise ValueError(
+                f"{where}: 'bbox' {name} = {_short(value)} is not in [0, 1] in {_short(box)}; "
+                "boxes are fractions of the image's width and height"
+            )
+    x0, y0, x1, y1 = torch.tensor(box, dtype=torch.float32).tolist()
+    if x0 >= x1:
+        raise ValueError(f"{where}: 'bbox' needs x0 < x1, got x0 = {box[0]}, x1 = {box[2]} in {_short(box)}")
+    if y0 >= y1:
+        raise ValueError(f"{where}: 'bbox' needs y0 < y1, got y0 = {box[1]}, y1 = {box[3]} in {_short(box)}")
+    return [x0, y0, x1, y1]
+
+
+def _refuse_unknown_keys(entry: dict[str, Any], allowed: Sequence[str], where: str) -> None:
+    for key in entry:
+        if key not in allowed:
+            raise ValueError(f"{where}: unknown key '{key}'; {_suggest(key, list(allowed))}")
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), list(lowered), n=3, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(f"'{lowered[name]}'" for name in close) + "?"
+    listed = ", ".join(known[:100])
+    return f"known: {listed}" + ("" if len(known) <= 100 else f", ... ({len(known)} in all)")
+
+
+def _short(value: Any, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,65 @@
+"""Pictures of a run while it trains: the same scenes with the same seeds every time, sampled with the EMA weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.fsdp import FSDPModule
+
+from engine.data.scenes import Scene
+from engine.sample.generate import generate_images, scene_grid
+from engine.train.loop import Learner
+from engine.train.parallel import unsharded
+from models.frozen.text import TextEncoder
+from models.frozen.vae import LatentCodec
+from models.sampling.sampler import SamplingConfig
+from util.distributed import DistInfo
+from util.images import save_png
+from util.logging import MetricWriter
+from util.rng import derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Called by the loop on every process (a sharded model needs all of them); rank 0 writes samples/step-N.png."""
+
+    learner: Learner
+    codec: LatentCodec
+    text_encoder: TextEncoder
+    scenes: Sequence[Scene]
+    config: SamplingConfig
+    seed: int
+    batch_size: int
+    precision: str
+    dist: DistInfo
+    folder: Path
+
+    def __call__(self, step: int, writer: MetricWriter) -> None:
+        if not self.dist.is_main and not isinstance(self.learner.model, FSDPModule):
+            return
+        seeds = [derive_seed(self.seed, "preview", index) for index in range(len(self.scenes))]
+        with self.learner.ema.applied(), unsharded(self.learner.model):
+            images = generate_images(
+                self.learner.model,
+                self.codec,
+                self.text_encoder,
+                self.scenes,
+                self.config,
+                seeds,
+                self.batch_size,
+                self.dist.device,
+                self.precision,
+            )
+        if not self.dist.is_main:
+            return
+        grid = scene_grid(images, self.scenes)
+        path = self.folder / f"step-{step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(grid, path)
+        writer.image(step, "samples", grid)
+        logger.info("%d samples at step %d: %s", len(images), step, path)

@@ -1,0 +1,89 @@
+"""One rollout of stage 3: every prompt of a batch is sampled G times, decoded, detected and rewarded.
+
+Sampling is that of evaluation (models/sampling/sampler.py), with the current weights, without gradients (`no_grad`, not
+`inference_mode`: the samples enter an update), without dropout. Groups stay on the process that sampled them. The
+images are rounded to 8 bits before the detector sees them, as a file would be.
+
+Image k = b * G + g is sample g of prompt b. Shape letters: B prompts, G samples per prompt, n = B * G images, L tokens,
+C token channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.coco import Batch
+from engine.rl.rewards import LayoutReward, RewardBatch
+from engine.sample.generate import sampling_dtype
+from engine.train.parallel import unsharded
+from models.frozen.text import TextEncoder
+from models.frozen.vae import LatentCodec
+from models.policy import Samples, collect_samples
+from models.sampling.sampler import SamplingConfig, sample
+from models.structmar import StructMAR
+from util.images import Picture, to_picture
+from util.rng import generator
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """captions: B. samples: n rows, on the training device. pictures: n. rewards: n rows, on the CPU."""
+
+    captions: list[str]
+    samples: Samples
+    pictures: list[Picture]
+    rewards: RewardBatch
+    group_size: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def grouped_rewards(self) -> Tensor:
+        """[B, G] float32."""
+        return self.rewards.total.view(-1, self.group_size)
+
+
+@dataclass(frozen=True)
+class RolloutWorker:
+    """Samples and rewards batches of prompts with the model as it is. needs_trace: record the reverse processes."""
+
+    model: StructMAR
+    codec: LatentCodec
+    text_encoder: TextEncoder
+    reward: LayoutReward
+    config: SamplingConfig
+    group_size: int
+    needs_trace: bool
+    precision: str
+    seed: int
+    device: torch.device
+
+    @torch.no_grad()
+    def collect(self, batch: Batch, key: Sequence[int]) -> Rollout:
+        """key: what makes this batch's draws its own: step, pass, rank."""
+        self.model.eval()
+        text = self.text_encoder.context(batch.captions) if batch.text is None else batch.text
+        text = text.to(self.device).repeated(self.group_size)
+        layout = batch.layout.to(self.device).repeated(self.group_size)
+        generators = [generator(self.seed, "rollout", *key, image) for image in range(len(layout))]
+        dtype = sampling_dtype(self.precision)
+        with unsharded(self.model):
+            drawn = sample(
+                self.model, self.config, generators, text=text, layout=layout, record=self.needs_trace, dtype=dtype
+            )
+        samples = collect_samples(self.model, drawn, text, layout)
+        pictures = [to_picture(pixels) for pixels in self.codec.decode(drawn.latents.float())]
+        prompts = [caption for caption in batch.captions for _ in range(self.group_size)]
+        rewards = self.reward(to_images(pictures, self.device), layout, prompts)
+        return Rollout(batch.captions, samples, pictures, rewards, self.group_size)
+
+
+def to_images(pictures: Sequence[Picture], device: torch.device) -> Tensor:
+    """Pictures of one size -> [n, 3, H, W] float32 in [0, 1]."""
+    stacked = torch.from_numpy(np.stack(pictures)).to(device)  # [n, H, W, 3]
+    return stacked.permute(0, 3, 1, 2).float() / 255  # [n, 3, H, W]

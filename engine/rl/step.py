@@ -1,0 +1,285 @@
+"""One update of stage 3: roll out, score, and take `inner_epochs` optimizer steps on the clipped surrogate.
+
+    1. Every prompt of this step's batches is sampled G times and rewarded (engine/rl/rollout.py); advantages per group.
+    2. Everything random about the log-probabilities is drawn once. The old and the reference log-probabilities are
+       computed at these draws, without gradients, in the same passes in which the current ones will be.
+    3. Per inner epoch: one forward and backward pass per mask of every rollout, then one clip, one AdamW step and one
+       EMA update. In the first inner epoch every ratio is exactly 1 and, in the first update of all, the KL exactly 0.
+
+With rho = rl_step_ratio below 1, `mix` "loss" minimises rho * L_RL + (1 - rho) * L_SFT, where L_SFT is stage 2's loss
+on the images of the same prompts; "step" takes a step of one kind or the other, by a coin that all processes share. At
+rho = 1 no image is read; at rho = 0 nothing is sampled.
+
+Every process does the same number of backward passes: groups of equal rewards keep their zero advantages. A step whose
+gradient is not finite on one process is left out on all. Dropout is off but in the forward pass of L_SFT.
+
+Left out: weights of old policies (their log-probabilities are enough), value functions, filtering of groups.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from engine.data.inputs import MakeInputs
+from engine.rl.cost import describe_time_left
+from engine.rl.grpo import clipped_surrogate, group_advantages, kl_penalty, zero_std_share
+from engine.rl.rollout import Rollout, RolloutWorker
+from engine.train.loop import Learner, Position
+from engine.train.optim import clip_gradients
+from engine.train.parallel import gradient_sync
+from models.policy import Draws, Estimator, LossInputs, Policy, PolicyOutput, Samples
+from models.structmar import StructMAR
+from util.distributed import DistInfo, any_rank, reduce_mean
+from util.rng import derive_seed, generator
+
+logger = logging.getLogger(__name__)
+
+MIXES = ("loss", "step")
+MAX_SKIPPED = 10  # optimizer steps in a row without a finite gradient
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """adv_clip bounds advantages, clip_range and dual_clip the surrogate (grpo.py). total_updates: the run's."""
+
+    seed: int
+    total_updates: int
+    inner_epochs: int = 2
+    clip_range: float = 0.05
+    dual_clip: float = 3.0
+    kl_coef: float = 0.02
+    kl_estimator: str = "k3"
+    adv_norm: str = "zscore"
+    adv_clip: float = 5.0
+    rl_step_ratio: float = 1.0
+    mix: str = "loss"
+    grad_clip: float = 1.0
+    precision: str = "fp32"
+    mask_ratio_min: float = 0.7
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the backbone over a rollout, and what was found there before the update."""
+
+    samples: Samples
+    advantages: Tensor
+    draws: Draws
+    old: PolicyOutput
+    reference: PolicyOutput | None
+
+
+class GrpoStep:
+    """A `Step` of engine/train/loop.py. reference: the frozen policy of the KL; None without one (kl_coef 0).
+
+    make_inputs: for L_SFT; None where rl_step_ratio is 1. last_rollout: for pictures.
+    """
+
+    shown = ("reward", "reward_std", "loss", "grad_norm")
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        learner: Learner,
+        worker: RolloutWorker,
+        estimator: Estimator,
+        reference: StructMAR | None,
+        make_inputs: MakeInputs | None,
+        dist: DistInfo,
+    ) -> None:
+        assert (reference is None) == (config.kl_coef == 0), "a reference belongs to a KL"
+        assert (make_inputs is None) == (config.rl_step_ratio == 1), "images belong to the SFT part"
+        self.config, self.learner, self.worker, self.estimator, self.dist = config, learner, worker, estimator, dist
+        self.reference = None if reference is None else Policy(reference.eval(), estimator)
+        self.make_inputs = make_inputs
+        self.last_rollout: Rollout | None = None
+        self.rewards_since_evaluation: list[float] = []
+        self.skipped_in_a_row = 0
+        self.is_first = True
+        self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
+
+    # --- a Step ----------------------------------------------------------------------------------------------------
+
+    def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
+        batches, step = list(micro_batches), position.step
+        rl_share = self._rl_share(step)
+        started = time.perf_counter()
+        rollouts = []
+        if rl_share > 0:
+            rollouts = [self.worker.collect(batch, (step, k, self.dist.rank)) for k, batch in enumerate(batches)]
+            self._note_rollouts(rollouts)
+        rolled_out = time.perf_counter()
+        passes = [each for k, rollout in enumerate(rollouts) for each in self.score(rollout, step, k)]
+        for inner in range(self.config.inner_epochs if rollouts else 1):
+            self.optimizer_step(passes, batches if rl_share < 1 else [], rl_share, position, inner)
+        finished = time.perf_counter()
+        self._note({"rollout_seconds": rolled_out - started, "update_seconds": finished - rolled_out})
+        updates_left = self.config.total_updates - step - 1
+        if self.is_first and updates_left > 0:
+            logger.info("%s", describe_time_left(finished - started, updates_left))
+        self.is_first = False
+        return sum(map(len, rollouts)) or sum(map(len, batches))
+
+    def check(self) -> None:
+        """Steps that are not finite are left out as they happen: there is nothing to find later."""
+
+    def read(self) -> dict[str, float]:
+        means = {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
+        self._values.clear()
+        return {**dict.fromkeys(self.shown, math.nan), **means}
+
+    # --- the update ------------------------------------------------------------------------------------------------
+
+    def score(self, rollout: Rollout, step: int, micro: int) -> list[Pass]:
+        """Draws the passes of a rollout and computes what does not change in the update."""
+        advantages = self._advantages(rollout.grouped_rewards()).flatten().to(self.dist.device)  # [n]
+        self._note({"advantage_abs": advantages.abs().mean()})
+        draws_of_passes = self.estimator.draw(
+            rollout.samples, generator(self.config.seed, "estimator", step, micro, self.dist.rank)
+        )
+        passes = []
+        self.learner.model.eval()
+        with torch.no_grad():
+            for draws in draws_of_passes:
+                old = self._outputs(self.learner.wrapped, rollout.samples, draws)
+                reference = None if self.reference is None else self._outputs(self.reference, rollout.samples, draws)
+                passes.append(Pass(rollout.samples, advantages, draws, old, reference))
+                self._note_replay(rollout.samples, draws, old)
+        return passes
+
+    def optimizer_step(
+        self, passes: Sequence[Pass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
+    ) -> None:
+        """One step on the passes (weight rl_share) and the batches' own images (the rest)."""
+        learner, num_terms = self.learner, len(passes) + len(batches)
+        for index, each in enumerate(passes):
+            self.rl_backward(each, rl_share / len(passes), is_last=index + 1 == num_terms)
+        for index, batch in enumerate(batches):
+            key = (position.step, inner, index, self.dist.rank)
+            is_last = len(passes) + index + 1 == num_terms
+            self.sft_backward(batch, (1 - rl_share) / len(batches), position.epoch, key, is_last)
+        norm = clip_gradients(learner.trainable.values(), self.config.grad_clip)
+        is_bad = any_rank(not bool(torch.isfinite(norm)))
+        self._note({"skipped": float(is_bad)})
+        if is_bad:
+            self._skip(position.step)
+        else:
+            self._note({"grad_norm": norm})
+            self.skipped_in_a_row = 0
+            learner.optimizer.step()
+            learner.ema.update()
+        learner.optimizer.zero_grad(set_to_none=True)
+
+    def rl_backward(self, scored: Pass, weight: float, is_last: bool) -> None:
+        """Adds weight * (L_pg + kl_coef * KL) of one pass to the gradients."""
+        config = self.config
+        with gradient_sync(self._synced(), is_last):
+            current = self._outputs(self.learner.wrapped, scored.samples, scored.draws)
+            surrogate = clipped_surrogate(
+                current.log_prob, scored.old.log_prob, scored.advantages, config.clip_range, config.dual_clip
+            )
+            loss = surrogate.loss
+            values: dict[str, Tensor | float] = {**surrogate.stats, "policy_loss": loss}
+            if scored.reference is not None:
+                kl = kl_penalty(config.kl_estimator, current, scored.reference)
+                values["kl"] = kl
+                loss = loss + config.kl_coef * kl
+            (weight * loss).backward()
+        self._note({**values, "loss": loss})
+
+    def sft_backward(self, batch: Any, weight: float, epoch: int, key: Sequence[int], is_last: bool) -> None:
+        """Adds weight * L_SFT, stage 2's loss on the batch's images, to the gradients."""
+        assert self.make_inputs is not None
+        model, seed = self.learner.model, self.config.seed
+        draws = generator(seed, "sft", *key)
+        inputs = self.make_inputs(batch, epoch, draws)
+        mask, diffusion = model.sample_training_draws(len(inputs), draws, self.config.mask_ratio_min)
+        torch.manual_seed(derive_seed(seed, "sft dropout", *key))
+        device = self.dist.device
+        model.train()
+        with gradient_sync(self._synced(), is_last):
+            with self._autocast():
+                loss = self.learner.wrapped(
+                    LossInputs(
+                        inputs.latents, mask.to(device), diffusion.to(device), inputs.labels, inputs.text, inputs.layout
+                    )
+                )
+            (weight * loss).backward()
+        model.eval()
+        self._note({"sft_loss": loss})
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    def _rl_share(self, step: int) -> float:
+        """The weight of L_RL in this step."""
+        ratio = self.config.rl_step_ratio
+        if self.config.mix == "loss" or ratio in (0, 1):
+            return ratio
+        coin = torch.rand((), generator=generator(self.config.seed, "mix", step))  # the same on every process
+        return float(coin < ratio)
+
+    def _outputs(self, policy: nn.Module, samples: Samples, draws: Draws) -> PolicyOutput:
+        with self._autocast():
+            output: PolicyOutput = policy(samples, draws)
+        return output
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _synced(self) -> nn.Module:
+        """Whose gradients are exchanged: the sharded model's, or those of DDP around the policy."""
+        return self.learner.model if isinstance(self.learner.model, FSDPModule) else self.learner.wrapped
+
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """rewards: [B, G] -> [B, G]."""
+        batch_std = None
+        if self.config.adv_norm == "batch":
+            centred = rewards - rewards.mean(1, keepdim=True)  # [B, G]
+            batch_std = math.sqrt(reduce_mean({"variance": float(centred.square().mean())})["variance"])
+        return group_advantages(rewards, self.config.adv_norm, batch_std, self.config.adv_clip)
+
+    def _skip(self, step: int) -> None:
+        self.skipped_in_a_row += 1
+        logger.warning("step %d: the gradient is not finite, the optimizer step is left out", step)
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the gradient was not finite in {MAX_SKIPPED} optimizer steps in a row, the last at step {step} "
+                f"(rank {self.dist.rank}): lower --lr, or train in --precision fp32"
+            )
+
+    # --- what is logged --------------------------------------------------------------------------------------------
+
+    def _note(self, values: Mapping[str, Tensor | float]) -> None:
+        for name, value in values.items():
+            self._values[name].append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
+
+    def _note_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        self.last_rollout = rollouts[-1]
+        totals = torch.cat([rollout.rewards.total for rollout in rollouts])  # [n of all]
+        self._note({"reward": totals.mean(), "reward_std": totals.std(correction=0)})
+        for name in rollouts[0].rewards.parts:
+            part = torch.cat([rollout.rewards.parts[name] for rollout in rollouts])  # [n of all]
+            self._note({f"reward/{name}": part.mean(), f"reward/{name}_std": part.std(correction=0)})
+        for rollout in rollouts:
+            rewards = rollout.grouped_rewards()
+            self._note({"zero_std_share": zero_std_share(rewards), "token_std": rollout.samples.tokens.std()})
+            self._note({"group_std": rewards.std(1, correction=0).mean()})
+        self.rewards_since_evaluation.append(reduce_mean({"reward": float(totals.mean())})["reward"])
+
+    def _note_replay(self, samples: Samples, draws: Draws, old: PolicyOutput) -> None:
+        """How far the old log-probabilities are from those recorded while sampling: a mismatch would show here."""
+        if samples.trace is None or draws.steps is None:
+            return
+        rows = draws.token_ids[..., None].expand(-1, -1, samples.trace.log_probs.shape[-1])  # [n, p, S]
+        recorded = samples.trace.log_probs.gather(1, rows)[..., list(draws.steps)]  # [n, p, K]
+        self._note({"replay_gap": (recorded - old.log_prob).abs().max()})

@@ -1,0 +1,325 @@
+"""The training loop of every stage: takes ready objects, parses nothing, writes through the callbacks it is given.
+
+What a step does is a `Step`. The one of stages 1 and 2 is here (stage 3's: engine/rl/step.py): `accum_iter` passes
+over a batch each, one clip, one AdamW update, one EMA update. Everything random in a pass comes from a generator keyed
+by (seed, step, pass, rank), so a run that stops and continues makes the draws of one that did not: N + N steps are 2N
+steps, bit for bit on a CPU. Dropout has no generator of its own: PyTorch's global one is
+re-seeded by the same key before each pass.
+
+Left out: gradient scaling (bf16 needs none), dynamic batch sizes, several data sources.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.data.inputs import MakeInputs, StepInputs
+from engine.train.meter import Meter
+from engine.train.optim import LrSchedule, clip_gradients, set_lr
+from engine.train.parallel import gradient_sync
+from models.heads.diffloss import DiffusionDraws
+from models.masking import TokenMask
+from models.structmar import StructMAR
+from util.distributed import DistInfo, any_rank, reduce_mean
+from util.ema import Ema
+from util.logging import MetricWriter, progress
+from util.rng import derive_seed, generator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Lengths and intervals; an interval of 0 means never. max_steps: None for no bound. With eval_steps the start is
+    evaluated too. signal_steps: steps between the collective checks for a signal, with more than one process."""
+
+    seed: int
+    epochs: int
+    max_steps: int | None = None
+    accum_iter: int = 1
+    precision: str = "fp32"
+    grad_clip: float = 3.0
+    mask_ratio_min: float = 0.7
+    log_freq: int = 20
+    save_epochs: int = 5
+    save_steps: int = 0
+    preview_epochs: int = 0
+    preview_steps: int = 0
+    eval_steps: int = 0
+    signal_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a stage has come. step: optimizer steps done. batch: batches of `epoch` done, on every process."""
+
+    epoch: int = 0
+    step: int = 0
+    batch: int = 0
+
+
+class Batches(Protocol):
+    """Batches of one process. The same number on every process, the same ones for the same epoch."""
+
+    def __len__(self) -> int: ...
+
+    def of_epoch(self, epoch: int, start_batch: int) -> Iterator[Any]: ...
+
+
+class StopFlag(Protocol):
+    """signum: the signal that asked this process to stop, or None."""
+
+    @property
+    def signum(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a step changes. model: as built (perhaps sharded). wrapped: what is called, DDP around it or itself."""
+
+    model: StructMAR
+    wrapped: nn.Module
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: Ema
+
+
+class Step(Protocol):
+    """What one step does with its batches. shown: the metrics of a log line.
+
+    take: one step; returns how many images this process saw. check: raises FloatingPointError where a value was not
+    finite. read: the metrics since the last read, the same names on every process; checks first.
+    """
+
+    @property
+    def shown(self) -> tuple[str, ...]: ...
+
+    def take(self, position: Position, micro_batches: Iterator[Any]) -> int: ...
+
+    def check(self) -> None: ...
+
+    def read(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A stage, ready to go. save writes checkpoint-last.pth; preview shows images; evaluate scores some and may return
+    a reason to end the run (every process calls all three)."""
+
+    config: TrainConfig
+    learner: Learner
+    schedule: LrSchedule
+    batches: Batches
+    step: Step
+    dist: DistInfo
+    save: Callable[[Position], None]
+    preview: Callable[[int, MetricWriter], None] | None = None
+    evaluate: Callable[[int, MetricWriter], str | None] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.batches) // self.config.accum_iter
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.config.epochs * self.steps_per_epoch
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+
+def train(run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFlag) -> int | None:
+    """Trains from `start` to the end, until `stop` or until an evaluation says so, and saves then.
+
+    Returns the signal that stopped it. Raises ValueError if an epoch has no full step, FloatingPointError where a loss
+    or gradient is not finite.
+    """
+    if run.steps_per_epoch < 1:
+        raise ValueError(f"an epoch has {len(run.batches)} batches, fewer than accum_iter={run.config.accum_iter}")
+    left_over = len(run.batches) % run.config.accum_iter
+    if left_over:
+        logger.info(
+            "the last %d of %d batches of each epoch do not fill a step and are left out", left_over, len(run.batches)
+        )
+    loop = _Loop(run, start, writer, stop)
+    return loop.run_epochs()
+
+
+class _Loop:
+    """Where the loop stands: position, clock, and why it is to end early."""
+
+    def __init__(self, run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFlag) -> None:
+        self.run, self.position, self.writer, self.stop = run, start, writer, stop
+        self.saved_step: int | None = None
+        self.reason_to_end: str | None = None
+        self.clock = time.perf_counter()
+        self.num_images = 0
+
+    def run_epochs(self) -> int | None:
+        run, signum = self.run, None
+        bar: Any = progress(total=run.total_steps, initial=self.position.step, unit="step", rank=run.dist.rank)
+        with bar:
+            if run.config.eval_steps and self.position.step == 0:
+                self.evaluate()  # what the start is worth
+            while not self.is_finished() and signum is None:
+                signum = self.run_epoch(bar)
+        if self.position.step % run.config.log_freq and self.num_images:
+            self.log()
+        if self.saved_step != self.position.step:
+            self.save()
+        return signum
+
+    def is_finished(self) -> bool:
+        return self.position.step >= self.run.total_steps or self.reason_to_end is not None
+
+    def run_epoch(self, bar: Any) -> int | None:
+        """One epoch, or what is left of it. Returns the signal that cut it short."""
+        config, epoch = self.run.config, self.position.epoch
+        batches = self.run.batches.of_epoch(epoch, self.position.batch)
+        while self.position.epoch == epoch and not self.is_finished():
+            micro_batches = islice(batches, config.accum_iter)
+            step_of_epoch = self.position.batch // config.accum_iter
+            end_of_step = epoch + (step_of_epoch + 1) / self.run.steps_per_epoch
+            set_lr(self.run.learner.optimizer, self.run.schedule.at(end_of_step))
+            self.num_images += self.run.step.take(self.position, micro_batches)
+            self.position = advance(self.position, config.accum_iter, self.run.steps_per_epoch)
+            bar.update(1)
+            self.after_step(is_epoch_end=self.position.epoch != epoch)
+            if (signum := self.asked_to_stop()) is not None:
+                return signum
+        return None
+
+    def after_step(self, is_epoch_end: bool) -> None:
+        config, step, epoch = self.run.config, self.position.step, self.position.epoch
+        if _is_due(step, config.log_freq):
+            self.log()
+        is_preview_epoch = is_epoch_end and _is_due(epoch, config.preview_epochs)
+        if _is_due(step, config.eval_steps) or is_preview_epoch:
+            self.evaluate()  # before saving: what it remembers is saved too
+        if _is_due(step, config.save_steps) or (is_epoch_end and _is_due(epoch, config.save_epochs)):
+            self.save()
+        if self.run.preview is not None and (_is_due(step, config.preview_steps) or is_preview_epoch):
+            self.run.step.check()
+            self.run.preview(step, self.writer)
+
+    def evaluate(self) -> None:
+        if self.run.evaluate is None:
+            return
+        self.run.step.check()
+        self.reason_to_end = self.run.evaluate(self.position.step, self.writer)
+        if self.reason_to_end is not None:
+            logger.warning("ending at step %d: %s", self.position.step, self.reason_to_end)
+
+    def asked_to_stop(self) -> int | None:
+        """The signal, agreed on by all processes (torchrun passes it to each, not at the same step)."""
+        if self.run.dist.world_size == 1:
+            return self.stop.signum
+        if self.position.step % self.run.config.signal_steps:
+            return None
+        signum = self.stop.signum
+        return (signum or DEFAULT_SIGNUM) if any_rank(signum is not None) else None
+
+    def log(self) -> None:
+        own = self.run.step.read()
+        now = time.perf_counter()
+        rate = self.num_images * self.run.dist.world_size / max(now - self.clock, 1e-9)
+        self.clock, self.num_images = now, 0
+        means = reduce_mean(own)
+        position, lr = self.position, self.run.learner.optimizer.param_groups[0]["lr"]
+        epoch = position.epoch + position.batch / (self.run.steps_per_epoch * self.run.config.accum_iter)
+        self.writer.scalars(position.step, {**means, "lr": lr, "epoch": epoch, "images_per_second": rate})
+        shown = "  ".join(
+            f"{name.replace('_', ' ')} {means[name]:.4f}" for name in self.run.step.shown if name in means
+        )
+        logger.info("step %d  epoch %.2f  %s  lr %.2e  %.1f images/s", position.step, epoch, shown, lr, rate)
+
+    def save(self) -> None:
+        self.run.step.check()
+        self.run.save(self.position)
+        self.saved_step = self.position.step
+
+
+DEFAULT_SIGNUM = 15  # SIGTERM, for a process that hears of the signal from another one
+
+
+class SupervisedStep:
+    """Stages 1 and 2: the diffusion loss on the batches' own images. A `Step`."""
+
+    shown = ("loss", "grad_norm")
+
+    def __init__(self, config: TrainConfig, learner: Learner, make_inputs: MakeInputs, dist: DistInfo) -> None:
+        self.config, self.learner, self.make_inputs, self.dist = config, learner, make_inputs, dist
+        self.meter = Meter(dist.device, dist.rank)
+
+    def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
+        config, learner, meter, rank = self.config, self.learner, self.meter, self.dist.rank
+        learner.model.train()
+        num_images = 0
+        for micro, batch in enumerate(micro_batches):
+            draws = generator(config.seed, "train", position.step, micro, rank)
+            inputs = self.make_inputs(batch, position.epoch, draws)
+            mask, diffusion = learner.model.sample_training_draws(len(inputs), draws, config.mask_ratio_min)
+            torch.manual_seed(derive_seed(config.seed, "dropout", position.step, micro, rank))
+            is_last = micro + 1 == config.accum_iter
+            loss = backward_pass(learner.wrapped, inputs, mask, diffusion, config.precision, config.accum_iter, is_last)
+            meter.watch("latents", inputs.latents, position.step)
+            if inputs.text is not None:
+                meter.watch("text", inputs.text.pooled, position.step)
+            meter.add_loss(loss, position.step)
+            num_images += len(inputs)
+        assert micro + 1 == config.accum_iter, "an epoch's batches ended in the middle of a step"
+        meter.add_norm(clip_gradients(learner.trainable.values(), config.grad_clip), position.step)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.ema.update()
+        return num_images
+
+    def check(self) -> None:
+        self.meter.check()
+
+    def read(self) -> dict[str, float]:
+        loss, grad_norm = self.meter.read()
+        return {"loss": loss, "grad_norm": grad_norm}
+
+
+def backward_pass(
+    wrapped: nn.Module,
+    inputs: StepInputs,
+    mask: TokenMask,
+    draws: DiffusionDraws,
+    precision: str,
+    accum_iter: int,
+    is_last: bool,
+) -> Tensor:
+    """Adds this pass's share of a step's gradients. Processes exchange them if `is_last`. Returns the loss."""
+    device = inputs.latents.device
+    with gradient_sync(wrapped, is_last):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = wrapped(
+                inputs.latents,
+                mask.to(device),
+                draws.to(device),
+                labels=inputs.labels,
+                text=inputs.text,
+                layout=inputs.layout,
+            )
+        (loss / accum_iter).backward()
+    return loss.detach()
+
+
+def advance(position: Position, accum_iter: int, steps_per_epoch: int) -> Position:
+    """The position after one more step: the next epoch's start once the epoch's steps are done."""
+    batch = position.batch + accum_iter
+    if batch >= steps_per_epoch * accum_iter:
+        return Position(position.epoch + 1, position.step + 1, 0)
+    return replace(position, step=position.step + 1, batch=batch)
+
+
+def _is_due(count: int, interval: int) -> bool:
+    return interval > 0 and count % interval == 0

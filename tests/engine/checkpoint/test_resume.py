@@ -1,0 +1,338 @@
+"""Where runs start, what checkpoints hold, and that a run which is stopped or killed ends as one that was not."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine.train.loop
+import main_mar
+from engine.checkpoint.resume import Identity, check_identity, find_source, read_weights_file, resumed_position
+from models.structmar import preset_config
+from tests.helpers.tiny_run import SIZES, argv, load_checkpoint, mar_state, read_metrics, write_world
+from util.types import Category
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def flags(world: Path, output: str, **more: Any) -> list[str]:
+    """Mid-epoch positions, accumulation and dropout: everything a resumed run could get wrong."""
+    return argv(world, output, **({"accum_iter": 2, "attn_dropout": 0.1, "proj_dropout": 0.1, "log_freq": 1} | more))
+
+
+def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
+    """Bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key}]")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def assert_same_run(world: Path, one: str, other: str) -> None:
+    first, second = load_checkpoint(world, one), load_checkpoint(world, other)
+    for state in (first, second):
+        del state["args"]
+    assert_same(first, second)
+    assert timeless(read_metrics(world, one)) == timeless(read_metrics(world, other))
+
+
+def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def in_child(target: Callable[[], Any]) -> int:
+    """Runs in a forked process; returns its exit code, -N if signal N ended it."""
+    child = FORK.Process(target=lambda: os._exit(target() or 0))
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, "the child hangs"
+    return child.exitcode
+
+
+@pytest.fixture(scope="module")
+def reference(world) -> str:
+    """Five steps in one go: two epochs of two steps and half of the third."""
+    assert main_mar.main(flags(world, "whole", max_steps=5)) == 0
+    return "whole"
+
+
+# --- continuing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [2, 3])
+def test_n_and_n_steps_are_two_n_steps(world, reference, first):
+    """Stopped at an epoch's end and in its middle."""
+    output = f"parts{first}"
+    main_mar.main(flags(world, output, max_steps=first))
+    stopped = load_checkpoint(world, output)
+    assert (stopped["step"], stopped["epoch"], stopped["batch_in_epoch"]) == (first, 1, 2 * (first - 2))
+    main_mar.main(flags(world, output, max_steps=5))
+    assert_same_run(world, output, reference)
+
+
+def test_explicit_resume_into_another_folder_continues(world, reference, caplog):
+    main_mar.main(flags(world, "source", max_steps=3))
+    with caplog.at_level(logging.INFO):
+        main_mar.main(flags(world, "target", max_steps=5, resume=world / "source"))
+    path = world / "source" / "checkpoint-last.pth"
+    assert f"continuing stage 'text_layout' from {path} at epoch 1, step 3 (batch 2 of the epoch)" in caplog.text
+    first, second = load_checkpoint(world, "target"), load_checkpoint(world, reference)
+    assert_same(first["model"], second["model"])
+    assert_same(first["optimizer"], second["optimizer"])
+
+
+def test_killed_in_the_middle_of_a_step(world, reference):
+    def run() -> int:
+        take = engine.train.loop.SupervisedStep.take
+        count = itertools.count()
+
+        def killing(*args: Any) -> int:
+            if next(count) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take(*args)
+
+        engine.train.loop.SupervisedStep.take = killing
+        return main_mar.main(flags(world, "killed", max_steps=5, save_freq_steps=1))
+
+    assert in_child(run) == -signal.SIGKILL
+    assert load_checkpoint(world, "killed")["step"] == 3
+    main_mar.main(flags(world, "killed", max_steps=5))
+    assert_same_run(world, "killed", reference)
+
+
+def test_killed_in_the_middle_of_saving(world, reference):
+    """The half-written file is beside the last whole one, which is continued."""
+
+    def run() -> int:
+        save, count = torch.save, itertools.count()
+
+        def killing(obj: Any, file: Any) -> None:
+            if next(count) == 2:
+                file.write(b"PK\x03\x04 the first bytes of a checkpoint")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(obj, file)
+
+        torch.save = killing
+        return main_mar.main(flags(world, "half", max_steps=5, save_freq_steps=1))
+
+    assert in_child(run) == -signal.SIGKILL
+    assert (world / "half" / "checkpoint-last.pth.tmp").exists()
+    assert load_checkpoint(world, "half")["step"] == 2
+    main_mar.main(flags(world, "half", max_steps=5))
+    assert_same_run(world, "half", reference)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_gives_the_exit_code(world, reference, signum):
+    output = f"signal{int(signum)}"
+
+    def run() -> int:
+        take = engine.train.loop.SupervisedStep.take
+        count = itertools.count()
+
+        def interrupted(*args: Any) -> int:
+            if next(count) == 2:
+                os.kill(os.getpid(), signum)
+            return take(*args)
+
+        engine.train.loop.SupervisedStep.take = interrupted
+        return main_mar.main(flags(world, output, max_steps=5))
+
+    assert in_child(run) == 128 + signum
+    assert load_checkpoint(world, output)["step"] == 3  # the step is finished first
+    main_mar.main(flags(world, output, max_steps=5))
+    assert_same_run(world, output, reference)
+
+
+def test_a_finished_run_can_be_started_again(world, reference):
+    before = load_checkpoint(world, reference)
+    assert main_mar.main(flags(world, reference, max_steps=5)) == 0
+    assert_same(load_checkpoint(world, reference)["model"], before["model"])
+
+
+def test_changed_arguments_are_named(world, reference, caplog):
+    main_mar.main(flags(world, reference, max_steps=5, lr=5e-4))
+    assert "continuing with another --lr: 0.0005, before 0.001" in caplog.text
+
+
+def test_no_auto_resume_starts_over(world, caplog):
+    main_mar.main(flags(world, "over", max_steps=2))
+    main_mar.main(flags(world, "over", max_steps=1, no_auto_resume=True))
+    assert load_checkpoint(world, "over")["step"] == 1
+    assert [line["step"] for line in read_metrics(world, "over")] == [1]
+
+
+# --- starting from -------------------------------------------------------------------------------------------------
+
+
+def test_stage_2_starts_from_the_averages_of_stage_1(world, reference, caplog):
+    """Epoch 0, fresh optimizer, EMA weights: the paper's second command."""
+    path = world / reference / "checkpoint-last.pth"
+    with caplog.at_level(logging.INFO):
+        main_mar.main(argv(world, "stage2", resume=path, train_mode="full", max_steps=1, lr=1e-30))
+    expected = (
+        f"starting stage 'full' at epoch 0 with a fresh optimizer from the EMA weights of {path} "
+        "(stage 'text_layout', epoch 2, step 5)"
+    )
+    assert expected in caplog.text
+    first, second = load_checkpoint(world, reference), load_checkpoint(world, "stage2")
+    assert (second["stage"], second["step"], second["epoch"], second["batch_in_epoch"]) == ("full", 1, 0, 1)
+    steps = {int(state["step"]) for state in second["optimizer"]["state"].values()}
+    assert steps == {1}
+    assert set(first["model_ema"]) < set(second["model_ema"])
+    for name, tensor in second["model"].items():  # a step too small to change what was loaded
+        expected_tensor = first["model_ema"].get(name, first["model"][name])
+        torch.testing.assert_close(tensor, expected_tensor, rtol=0, atol=1e-20, msg=name)
+
+
+def test_mars_own_checkpoint_with_its_namespace(world):
+    """Averaged weights are preferred; the optimizer and the arguments in it are left alone."""
+    state = mar_state()
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    folder = world / "mar_run"
+    folder.mkdir()
+    content = {"model": state, "model_ema": averaged, "optimizer": {}, "epoch": 399, "args": argparse.Namespace(lr=1)}
+    torch.save(content, folder / "checkpoint-last.pth")
+    main_mar.main(argv(world, "from_mar", resume=folder, max_steps=1))
+    loaded = load_checkpoint(world, "from_mar")
+    assert loaded["step"] == 1
+    assert torch.equal(loaded["model"]["z_proj.weight"], averaged["z_proj.weight"])
+
+
+def test_from_scratch_rotates_fully(world, caplog):
+    main_mar.main(argv(world, "scratch", resume=None, train_mode="full", max_steps=1, lr=1e-30))
+    assert "from scratch: no --resume was given" in caplog.text
+    strengths = [t for name, t in load_checkpoint(world, "scratch")["model"].items() if name.endswith("rope_strength")]
+    assert strengths
+    assert all(float(strength) == 1.0 for strength in strengths)
+
+
+def test_another_stages_checkpoint_in_the_output_folder_is_not_overwritten(world, reference):
+    with pytest.raises(SystemExit, match=r"was written by stage 'text_layout', this run is stage 'full'"):
+        main_mar.main(argv(world, reference, train_mode="full", max_steps=1))
+
+
+# --- what a checkpoint holds ---------------------------------------------------------------------------------------
+
+
+def test_content(world, reference):
+    state = load_checkpoint(world, reference)
+    trainable = set(state["model_ema"])
+    assert state["format"] == 1
+    assert state["stage"] == "text_layout"
+    assert {name for group in state["optimizer"]["param_groups"] for name in group["params"]} == trainable
+    assert trainable < set(state["model"])
+    assert state["vae"]["latent_scale"] == 0.5
+    assert len(state["vae"]["id"]) == len(state["text_encoder"]["id"]) == 64
+    assert [category["id"] for category in state["categories"]] == [1, 3, 44, 90]
+    assert state["args"]["accum_iter"] == 2
+    assert state["config"]["num_categories"] == 4
+
+
+def identity(**changes: Any) -> Identity:
+    values = {
+        "config": preset_config("mar_mini", **SIZES, num_categories=2, text_dim=16),
+        "vae_id": "vae-a",
+        "latent_scale": 0.5,
+        "text_encoder_id": "clip-a",
+        "categories": (Category(1, "cat"), Category(2, "dog")),
+    }
+    return Identity(**(values | changes))
+
+
+def minimal_checkpoint(path: Path) -> Path:
+    state = {"format": 1, "stage": "full", "model": {"text_null": torch.zeros(1)}, "model_ema": {}, "optimizer": {}}
+    counts = {"epoch": 2, "step": 9, "batch_in_epoch": 6, "global_batch": 8, "args": {}}
+    torch.save(state | counts | identity().to_dict(), path / "checkpoint-last.pth")
+    return path / "checkpoint-last.pth"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vae_id": "vae-b"}, "made with vae id vae-a, this run has vae-b"),
+        ({"latent_scale": 0.2325}, "made with vae latent_scale 0.5, this run has 0.2325"),
+        ({"text_encoder_id": "clip-b"}, "made with text_encoder id clip-a, this run has clip-b"),
+        (
+            {"categories": (Category(1, "cat"), Category(3, "cow"))},
+            "categories {'id': 2, 'name': 'dog'}, this run has {'id': 3, 'name': 'cow'}",
+        ),
+        (
+            {"config": preset_config("mar_mini", **(SIZES | {"diffloss_w": 64}), num_categories=2, text_dim=16)},
+            "another architecture: diffloss_w 32 in the file, 64 here",
+        ),
+    ],
+)
+def test_weights_of_another_identity_are_refused(tmp_path, changes, message):
+    path = minimal_checkpoint(tmp_path)
+    source = find_source(tmp_path / "new", str(path), True, "text_layout")
+    assert source.kind == "start"
+    check_identity(source, identity())
+    with pytest.raises(ValueError) as caught:
+        check_identity(source, identity(**changes))
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_dropout_and_memory_options_may_change(tmp_path):
+    options = {"attn_dropout": 0.1, "grad_checkpointing": True}
+    config = preset_config("mar_mini", **SIZES, **options, num_categories=2, text_dim=16)
+    check_identity(find_source(tmp_path, str(minimal_checkpoint(tmp_path)), False, "full"), identity(config=config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has checkpoint format 2, this version reads 1"),
+        ({"vae": None}, r"is a checkpoint without \['vae'\]"),
+    ],
+)
+def test_unknown_formats(tmp_path, change, message):
+    path = minimal_checkpoint(tmp_path)
+    state = {key: value for key, value in (torch.load(path) | change).items() if value is not None}
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=message):
+        read_weights_file(path)
+
+
+def test_something_else_is_refused(tmp_path):
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"neither a StructMAR checkpoint nor MAR's weights; it holds \['weights'\]"):
+        read_weights_file(tmp_path / "other.pth")
+
+
+def test_position_with_other_batch_sizes(tmp_path, caplog):
+    source = find_source(tmp_path, str(minimal_checkpoint(tmp_path)), True, "full")
+    assert source.kind == "continue"
+    same = resumed_position(source, global_batch=8, accum_iter=2, steps_per_epoch=10)
+    assert (same.epoch, same.step, same.batch) == (2, 9, 6)
+    larger = resumed_position(source, global_batch=16, accum_iter=2, steps_per_epoch=5)
+    assert (larger.epoch, larger.step, larger.batch) == (2, 9, 2)  # 48 images done, at least whole steps of 32
+    assert "was written with 8 images per pass" in caplog.text
+    past_the_end = resumed_position(source, global_batch=16, accum_iter=1, steps_per_epoch=3)
+    assert (past_the_end.epoch, past_the_end.step, past_the_end.batch) == (3, 9, 0)

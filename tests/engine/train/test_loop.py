@@ -1,0 +1,354 @@
+"""The loop on a tiny model and made-up latents: gradients, schedule, accumulation, stops, bad values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+import engine.train.loop
+from engine.data.inputs import StepInputs
+from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig, TrainingRun, advance, backward_pass, train
+from engine.train.meter import Meter
+from engine.train.optim import LrSchedule, absolute_lr, build_optimizer, clip_gradients, parameter_groups
+from models.heads.diffloss import DiffusionDraws
+from models.masking import TokenMask
+from models.structmar import StructMAR, preset_config
+from models.weights import select_trainable
+from tests.helpers.tiny_run import SIZES
+from util.distributed import DistInfo
+from util.ema import Ema
+from util.logging import MetricWriter
+from util.types import Layout, LayoutBatch, TextContext
+
+CPU = DistInfo(0, 1, 0, torch.device("cpu"))
+TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+SMALLER = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in TINY.items()}
+CONFIG = preset_config("mar_mini", **SIZES, **SMALLER, num_categories=3, text_dim=6)
+
+
+def tiny_model(mode: str = "full") -> StructMAR:
+    """With every part in play: no gate closed, no projection zero."""
+    torch.manual_seed(3)
+    model = StructMAR(CONFIG)
+    for name, parameter in model.named_parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+        if name.endswith(("gate", "rope_strength")):
+            torch.nn.init.constant_(parameter, 0.5)
+    select_trainable(model, mode)
+    return model
+
+
+def tiny_inputs(batch_size: int, seed: int = 0, dropped: bool = False) -> StepInputs:
+    draws = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch_size, 4, 4, 4, generator=draws)
+    text = TextContext.collate([torch.randn(2 + row % 3, 6, generator=draws) for row in range(batch_size)])
+    boxes = torch.tensor([[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4]])
+    rows = [Layout(boxes[: 1 + row % 2], torch.tensor([row % 3, 2])[: 1 + row % 2]) for row in range(batch_size)]
+    layout = LayoutBatch.collate(rows, CONFIG.max_objects)
+    if dropped:
+        everything = torch.ones(batch_size, dtype=torch.bool)
+        text, layout = text.dropped(everything), layout.dropped(everything)
+    return StepInputs(latents, text=text, layout=layout)
+
+
+def rows_of(inputs: StepInputs, rows: slice) -> StepInputs:
+    text, layout = inputs.text, inputs.layout
+    assert text is not None
+    assert layout is not None
+    return StepInputs(
+        inputs.latents[rows],
+        text=TextContext(text.tokens[rows], text.valid[rows], text.pooled[rows]),
+        layout=LayoutBatch(layout.boxes_xyxy[rows], layout.categories[rows], layout.valid[rows]),
+    )
+
+
+def rows_of_draws(mask: TokenMask, draws: DiffusionDraws, rows: slice) -> tuple[TokenMask, DiffusionDraws]:
+    """diffusion_batch_mul is 1 here: draws lie image by image."""
+    of_images = slice(rows.start * mask.num_masked, rows.stop * mask.num_masked)
+    part = TokenMask(mask.masked[rows], mask.num_masked)
+    return part, DiffusionDraws(draws.timesteps[of_images], draws.noise[of_images])
+
+
+def gradients(model: StructMAR) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@dataclass
+class FakeBatches:
+    """Batches are their own inputs."""
+
+    inputs: list[StepInputs]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def of_epoch(self, epoch: int, start_batch: int) -> Iterator[StepInputs]:
+        return iter(self.inputs[start_batch:])
+
+
+@dataclass
+class Stop:
+    signum: int | None = None
+
+
+@dataclass
+class Tiny:
+    """A run with everything recorded instead of written."""
+
+    run: TrainingRun
+    saved: list[Position] = field(default_factory=list)
+    previews: list[int] = field(default_factory=list)
+
+    def train(self, start: Position | None = None, stop: Stop | None = None, folder: Any = None) -> int | None:
+        with MetricWriter(folder) as writer:
+            return train(self.run, start or Position(), writer, stop or Stop())
+
+
+def tiny_run(mode: str = "full", num_batches: int = 4, lr: float = 1e-3, **config: Any) -> Tiny:
+    model = tiny_model(mode)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    learner = Learner(model, model, trainable, build_optimizer(trainable, lr, 0.02), Ema(trainable, 0.9))
+    settings = TrainConfig(**({"seed": 1, "epochs": 2, "log_freq": 1, "save_epochs": 1} | config))
+    tiny = Tiny(
+        TrainingRun(
+            settings,
+            learner,
+            LrSchedule(lr, 0.0, 0.0, settings.epochs, "constant"),
+            FakeBatches([tiny_inputs(4, seed) for seed in range(num_batches)]),
+            SupervisedStep(settings, learner, lambda batch, epoch, draws: batch, CPU),
+            CPU,
+            lambda position: None,
+        )
+    )
+    tiny.run = replace(tiny.run, save=tiny.saved.append, preview=lambda step, writer: tiny.previews.append(step))
+    return tiny
+
+
+# --- optimizer -----------------------------------------------------------------------------------------------------
+
+
+def test_lr_by_hand():
+    schedule = LrSchedule(lr=1.0, min_lr=0.1, warmup_epochs=2, epochs=6, kind="cosine")
+    assert [schedule.at(e) for e in (0.5, 1, 2, 6)] == pytest.approx([0.25, 0.5, 1.0, 0.1])
+    assert schedule.at(4) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert schedule.at(3) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    constant = LrSchedule(1.0, 0.1, 2, 6, "constant")
+    assert [constant.at(e) for e in (1, 2, 5)] == [0.5, 1.0, 1.0]
+    assert LrSchedule(1.0, 0.0, 0, 6, "constant").at(0) == 1.0
+
+
+def test_blr_scales_with_the_images_of_a_step():
+    assert absolute_lr(None, 1e-4, 512) == pytest.approx(2e-4)
+    assert absolute_lr(3e-4, 1e-4, 512) == 3e-4
+
+
+def test_what_decays():
+    model = tiny_model()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    plain, decayed = parameter_groups(trainable, 0.02)
+    assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
+    names = {id(p): name for name, p in trainable.items()}
+    decaying = {names[id(p)] for p in decayed["params"]}
+    assert len(decaying) + len(plain["params"]) == len(trainable)
+    assert "encoder_blocks.0.attn.qkv.weight" in decaying
+    assert not any(name.startswith("diffloss.") or name.endswith("bias") or ".norm" in name for name in decaying)
+
+
+def test_clipping_returns_the_norm_before():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 3.0)
+    assert float(clip_gradients([parameter], 3.0)) == pytest.approx(6.0)
+    assert float(parameter.grad.norm()) == pytest.approx(3.0, rel=1e-4)
+    parameter.grad = torch.full((4,), 3.0)
+    assert float(clip_gradients([parameter], 0.0)) == pytest.approx(6.0)
+    assert float(parameter.grad.norm()) == pytest.approx(6.0)
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="nothing to train"):
+        build_optimizer({}, 1e-3, 0.0)
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["full", "text_layout", "text_proj"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_every_trainable_parameter_gets_a_gradient(mode, dropped):
+    """With dropped conditions too: DDP would wait forever for a parameter that takes no part in a step."""
+    model = tiny_model(mode)
+    inputs = tiny_inputs(4, dropped=dropped)
+    mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(5), 0.7)
+    backward_pass(model, inputs, mask, draws, "fp32", 1, True)
+    assert set(gradients(model)) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_two_passes_of_four_are_one_of_eight():
+    inputs = tiny_inputs(8)
+    model = tiny_model()
+    mask, draws = model.sample_training_draws(8, torch.Generator().manual_seed(5), 0.7)
+    whole = backward_pass(model, inputs, mask, draws, "fp32", 1, True)
+    expected = gradients(model)
+    model.zero_grad()
+    losses = []
+    for rows in (slice(0, 4), slice(4, 8)):
+        part_mask, part_draws = rows_of_draws(mask, draws, rows)
+        losses.append(backward_pass(model, rows_of(inputs, rows), part_mask, part_draws, "fp32", 2, rows.stop == 8))
+    assert sum(losses) / 2 == pytest.approx(float(whole), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_bf16_keeps_weights_and_gradients_in_fp32():
+    model = tiny_model()
+    mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(5), 0.7)
+    exact = backward_pass(model, tiny_inputs(4), mask, draws, "fp32", 1, True)
+    model.zero_grad()
+    rough = backward_pass(model, tiny_inputs(4), mask, draws, "bf16", 1, True)
+    assert exact != rough
+    assert float(rough) == pytest.approx(float(exact), rel=0.05)
+    assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
+
+
+def test_advance_ends_epochs_at_whole_steps():
+    position = Position()
+    for _ in range(3):
+        position = advance(position, accum_iter=2, steps_per_epoch=2)
+    assert position == Position(epoch=1, step=3, batch=2)
+
+
+def test_loss_falls():
+    tiny = tiny_run(num_batches=1, epochs=30, lr=5e-3, save_epochs=0, log_freq=30)
+    model, inputs = tiny.run.learner.model, tiny_inputs(4, 0)
+    mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(9), 0.7)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(model(inputs.latents, mask, draws, text=inputs.text, layout=inputs.layout))
+
+    before = loss()
+    tiny.train()
+    assert loss() < 0.8 * before
+
+
+def test_when_it_saves_previews_and_logs(tmp_path):
+    tiny = tiny_run(epochs=3, save_epochs=2, save_steps=5, preview_steps=6, preview_epochs=3, log_freq=4)
+    assert tiny.train(folder=tmp_path) is None
+    assert [p.step for p in tiny.saved] == [5, 8, 10, 12]  # 8: two epochs; 12: the end
+    assert tiny.saved[-1] == Position(3, 12, 0)
+    assert tiny.previews == [6, 12]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    assert '"step": 12' in lines[-1]
+    assert '"epoch": 3.0' in lines[-1]
+
+
+def test_the_last_interval_is_logged_too(tmp_path):
+    tiny = tiny_run(max_steps=3, log_freq=2)
+    tiny.train(folder=tmp_path)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_left_over_batches_are_left_out():
+    tiny = tiny_run(num_batches=5, accum_iter=2, epochs=2)
+    tiny.train()
+    assert tiny.saved[-1] == Position(2, 4, 0)
+
+
+def test_an_epoch_without_a_step_is_an_error():
+    with pytest.raises(ValueError, match=r"an epoch has 4 batches, fewer than accum_iter=5"):
+        tiny_run(accum_iter=5).train()
+
+
+def test_a_finished_run_stays_as_it_is():
+    tiny = tiny_run()
+    before = {name: p.clone() for name, p in tiny.run.learner.trainable.items()}
+    assert tiny.train(Position(2, 8, 0)) is None
+    assert all(torch.equal(p, before[name]) for name, p in tiny.run.learner.trainable.items())
+
+
+def test_a_signal_saves_in_the_middle_of_an_epoch():
+    tiny, stop = tiny_run(), Stop()
+    take = tiny.run.step.make_inputs
+
+    def count(batch: Any, epoch: int, draws: torch.Generator) -> StepInputs:
+        stop.signum = 15 if tiny.run.learner.optimizer.state else None  # from the second step on
+        return take(batch, epoch, draws)
+
+    tiny.run.step.make_inputs = count
+    assert tiny.train(stop=stop) == 15
+    assert tiny.saved == [Position(0, 2, 2)]
+
+
+def test_only_what_trains_changes():
+    tiny = tiny_run(mode="text_layout", max_steps=2)
+    before = {name: p.clone() for name, p in tiny.run.learner.model.named_parameters()}
+    tiny.train()
+    changed = {name for name, p in tiny.run.learner.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert changed <= set(tiny.run.learner.trainable) == set(tiny.run.learner.ema.state_dict())
+
+
+def test_a_step_reads_nothing_back(monkeypatch):
+    """No host sync: `.item()` and `.tolist()` wait for the device."""
+    step = tiny_run().run.step
+
+    def refuse(self: torch.Tensor) -> None:
+        raise AssertionError("a step read a tensor back")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "item", refuse)
+        patch.setattr(torch.Tensor, "tolist", refuse)
+        step.take(Position(), iter([tiny_inputs(4)]))
+    assert step.read()["loss"] > 0
+
+
+# --- values that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("part", "poison"), [("latents", "latents"), ("text", "text")])
+def test_the_part_that_is_not_finite_is_named_and_not_saved(part, poison):
+    tiny = tiny_run(log_freq=100, save_epochs=1)
+    good = tiny.run.batches.inputs[2]
+    if poison == "latents":
+        bad = replace(good, latents=good.latents * math.nan)
+    else:
+        bad = replace(good, text=replace(good.text, pooled=good.text.pooled * math.inf))
+    tiny.run.batches.inputs[2] = bad
+    with pytest.raises(FloatingPointError, match=rf"{part} is not finite at step 2 on rank 0"):
+        tiny.train()
+    assert tiny.saved == []
+
+
+def test_a_loss_that_is_not_finite_raises(monkeypatch):
+    tiny = tiny_run(log_freq=3)
+
+    def broken(*args: Any) -> torch.Tensor:
+        loss = backward_pass(*args)
+        return loss * math.inf if tiny.run.learner.optimizer.state else loss
+
+    monkeypatch.setattr(engine.train.loop, "backward_pass", broken)
+    with pytest.raises(FloatingPointError, match="loss is not finite at step 1 on rank 0"):
+        tiny.train()
+
+
+def test_meter_averages_and_starts_again():
+    meter = Meter(torch.device("cpu"), rank=3)
+    for value in (1.0, 2.0, 6.0):
+        meter.add_loss(torch.tensor(value), step=0)
+    meter.add_norm(torch.tensor(5.0), step=0)
+    assert meter.read() == (3.0, 5.0)
+    assert meter.read() == (0.0, 0.0)
+    meter.add_norm(torch.tensor(math.nan), step=7)
+    meter.add_norm(torch.tensor(math.nan), step=8)
+    with pytest.raises(FloatingPointError, match="gradient norm is not finite at step 7 on rank 3"):
+        meter.check()

@@ -1,0 +1,165 @@
+"""Stage 3 without data, VAE and detector: a tiny model, rewards of tokens, everything else as in a real run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from engine.data.inputs import StepInputs
+from engine.rl.rewards import RewardBatch
+from engine.rl.rollout import Rollout, RolloutWorker
+from engine.rl.step import GrpoConfig, GrpoStep
+from engine.train.loop import Learner, Position
+from engine.train.optim import build_optimizer
+from engine.train.parallel import wrap
+from models.frozen.detections import Detections
+from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator, collect_samples
+from models.sampling.sampler import SamplingConfig, sample
+from models.structmar import StructMAR
+from models.weights import select_trainable
+from tests.engine.train.test_loop import CPU, tiny_inputs, tiny_model
+from util.distributed import DistInfo
+from util.ema import Ema
+from util.rng import generator
+
+SAMPLING = SamplingConfig(num_iter=3, num_sampling_steps=6, t_max=950, clip_x0=3.0)
+ESTIMATORS: dict[str, Estimator] = {
+    "elbo": ElboEstimator(num_iter=3, num_masks=2, num_draws=2),
+    "trajectory": TrajectoryEstimator(SAMPLING, num_masks=2),
+}
+SETTINGS = GrpoConfig(seed=5, total_updates=4, inner_epochs=1, grad_clip=0.0)
+
+TokenReward = Callable[[Tensor], Tensor]
+"""tokens [n, L, C] -> rewards [n]."""
+
+
+def brightness(tokens: Tensor) -> Tensor:
+    return tokens[..., 0].mean(1)  # [n]
+
+
+def rewarded(total: Tensor) -> RewardBatch:
+    """total: [n]."""
+    nothing = Detections(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    return RewardBatch(total, {"iou": total}, [nothing] * len(total))
+
+
+@dataclass
+class TokenWorker:
+    """Samples as the RolloutWorker does, and rewards the tokens. keys: what it was called with."""
+
+    model: StructMAR
+    reward: TokenReward = brightness
+    config: SamplingConfig = SAMPLING
+    group_size: int = 3
+    needs_trace: bool = True
+    keys: list[tuple[int, ...]] = field(default_factory=list)
+
+    def collect(self, batch: StepInputs, key: Sequence[int]) -> Rollout:
+        self.model.eval()
+        self.keys.append(tuple(key))
+        count = len(batch) * self.group_size
+        text = None if batch.text is None else batch.text.repeated(self.group_size)
+        layout = None if batch.layout is None else batch.layout.repeated(self.group_size)
+        draws = [generator(SETTINGS.seed, "rollout", *key, image) for image in range(count)]
+        output = sample(self.model, self.config, draws, text, layout, record=self.needs_trace)
+        samples = collect_samples(self.model, output, text, layout)
+        picture = np.zeros((32, 32, 3), dtype=np.uint8)
+        total = self.reward(samples.tokens)  # [n]
+        return Rollout(
+            [f"{row}" for row in range(len(batch))], samples, [picture] * count, rewarded(total), self.group_size
+        )
+
+
+def variant(mode: str = "full", **overrides: Any) -> StructMAR:
+    """tests/engine/train/test_loop.py's model, the same weights in another configuration."""
+    model = StructMAR(replace(tiny_model().config, **overrides))
+    model.load_state_dict(tiny_model().state_dict())
+    select_trainable(model, mode)
+    return model.eval()
+
+
+def learner_of(model: StructMAR, estimator: Estimator, dist: DistInfo = CPU, lr: float = 1e-3) -> Learner:
+    """As engine/cli/build.py's; --ema_rate .9. dist: with more than one process, DDP if they have joined a group."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    world_size = dist.world_size if torch.distributed.is_initialized() else 1
+    called = Policy(model, estimator)
+    wrapped = called if isinstance(model, FSDPModule) else wrap(called, dist.device, world_size)
+    return Learner(model, wrapped, trainable, build_optimizer(trainable, lr, 0.0), Ema(trainable, 0.9))
+
+
+def frozen_copy(model: StructMAR) -> StructMAR:
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def grpo_step(
+    model: StructMAR | None = None,
+    estimator: str | Estimator = "elbo",
+    reward: TokenReward = brightness,
+    dist: DistInfo = CPU,
+    lr: float = 1e-3,
+    **settings: Any,
+) -> GrpoStep:
+    """A step on `model` (None: a new one) with a reference of equal weights, unless kl_coef is 0."""
+    model = variant() if model is None else model
+    chosen = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+    config = replace(SETTINGS, **settings)
+    worker = cast(RolloutWorker, TokenWorker(model, reward, needs_trace=chosen.needs_trace))
+    reference = None if config.kl_coef == 0 else frozen_copy(model)
+    make_inputs = None if config.rl_step_ratio == 1 else lambda batch, epoch, draws: batch
+    return GrpoStep(config, learner_of(model, chosen, dist, lr), worker, chosen, reference, make_inputs, dist)
+
+
+def worker_of(step: GrpoStep) -> TokenWorker:
+    return cast(TokenWorker, step.worker)
+
+
+def batches(count: int = 1, seed: int = 0) -> Iterator[StepInputs]:
+    """Batches of two prompts (and the images that an SFT part trains on)."""
+    return iter([tiny_inputs(2, seed + number) for number in range(count)])
+
+
+def take(step: GrpoStep, number: int = 0, count: int = 1, seed: int = 0) -> dict[str, float]:
+    """One update; returns what it logged."""
+    step.take(Position(0, number, number), batches(count, seed))
+    return step.read()
+
+
+@contextmanager
+def recorded_gradients(step: GrpoStep) -> Iterator[list[dict[str, Tensor]]]:
+    """The gradients, by name, that each optimizer step in the block sees."""
+    seen: list[dict[str, Tensor]] = []
+
+    def note(*_: Any) -> None:
+        given = {name: parameter.grad for name, parameter in step.learner.trainable.items()}
+        seen.append({name: gradient.detach().clone() for name, gradient in given.items() if gradient is not None})
+
+    handle = step.learner.optimizer.register_step_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def gradient_of_update(step: GrpoStep, count: int = 1) -> dict[str, Tensor]:
+    """Of one update with one inner epoch."""
+    with recorded_gradients(step) as seen:
+        take(step, count=count)
+    assert len(seen) == 1
+    return seen[0]
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def poison(step: GrpoStep, name: str = "decoder_embed.weight") -> torch.utils.hooks.RemovableHandle:
+    """From now on one gradient is NaN."""
+    return step.learner.trainable[name].register_hook(lambda gradient: gradient * torch.nan)

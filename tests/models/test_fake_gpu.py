@@ -1,0 +1,144 @@
+"""A pretended GPU: on a machine without one, FakeTensorMode follows devices and shapes through model, loss and sampler.
+
+An operation on mixed devices raises, and so does a read of a value (`.item()`, `nonzero`): a host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.heads.diffloss import DiffusionDraws
+from models.masking import TokenMask
+from models.policy import Draws, ElboEstimator, Estimator, Samples, TrajectoryEstimator
+from models.sampling.sampler import SamplingConfig, Trace, embed_branches, empty_trace, uncover
+from models.structmar import StructMAR, StructMARConfig, preset_config
+from util.types import LayoutBatch, TextContext
+
+CONFIG = preset_config("mar_mini", num_categories=12, text_dim=64, diffusion_batch_mul=2)
+BATCH, SLOTS, TOKENS = 3, CONFIG.max_objects, 7
+
+
+@pytest.fixture(autouse=True)
+def _fake() -> Iterator[None]:
+    with FakeTensorMode():
+        yield
+
+
+def build(config: StructMARConfig = CONFIG) -> StructMAR:
+    with torch.device("cuda"):
+        return StructMAR(config)
+
+
+def conditions_on_gpu() -> tuple[TextContext, LayoutBatch]:
+    text = TextContext(
+        torch.randn(BATCH, TOKENS, 64, device="cuda"),
+        torch.ones(BATCH, TOKENS, dtype=torch.bool, device="cuda"),
+        torch.randn(BATCH, 64, device="cuda"),
+    )
+    layout = LayoutBatch(
+        torch.rand(BATCH, SLOTS, 4, device="cuda"),
+        torch.zeros(BATCH, SLOTS, dtype=torch.int64, device="cuda"),
+        torch.ones(BATCH, SLOTS, dtype=torch.bool, device="cuda"),
+    )
+    return text, layout
+
+
+class Copies(TorchDispatchMode):
+    """Notes every operation that makes a tensor on the GPU from one on the CPU, or the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = ({t.device.type for t in tree_leaves(tree) if isinstance(t, Tensor)} for tree in (args, result))
+        if given and made and given != made:
+            self.seen.append(str(func))
+        return result
+
+
+def test_the_mode_finds_mixed_devices_and_syncs() -> None:
+    """Otherwise the tests below would prove nothing."""
+    there = torch.ones(2, device="cuda")
+    with pytest.raises(RuntimeError, match="device"):
+        there + torch.ones(2)
+    with pytest.raises(DataDependentOutputException):
+        there.sum().item()
+
+
+def test_loss() -> None:
+    model = build()
+    text, layout = conditions_on_gpu()
+    mask = TokenMask(torch.ones(BATCH, CONFIG.num_tokens, dtype=torch.bool, device="cuda"), 50)
+    rows = CONFIG.diffusion_batch_mul * BATCH * 50
+    draws = DiffusionDraws(
+        torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.randn(rows, CONFIG.token_dim, device="cuda")
+    )
+    latents = torch.randn(BATCH, 16, 8, 8, device="cuda")
+    loss = model(latents, mask, draws, text=text, layout=layout)
+    assert loss.device.type == "cuda" and loss.shape == ()
+    labels = torch.zeros(BATCH, dtype=torch.int64, device="cuda")
+    assert model(latents, mask, draws, labels=labels).device.type == "cuda"
+
+
+FEWER = {"num_sampling_steps_last": 2, "guidance_interval": (0.2, 1.0), "uncond_refresh": 3, "order": "halton"}
+
+
+@pytest.mark.parametrize("options", [{}, FEWER], ids=["plain", "fewer"])
+@pytest.mark.parametrize(
+    ("scales", "dtype"),
+    [((1.0, 1.0), torch.float32), ((2.0, 2.0), torch.bfloat16), ((1.5, 3.0), torch.float32)],
+    ids=str,
+)
+def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """The whole loop: nothing left on the CPU, no value read back, and nothing copied over once it has begun."""
+    model = build().eval()
+    text, layout = conditions_on_gpu()
+    config = SamplingConfig(8, 5, cfg_text=scales[0], cfg_layout=scales[1], clip_x0=5.0, **options)
+    orders = torch.zeros(BATCH, CONFIG.num_tokens, dtype=torch.int64, device="cuda")
+
+    def noise(_iteration: int, num_draws: int, num_tokens: int) -> Tensor:
+        return torch.randn(num_draws, BATCH, num_tokens, CONFIG.token_dim).to("cuda")  # drawn on the host
+
+    copies = Copies()
+
+    def progress(iterations: Iterable[int]) -> Iterable[int]:
+        assert copies.seen  # the noise
+        copies.seen.clear()
+        return iterations
+
+    with torch.no_grad(), copies:
+        branches, config = embed_branches(model, config, BATCH, text, layout, None)
+        trace = None if options else empty_trace(orders, CONFIG.token_dim, config)
+        tokens = uncover(model, branches, orders, noise, config, progress, trace, dtype)
+    assert copies.seen == []
+    assert tokens.device.type == "cuda" and (trace is None or trace.states.device.type == "cuda")
+    assert model.unpatchify(tokens).shape == (BATCH, 16, 8, 8)
+
+
+GUIDED = SamplingConfig(num_iter=6, num_sampling_steps=8, cfg_text=1.5, cfg_layout=3.0, clip_x0=5.0)
+
+
+@pytest.mark.parametrize(
+    "estimator", [ElboEstimator(num_iter=6, num_draws=2), TrajectoryEstimator(GUIDED, 2)], ids=["elbo", "trajectory"]
+)
+def test_log_probabilities(estimator: Estimator) -> None:
+    """A pass of either estimator."""
+    model = build().eval()
+    text, layout = conditions_on_gpu()
+    with torch.device("cuda"), torch.no_grad():
+        trace = Trace(torch.randn(BATCH, CONFIG.num_tokens, 9, 16), torch.randn(BATCH, CONFIG.num_tokens, 8))
+        tokens, orders = torch.randn(BATCH, CONFIG.num_tokens, 16), torch.zeros(BATCH, CONFIG.num_tokens).long()
+        ids = torch.zeros(BATCH, 4, dtype=torch.int64)
+        draws = Draws(ids, ids, torch.zeros(BATCH, 4, 2).long(), torch.randn(BATCH, 4, 2, 16), (2, 3), 1)
+        output = estimator.log_probs(model, Samples(tokens, orders, text, layout, trace), draws)
+    assert output.log_prob.device.type == "cuda" and output.mean.shape == (BATCH, 4, 2, 16)
