@@ -5,11 +5,11 @@
 
 A case is run by several contenders on the same weights, conditions, orders and noise: the public code as it stands
 (`scripts/benchmark/baseline.py`), our plain path that computes everything every time
-(`tests/helpers/plain_sampler.py`), and ours. They take turns (A B C A B C ...), so that a busy machine slows all
-alike; medians are compared, and the first contender's output with the others'.
-Without --baseline, without --weights (StructMAR) or without --mar_weights (MAR's
-own), the rows that need them are left out. The machine's ceilings are measured first: the shares say how far a row is
-from them. Prints Markdown; --output_dir gets benchmark.json, benchmark.md and benchmark.png.
+(`tests/helpers/plain_sampler.py`), and ours. They take turns (A B C A B C ...), so that a busy machine slows all alike;
+medians are compared, and the first contender's output with the others'. Without --baseline, without --weights
+(StructMAR) or without --mar_weights (MAR's own), the rows that need them are left out. The machine's ceilings are
+measured first: the shares say how far a row is from them. Prints Markdown; --output_dir gets benchmark.json,
+benchmark.md and benchmark.png.
 """
 
 from __future__ import annotations
