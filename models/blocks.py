@@ -3,8 +3,8 @@ gated cross-attention to the caption. Every addition is the identity when its ga
 
     x = x + Attn(LN(x));  x = x + tanh(g) CrossAttn(LN(x), text);  x = x + MLP(LN(x))
 
-`forward` starts from angles and text; `run` and `attend` start from what follows from these alone, which the sampler
-computes once (`models/sampling/prepared.py`).
+A block's `forward` computes rotations and text keys and values itself, as training needs; its `run` is given them, so
+that sampling computes them once (`models/context.py`).
 
 Shape letters: B batch, H heads, n tokens, D width, d head width, T text tokens, C text channels, R rows with text,
 p tokens asked for, m tokens attended to.
@@ -97,8 +97,8 @@ class Attention(nn.Module):
 
 
 @dataclass(frozen=True)
-class TextMemory:
-    """What one layer of cross-attention needs of the captions.
+class TextKV:
+    """Keys and values of the captions in one layer of cross-attention.
 
     keys, values: [R, H, T, d] of the first R images; valid: [R, T] bool, at least one per row. null: [D], what every
     token of the images after them gets (`GatedCrossAttention.of_null`).
@@ -109,9 +109,9 @@ class TextMemory:
     valid: Tensor
     null: Tensor | None = None
 
-    def first(self, num_images: int) -> TextMemory:
+    def first(self, num_images: int) -> TextKV:
         null = self.null if num_images > len(self.keys) else None
-        return TextMemory(self.keys[:num_images], self.values[:num_images], self.valid[:num_images], null)
+        return TextKV(self.keys[:num_images], self.values[:num_images], self.valid[:num_images], null)
 
 
 class GatedCrossAttention(nn.Module):
@@ -128,27 +128,27 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
         """x: [B, n, D]; text: [B, T, C]; text_valid: [B, T] bool, at least one per row; returns [B, n, D]."""
-        return self.attend(x, self.read(text, text_valid))  # [B, n, D]
+        return self.attend(x, self.keys_values(text, text_valid))  # [B, n, D]
 
-    def read(self, text: Tensor, text_valid: Tensor, null: Tensor | None = None) -> TextMemory:
+    def keys_values(self, text: Tensor, text_valid: Tensor, null: Tensor | None = None) -> TextKV:
         """text: [R, T, C]; null: the token [C] that stands in for the text of all further images."""
         keys, values = (split_heads(part, self.num_heads) for part in self.kv(text).chunk(2, dim=-1))  # [R, H, T, d]
-        return TextMemory(keys, values, text_valid, None if null is None else self.of_null(null))
+        return TextKV(keys, values, text_valid, None if null is None else self.of_null(null))
 
     def of_null(self, null: Tensor) -> Tensor:
         """Attention to a single token gives its value, whoever asks: a constant. null: [C]; returns [D]."""
         return torch.tanh(self.gate) * self.proj(self.kv(null).chunk(2, dim=-1)[1])  # [D]
 
-    def attend(self, x: Tensor, memory: TextMemory) -> Tensor:
+    def attend(self, x: Tensor, text_kv: TextKV) -> Tensor:
         """[B, n, D] -> [B, n, D]."""
-        num_with_text = len(memory.keys)
+        num_with_text = len(text_kv.keys)
         q = split_heads(self.q(self.norm(x[:num_with_text])), self.num_heads)  # [R, H, n, d]
-        mask = memory.valid[:, None, None, :]  # [R, 1, 1, T]
-        seen = attention(q, memory.keys, memory.values, mask)  # [R, H, n, d]
+        mask = text_kv.valid[:, None, None, :]  # [R, 1, 1, T]
+        seen = attention(q, text_kv.keys, text_kv.values, mask)  # [R, H, n, d]
         seen = torch.tanh(self.gate) * self.proj(merge_heads(seen))  # [R, n, D]
-        if memory.null is None:
+        if text_kv.null is None:
             return seen
-        constant = memory.null.expand(len(x) - num_with_text, x.shape[1], -1)  # [B - R, n, D]
+        constant = text_kv.null.expand(len(x) - num_with_text, x.shape[1], -1)  # [B - R, n, D]
         return torch.cat([seen, constant])  # [B, n, D]
 
 
@@ -179,25 +179,26 @@ class Block(nn.Module):
         bias: Tensor | None,
         text: Tensor | None,
         text_valid: Tensor | None,
+        query_ids: Tensor | None = None,
     ) -> Tensor:
-        """x: [B, n, D]; angles: [B or 1, n, d/2]; bias: [B, 1, n, n]; text: [B, T, C]; returns [B, n, D]."""
+        """x: [B, n, D]; angles: [B or 1, n, d/2]; text: [B, T, C]; the rest and what it gives: see `run`."""
         rotation = None if angles is None else self.attn.rotation(angles)
-        memory = None
+        text_kv = None
         if self.cross is not None and text is not None and text_valid is not None:
-            memory = self.cross.read(text, text_valid)
-        return self.run(x, rotation, bias, memory)  # [B, n, D]
+            text_kv = self.cross.keys_values(text, text_valid)
+        return self.run(x, rotation, bias, text_kv, query_ids)  # [B, p, D]
 
     def run(
         self,
         x: Tensor,
         rotation: Rotation | None,
         bias: Tensor | None,
-        memory: TextMemory | None,
+        text_kv: TextKV | None,
         query_ids: Tensor | None = None,
     ) -> Tensor:
         """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
         update = self.attn.attend(self.norm1(x), rotation, bias, query_ids)  # [B, p, D]
         x = update + (x if query_ids is None else gather_tokens(x, query_ids))  # [B, p, D]
-        if self.cross is not None and memory is not None:
-            x = x + self.cross.attend(x, memory)  # [B, p, D]
+        if self.cross is not None and text_kv is not None:
+            x = x + self.cross.attend(x, text_kv)  # [B, p, D]
         return x + self.mlp(self.norm2(x))  # [B, p, D]

@@ -5,6 +5,7 @@ Shape letters: B batch, L image tokens, N boxes (max), D width, T text tokens, C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ class Conditions:
 
     base: [B, D], the token that fills the buffer. layout_tokens: [B, N, D] or None (a model without layout parts).
     layout_bias: [B, L, N] or None (no layout anywhere). text: [B, T, C] or None (a model without cross-attention), with
-    text_valid: [B, T] bool, at least one per row.
+    text_valid: [B, T] bool, at least one per row. num_with_text: rows that were given captions; they come first, the
+    others have the null token alone. grid: (rows, columns) of the image tokens, L in all.
     """
 
     base: Tensor
@@ -29,12 +31,45 @@ class Conditions:
     layout_bias: Tensor | None
     text: Tensor | None
     text_valid: Tensor | None
+    num_with_text: int
+    grid: tuple[int, int]
 
     def first(self, num_images: int) -> Conditions:
-        parts = (self.base, self.layout_tokens, self.layout_bias, self.text, self.text_valid)
-        base, *others = (None if part is None else part[:num_images] for part in parts)
-        assert base is not None
-        return Conditions(base, *others)
+        """Those of the first images alone."""
+        return self.rows(range(num_images))
+
+    def rows(self, rows: Sequence[int]) -> Conditions:
+        """Those of some images, in ascending order."""
+        chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)  # a slice copies nothing
+        optional = (self.layout_tokens, self.layout_bias, self.text, self.text_valid)
+        tokens, bias, text, text_valid = (None if part is None else part[chosen] for part in optional)
+        num_with_text = sum(row < self.num_with_text for row in rows)
+        return Conditions(self.base[chosen], tokens, bias, text, text_valid, num_with_text, self.grid)
+
+
+def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
+    """Concatenates along the batch, those with captions first; shorter texts are padded, missing biases are zero."""
+    first = parts[0]
+    bias = None
+    if any(part.layout_bias is not None for part in parts):
+        known = next(part.layout_bias for part in parts if part.layout_bias is not None)
+        bias = torch.cat([torch.zeros_like(known) if p.layout_bias is None else p.layout_bias for p in parts])
+    text = text_valid = None
+    if first.text is not None and first.text_valid is not None:
+        length = max(part.text.shape[1] for part in parts if part.text is not None)
+        text = torch.cat([_pad_rows(part.text, length) for part in parts if part.text is not None])
+        text_valid = torch.cat([_pad_rows(part.text_valid, length) for part in parts if part.text_valid is not None])
+    tokens = None
+    if first.layout_tokens is not None:
+        tokens = torch.cat([part.layout_tokens for part in parts if part.layout_tokens is not None])
+    base = torch.cat([part.base for part in parts])
+    num_with_text = sum(part.num_with_text for part in parts)
+    return Conditions(base, tokens, bias, text, text_valid, num_with_text, first.grid)
+
+
+def _pad_rows(x: Tensor, length: int) -> Tensor:
+    """Pads dimension 1 with zeros (False)."""
+    return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], dim=1)
 
 
 def _coin(batch_size: int, prob: float, generator: torch.Generator) -> Tensor:

@@ -1,9 +1,8 @@
 """Which tokens are hidden, in training and while sampling: orders and counts, independent of what fills the tokens.
 
 An order is a permutation of the L token positions. With m tokens masked, the first m of the order are the hidden ones,
-so sampling uncovers an order from its end (MAR, arXiv:2406.11838, section 4.2). Training draws orders uniformly;
-sampling may prefer some: `gtr` uncovers one colour of a checkerboard before the other (the order of Generation then
-Reconstruction, without its schedule), `halton` spreads any first tokens evenly (arXiv:2503.17076).
+so sampling unmasks an order from its end (MAR, arXiv:2406.11838, section 4.2). Training draws orders uniformly; those
+that sampling may prefer are in `sampling/orders.py`.
 
 Shape letters: B batch, L image tokens, m masked tokens.
 """
@@ -13,14 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from scipy import stats
 from torch import Tensor
 
 MASK_RATIO_STD = 0.25
-ORDERS = ("random", "gtr", "halton")
 
 
 @dataclass(frozen=True)
@@ -51,47 +48,6 @@ def sample_orders(batch_size: int, num_tokens: int, generators: Sequence[torch.G
     return torch.stack([torch.randperm(num_tokens, generator=g, device=g.device) for g in chosen])
 
 
-def draw_orders(kind: str, batch_size: int, grid: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
-    """An order per image to sample in, `kind` of ORDERS: [B, L] int64. grid: (rows, columns) of the tokens.
-
-    gtr: a random order, each token of one colour before (nearer the end than) the other's. halton: one fixed sequence,
-    shifted at random over the grid, which wraps around.
-    """
-    rows, columns = grid
-    if kind == "halton":
-        cells = torch.tensor(halton_cells(rows, columns))  # [L, 2]
-        shifts = torch.stack([torch.randint(rows * columns, (), generator=g, device=g.device) for g in generators])
-        row = (cells[:, 0].to(shifts.device) + shifts[:, None] // columns) % rows  # [B, L]
-        column = (cells[:, 1].to(shifts.device) + shifts[:, None]) % columns  # [B, L]
-        return (row * columns + column).flip(1)  # [B, L]
-    orders = sample_orders(batch_size, rows * columns, generators)  # [B, L]
-    if kind == "gtr":
-        is_first = (orders // columns + orders % columns) % 2  # [B, L]
-        return orders.gather(1, is_first.argsort(dim=1, stable=True))  # [B, L]
-    return orders
-
-
-@lru_cache
-def halton_cells(rows: int, columns: int) -> list[tuple[int, int]]:
-    """All (row, column) of a grid in the order in which the two-dimensional Halton sequence first hits them."""
-    cells: dict[tuple[int, int], None] = {}
-    index = 0
-    while len(cells) < rows * columns:
-        cells[int(rows * _radical_inverse(index, 2)), int(columns * _radical_inverse(index, 3))] = None
-        index += 1
-    return list(cells)
-
-
-def _radical_inverse(index: int, base: int) -> float:
-    """The digits of `index` mirrored at the point: 6 = 110 in base 2 gives 0.011 = 3/8."""
-    value, scale = 0.0, 1.0 / base
-    while index:
-        index, digit = divmod(index, base)
-        value += digit * scale
-        scale /= base
-    return value
-
-
 def mask_from_orders(orders: Tensor, num_masked: int) -> TokenMask:
     """orders: [B, L] int64. The first `num_masked` positions of each order are hidden."""
     masked = torch.zeros_like(orders, dtype=torch.bool)  # [B, L]
@@ -115,7 +71,7 @@ def sample_token_mask(batch_size: int, num_tokens: int, mask_ratio_min: float, g
 def cosine_masked_counts(num_tokens: int, num_iter: int) -> list[int]:
     """How many tokens are hidden before iteration 0, 1, ..., num_iter - 1, and (0) at the end: num_iter + 1 numbers.
 
-    MaskGIT's cosine schedule as MAR runs it: at least one token is uncovered per iteration, at least one is left for
+    MaskGIT's cosine schedule as MAR runs it: at least one token is unmasked per iteration, at least one is left for
     the last.
     """
     if not 1 <= num_iter <= num_tokens:

@@ -32,19 +32,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from models.heads.diffloss import DiffusionDraws
-from models.heads.diffusion import NUM_TRAIN_STEPS, ReverseStep, add_noise, normal_log_prob, reverse_steps
-from models.masking import TokenMask, cosine_masked_counts
-from models.sampling.sampler import (
-    SampleOutput,
-    SamplingConfig,
-    Trace,
-    choose_branches,
-    combine_branches,
-    guidance_scales,
-    iteration_ids,
-)
-from models.structmar import StructMAR, gather_tokens
+from models.blocks import gather_tokens
+from models.heads.diffusion import NUM_TRAIN_STEPS, ReverseStep, normal_log_prob, reverse_steps
+from models.heads.diffusion_sampler import Trace
+from models.masking import cosine_masked_counts
+from models.sampling.config import SamplingConfig, guidance_scales
+from models.sampling.guidance import choose_branches, combine_branches
+from models.sampling.orders import iteration_ids
+from models.sampling.sampler import SampleOutput
+from models.structmar import StructMAR, TrainingNoise
 from util.types import LayoutBatch, TextContext
 
 
@@ -52,12 +48,13 @@ from util.types import LayoutBatch, TextContext
 class Samples:
     """Sampled images and what they were sampled for.
 
-    tokens: [n, L, C] float32, the final ones. orders: [n, L] int64, uncovered from the end. text, layout: n rows each.
-    trace: the reverse processes, n rows, if recorded.
+    tokens: [n, L, C] float32, the final ones, of a (rows, columns) grid. orders: [n, L] int64, unmasked from the end.
+    text, layout: n rows each. trace: the reverse processes, n rows, if recorded.
     """
 
     tokens: Tensor
     orders: Tensor
+    grid: tuple[int, int]
     text: TextContext | None
     layout: LayoutBatch | None
     trace: Trace | None = None
@@ -66,11 +63,9 @@ class Samples:
         return self.tokens.shape[0]
 
 
-def collect_samples(
-    model: StructMAR, output: SampleOutput, text: TextContext | None, layout: LayoutBatch | None
-) -> Samples:
+def collect_samples(output: SampleOutput, text: TextContext | None, layout: LayoutBatch | None) -> Samples:
     """The sampler's output as Samples; text and layout are those it was given."""
-    return Samples(model.patchify(output.latents), output.orders, text, layout, output.trace)
+    return Samples(output.tokens, output.orders, output.grid, text, layout, output.trace)
 
 
 @dataclass(frozen=True)
@@ -124,10 +119,10 @@ class Estimator(Protocol):
 
 
 def draw_iterations(counts: Sequence[int], num_masks: int, generator: torch.Generator) -> list[int]:
-    """`num_masks` iterations of the sampler, ascending, stratified over the tokens in the order they are uncovered.
+    """`num_masks` iterations of the sampler, ascending, stratified over the tokens in the order they are unmasked.
 
-    Position u_j = (j + U_j) / num_masks of the L tokens falls into the iteration that uncovers that token, so an
-    iteration is hit in proportion to the tokens it uncovers: the mean over passes of the mean over a pass's tokens is,
+    Position u_j = (j + U_j) / num_masks of the L tokens falls into the iteration that unmasks that token, so an
+    iteration is hit in proportion to the tokens it unmasks: the mean over passes of the mean over a pass's tokens is,
     in expectation, the mean over all tokens. counts: `cosine_masked_counts`.
     """
     num_tokens = counts[0]
@@ -204,7 +199,7 @@ class ElboEstimator:
             raise ValueError("these draws have no noise: they are another estimator's")
         assert not model.training, "log-probabilities need model.eval()"
         target = gather_tokens(samples.tokens, draws.token_ids)[:, :, None]  # [n, p, 1, C]
-        noisy = add_noise(target, draws.noise, model.diffloss.tables_at(draws.timesteps))  # [n, p, K, C]
+        noisy = model.diffloss.add_noise(target, draws.timesteps, draws.noise)  # [n, p, K, C]
         output = model.denoise(
             samples.tokens,
             draws.kept_ids,
@@ -213,6 +208,7 @@ class ElboEstimator:
             draws.timesteps,
             text=samples.text,
             layout=samples.layout,
+            grid=samples.grid,
         )  # [n, p, K, 2C]
         eps = output.float().chunk(2, dim=-1)[0]  # [n, p, K, C]
         errors = (draws.noise - eps).square().sum(-1)  # [n, p, K]
@@ -221,7 +217,7 @@ class ElboEstimator:
 
 @dataclass(frozen=True)
 class TrajectoryEstimator:
-    """Scores recorded reverse steps of the tokens uncovered in `num_masks` iterations: exact log-probabilities, one per
+    """Scores recorded reverse steps of the tokens unmasked in `num_masks` iterations: exact log-probabilities, one per
     (token, step), in float32.
 
     config: the rollout's. num_draws: how many of the allowed steps a pass scores (None: all). skipped: steps left out
@@ -320,6 +316,7 @@ class TrajectoryEstimator:
                     draws.timesteps,
                     text=None if name == "null" else samples.text,
                     layout=samples.layout if name == "full" else None,
+                    grid=samples.grid,
                     full_precision_head=True,
                 )  # [n, p, K, 2C]
             eps[name], fractions[name] = output.float().chunk(2, dim=-1)  # each [n, p, K, C]
@@ -331,8 +328,7 @@ class LossInputs:
     """The arguments of `StructMAR.forward`."""
 
     latents: Tensor
-    mask: TokenMask
-    draws: DiffusionDraws
+    noise: TrainingNoise
     labels: Tensor | None = None
     text: TextContext | None = None
     layout: LayoutBatch | None = None
@@ -349,7 +345,7 @@ class Policy(nn.Module):
     def forward(self, inputs: Samples | LossInputs, draws: Draws | None = None) -> PolicyOutput | Tensor:
         """Samples with the draws of one pass give a PolicyOutput; LossInputs give the model's own loss, a scalar."""
         if isinstance(inputs, LossInputs):
-            return self.model(inputs.latents, inputs.mask, inputs.draws, inputs.labels, inputs.text, inputs.layout)
+            return self.model(inputs.latents, inputs.noise, inputs.labels, inputs.text, inputs.layout)
         if draws is None:
             raise ValueError("the log-probabilities of samples need draws")
         return self.estimator.log_probs(self.model, inputs, draws)

@@ -4,27 +4,41 @@ Backbone parameters carry MAR's names and shapes. Everything new starts as the i
 MAR weights, given no text and no layout, computes what MAR computes.
 
 Shape letters: B batch, L image tokens, K buffer slots, D width, T text tokens, N boxes (max), C latent channels,
-n visible tokens, m masked tokens, M diffusion_batch_mul, p tokens to denoise, S draws (noisy versions) of a token.
+n visible tokens, m masked tokens, M diffusion_batch_mul, p tokens asked for, S noisy versions of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.blocks import Block, LayerNorm, gather_tokens
 from models.conditioning import Conditions
 from models.config import PRESETS, StructMARConfig, preset_config
-from models.heads.diffloss import DiffLoss, DiffusionDraws, sample_draws
+from models.context import Context, sampling_layers, training_layers
+from models.heads.base import LossNoise, TokenHead
+from models.heads.diffloss import DiffLoss
+from models.inference import inference_copy
 from models.layout import LayoutEmbedder, attention_bias, layout_bias
 from models.masking import TokenMask, sample_token_mask
 from models.rope import rope_angles_2d, with_buffer
 from util.types import LayoutBatch, TextContext
 
 __all__ = ["PRESETS", "StructMAR", "StructMARConfig", "gather_tokens", "preset_config"]
+
+
+@dataclass(frozen=True)
+class TrainingNoise:
+    """Everything random about one training step. mask: the hidden tokens; head: what the head's loss draws."""
+
+    mask: TokenMask
+    head: LossNoise
+
+    def to(self, device: torch.device | str) -> TrainingNoise:
+        return TrainingNoise(self.mask.to(device), self.head.to(device))
 
 
 class StructMAR(nn.Module):
@@ -45,7 +59,7 @@ class StructMAR(nn.Module):
 
         self.class_emb = nn.Embedding(config.class_num, width)
         self.fake_latent = nn.Parameter(torch.zeros(1, width))
-        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj = DiffLoss.embedding(config.token_dim, width)
         self.z_proj_ln = LayerNorm(width)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
         self.encoder_blocks = self._blocks(width, config.encoder_depth, config.encoder_num_heads)
@@ -120,17 +134,34 @@ class StructMAR(nn.Module):
         """Modules that are sharded on their own; the caller shards the root last."""
         return [*self.encoder_blocks, *self.decoder_blocks, self.diffloss.net]
 
+    @property
+    def head(self) -> TokenHead:
+        """What knows the tokens; its parameters carry MAR's name, `diffloss`."""
+        return self.diffloss
+
     def patchify(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, L, C * p * p]."""
         p = self.config.patch_size
         patches = latents.unfold(2, p, p).unfold(3, p, p)  # [B, C, h/p, w/p, p, p]
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # [B, L, C * p * p]
 
-    def unpatchify(self, tokens: Tensor) -> Tensor:
-        """[B, L, C * p * p] -> [B, C, h, w]."""
-        p, (rows, columns) = self.config.patch_size, self.config.grid
+    def unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, L, C * p * p] of a (rows, columns) grid -> [B, C, h, w]."""
+        p, (rows, columns) = self.config.patch_size, grid
         x = tokens.view(-1, rows, columns, self.config.vae_embed_dim, p, p)  # [B, h/p, w/p, C, p, p]
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, C, h, w]
+
+    def grid_of(self, latents: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the tokens of latents [B, C, h, w]."""
+        return latents.shape[2] // self.config.patch_size, latents.shape[3] // self.config.patch_size
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises ValueError naming both grids if learned positions do not know this one."""
+        if self.config.learned_pos and grid != self.config.grid:
+            raise ValueError(
+                f"a grid of {grid[0]} x {grid[1]} tokens, but the learned positions of this model are of "
+                f"{self.config.grid[0]} x {self.config.grid[1]}: other grids need a model with learned_pos=False"
+            )
 
     def embed_conditions(
         self,
@@ -138,11 +169,16 @@ class StructMAR(nn.Module):
         labels: Tensor | None = None,
         text: TextContext | None = None,
         layout: LayoutBatch | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Conditions:
-        """Embeds what the images are conditioned on; None means dropped for all. labels: [B] int64, -1 for none.
+        """Embeds what the images are conditioned on; None means dropped for all. labels: [B] int64, -1 for none. grid:
+        (rows, columns) of the image tokens, the config's by default.
 
-        Raises ValueError if text or layout is given to a model that was built without that part.
+        Raises ValueError if text or layout is given to a model that was built without that part, or for another grid
+        than the config's with learned positions.
         """
+        grid = self.config.grid if grid is None else grid
+        self.check_grid(grid)
         base = self.fake_latent.expand(batch_size, -1)  # [B, D]
         if labels is not None:
             named = self.class_emb(labels.clamp(min=0))  # [B, D]
@@ -150,8 +186,8 @@ class StructMAR(nn.Module):
         if text is not None:
             base = base + self._project_pooled(text)  # [B, D]
         context, valid = self._text_with_null(batch_size, text)  # [B, T, C], [B, T]
-        tokens, bias = self._layout_parts(batch_size, layout)  # [B, N, D], [B, L, N]
-        return Conditions(base, tokens, bias, context, valid)
+        tokens, bias = self._layout_parts(batch_size, layout, grid)  # [B, N, D], [B, L, N]
+        return Conditions(base, tokens, bias, context, valid, 0 if text is None else batch_size, grid)
 
     def _project_pooled(self, text: TextContext) -> Tensor:
         if not self.config.text_dim:
@@ -174,7 +210,9 @@ class StructMAR(nn.Module):
         absent = ~text.valid.any(dim=1, keepdim=True)  # [B, 1]
         return torch.cat([null.to(text.tokens.dtype), text.tokens], 1), torch.cat([absent, text.valid], 1)
 
-    def _layout_parts(self, batch_size: int, layout: LayoutBatch | None) -> tuple[Tensor | None, Tensor | None]:
+    def _layout_parts(
+        self, batch_size: int, layout: LayoutBatch | None, grid: tuple[int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
         if not self.config.num_categories:
             if layout is not None:
                 raise ValueError("a layout was given, but the model was built with num_categories=0")
@@ -183,15 +221,63 @@ class StructMAR(nn.Module):
             return self.layout_embed.null_tokens(batch_size, self.config.max_objects), None
         if layout.valid.shape[1] != self.config.max_objects:
             raise ValueError(f"layout has {layout.valid.shape[1]} slots, the model {self.config.max_objects}")
-        bias = layout_bias(layout, self.config.grid, self.config.layout_bias_value)  # [B, L, N]
+        bias = layout_bias(layout, grid, self.config.layout_bias_value)  # [B, L, N]
         return self.layout_embed(layout), bias
 
-    def encode(self, tokens: Tensor, kept_ids: Tensor, conditions: Conditions) -> Tensor:
+    def prepare(
+        self, conditions: Conditions, dtype: torch.dtype | None = None, before: Context | None = None
+    ) -> Context:
+        """What every pass over the backbone shares (`models/context.py`).
+
+        dtype: None for training, where gradients flow; for sampling that of weights and matrix products, float32 or
+        bfloat16. Then everything that does not depend on the tokens is computed here, once. before: a context of other
+        conditions, whose cast weights are used again.
+        """
+        angles = self._rope_angles(conditions.grid)
+        if dtype is None:
+            is_checkpointed = self.config.grad_checkpointing
+            encoder = training_layers(self.encoder_blocks, angles[0], conditions, is_checkpointed)
+            decoder = training_layers(self.decoder_blocks, angles[1], conditions, is_checkpointed)
+            return Context(self, conditions, encoder, decoder, self.decoder_bias(conditions))
+        network = inference_copy(self, dtype) if before is None else before.network
+        options = (conditions, dtype, self.compile_mode is not None)
+        encoder = sampling_layers(self.encoder_blocks, network.encoder_blocks, angles[0], *options)
+        decoder = sampling_layers(self.decoder_blocks, network.decoder_blocks, angles[1], *options)
+        if conditions.layout_bias is not None:
+            conditions = replace(conditions, layout_bias=conditions.layout_bias.to(dtype))
+        head = self.head.sampler(network.head, self.compile_mode) if before is None else before.head
+        return Context(network, conditions, encoder, decoder, self.decoder_bias(conditions), head)
+
+    def _rope_angles(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """Of buffer and image tokens in encoder and decoder: [K + L, d/2] each, None without RoPE."""
+        if self.config.rope_mode == "off":
+            return None, None
+        tables = [self.rope_angles_encoder, self.rope_angles_decoder]  # [L, d/2] each
+        if grid != self.config.grid:
+            tables = [rope_angles_2d(grid, 2 * table.shape[1]).to(table.device) for table in tables]
+        encoder, decoder = (with_buffer(table, self.config.buffer_size) for table in tables)  # [K + L, d/2] each
+        return encoder, decoder
+
+    def predict(self, tokens: Tensor, kept_ids: Tensor, context: Context, token_ids: Tensor | None = None) -> Tensor:
+        """The pass over the backbone, the same one in training, sampling and scoring.
+
+        tokens: [B, L, C'], of which kept_ids [B, n] are visible; context: of `prepare`; token_ids: [B, p], the tokens
+        asked for (None: all, in order). Returns the head's condition of these: [B, p, D].
+        """
+        if context.network is not self:
+            return context.network.predict(tokens, kept_ids, context, token_ids)  # [B, p, D]
+        return self.decode(self.encode(tokens, kept_ids, context), kept_ids, context, token_ids)  # [B, p, D]
+
+    def encode(self, tokens: Tensor, kept_ids: Tensor, context: Context) -> Tensor:
         """tokens: [B, L, C']; kept_ids: [B, n], the visible ones; returns [B, K + n, D]."""
-        x = self.encoder_input(tokens, kept_ids, conditions)  # [B, K + n, D]
-        angles = self.rope_angles_encoder[kept_ids]  # [B, n, d/2]
-        bias = self.encoder_bias(kept_ids, conditions)  # [B, 1, K + n, K + n]
-        return self.encoder_norm(self._run(self.encoder_blocks, x, angles, bias, conditions))  # [B, K + n, D]
+        num_slots = self.config.buffer_size
+        x = self.encoder_input(tokens, kept_ids, context.conditions)  # [B, K + n, D]
+        slots = torch.arange(num_slots, device=kept_ids.device).expand(len(kept_ids), -1)  # [B, K]
+        positions = torch.cat([slots, kept_ids + num_slots], dim=1)  # [B, K + n]
+        bias = self.encoder_bias(kept_ids, context.conditions)  # [B, 1, K + n, K + n]
+        for layer in context.encoder:
+            x = layer(x, positions, bias)  # [B, K + n, D]
+        return self.encoder_norm(x)  # [B, K + n, D]
 
     def encoder_input(self, tokens: Tensor, kept_ids: Tensor, conditions: Conditions) -> Tensor:
         """The buffer and the visible tokens, embedded: [B, K + n, D]."""
@@ -202,12 +288,12 @@ class StructMAR(nn.Module):
             with_layout = buffer[:, :num_slots] + conditions.layout_tokens  # [B, N, D]
             buffer = torch.cat([with_layout, buffer[:, num_slots:]], dim=1)  # [B, K, D]
         visible = self.z_proj(gather_tokens(tokens, kept_ids))  # [B, n, D]
-        position = self.encoder_pos_embed_learned
-        kept_position = gather_tokens(
-            position[:, config.buffer_size :].expand(len(tokens), -1, -1), kept_ids
-        )  # [B, n, D]
-        buffer = buffer + position[:, : config.buffer_size]  # [B, K, D]
-        x = torch.cat([buffer.to(visible.dtype), visible + kept_position.to(visible.dtype)], dim=1)  # [B, K + n, D]
+        if config.learned_pos:
+            position = self.encoder_pos_embed_learned  # [1, K + L, D]
+            image_position = position[:, config.buffer_size :].expand(len(tokens), -1, -1)  # [B, L, D]
+            visible = visible + gather_tokens(image_position, kept_ids).to(visible.dtype)  # [B, n, D]
+            buffer = buffer + position[:, : config.buffer_size]  # [B, K, D]
+        x = torch.cat([buffer.to(visible.dtype), visible], dim=1)  # [B, K + n, D]
         return self.z_proj_ln(x)  # [B, K + n, D]
 
     def encoder_bias(self, kept_ids: Tensor, conditions: Conditions) -> Tensor | None:
@@ -222,70 +308,66 @@ class StructMAR(nn.Module):
             return None
         return attention_bias(conditions.layout_bias, self.config.buffer_size)
 
-    def decode(self, encoded: Tensor, kept_ids: Tensor, conditions: Conditions) -> Tensor:
-        """encoded: [B, K + n, D]; returns the head's condition for every token, [B, L, D]."""
-        x = self.decoder_input(encoded, kept_ids)  # [B, K + L, D]
-        angles = self.rope_angles_decoder[None]  # [1, L, d/2]
-        x = self._run(self.decoder_blocks, x, angles, self.decoder_bias(conditions), conditions)  # [B, K + L, D]
-        return self.decoder_norm(x)[:, self.config.buffer_size :] + self.diffusion_pos_embed_learned  # [B, L, D]
-
-    def decoder_input(self, encoded: Tensor, kept_ids: Tensor) -> Tensor:
-        """The buffer and all tokens, hidden ones as the mask token: [B, K + L, D]."""
+    def decode(self, encoded: Tensor, kept_ids: Tensor, context: Context, token_ids: Tensor | None = None) -> Tensor:
+        """encoded: [B, K + n, D]; returns the head's condition of token_ids [B, p] (None: of all), [B, p, D]."""
         config = self.config
+        query_ids = None if token_ids is None else token_ids + config.buffer_size  # [B, p]
+        x = self.decoder_input(encoded, kept_ids, context.conditions)  # [B, K + L, D]
+        *others, last = context.decoder
+        for layer in others:
+            x = layer(x, None, context.decoder_bias)  # [B, K + L, D]
+        x = self.decoder_norm(last(x, None, context.decoder_bias, query_ids))  # [B, K + L or p, D]
+        x = x if token_ids is not None else x[:, config.buffer_size :]  # [B, p, D]
+        if not config.learned_pos:
+            return x  # [B, p, D]
+        position: Tensor = self.diffusion_pos_embed_learned  # [1, L, D]
+        if token_ids is not None:
+            position = gather_tokens(position.expand(len(x), -1, -1), token_ids)  # [B, p, D]
+        return x + position  # [B, p, D]
+
+    def decoder_input(self, encoded: Tensor, kept_ids: Tensor, conditions: Conditions) -> Tensor:
+        """The buffer and all tokens, hidden ones as the mask token: [B, K + L, D]."""
+        config, num_tokens = self.config, math.prod(conditions.grid)
         x = self.decoder_embed(encoded)  # [B, K + n, D]
         buffer, visible = x[:, : config.buffer_size], x[:, config.buffer_size :]  # [B, K, D], [B, n, D]
-        image = self.mask_token.to(x.dtype).expand(len(x), config.num_tokens, -1)  # [B, L, D]
+        image = self.mask_token.to(x.dtype).expand(len(x), num_tokens, -1)  # [B, L, D]
         image = image.scatter(1, kept_ids[..., None].expand(-1, -1, x.shape[-1]), visible)  # [B, L, D]
-        return torch.cat([buffer, image], dim=1) + self.decoder_pos_embed_learned  # [B, K + L, D]
+        x = torch.cat([buffer, image], dim=1)  # [B, K + L, D]
+        return x + self.decoder_pos_embed_learned if config.learned_pos else x  # [B, K + L, D]
 
-    def _run(
-        self, blocks: Iterable[nn.Module], x: Tensor, angles: Tensor, bias: Tensor | None, conditions: Conditions
-    ) -> Tensor:
-        rotation = (
-            with_buffer(angles, self.config.buffer_size) if self.config.rope_mode != "off" else None
-        )  # [., K+n, d/2]
-        for block in blocks:
-            inputs = (x, rotation, bias, conditions.text, conditions.text_valid)
-            if self.config.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)  # [B, K + n, D]
-            else:
-                x = block(*inputs)  # [B, K + n, D]
-        return x
-
-    def predict(self, tokens: Tensor, kept_ids: Tensor, conditions: Conditions) -> Tensor:
-        """The backbone: tokens [B, L, C'] of which kept_ids [B, n] are visible -> the head's condition [B, L, D]."""
-        return self.decode(self.encode(tokens, kept_ids, conditions), kept_ids, conditions)
-
-    def sample_training_draws(
-        self, batch_size: int, generator: torch.Generator, mask_ratio_min: float
-    ) -> tuple[TokenMask, DiffusionDraws]:
-        """Everything random about one training step, on the generator's device."""
-        mask = sample_token_mask(batch_size, self.config.num_tokens, mask_ratio_min, generator)
+    def sample_training_noise(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        mask_ratio_min: float,
+        grid: tuple[int, int] | None = None,
+    ) -> TrainingNoise:
+        """Everything random about one training step, on the generator's device. grid: the config's by default."""
+        mask = sample_token_mask(batch_size, math.prod(grid or self.config.grid), mask_ratio_min, generator)
         num_rows = self.config.diffusion_batch_mul * batch_size * mask.num_masked
-        return mask, sample_draws(num_rows, self.config.token_dim, generator)
+        return TrainingNoise(mask, self.head.sample_noise(num_rows, generator))
 
     def forward(
         self,
         latents: Tensor,
-        mask: TokenMask,
-        draws: DiffusionDraws,
+        noise: TrainingNoise,
         labels: Tensor | None = None,
         text: TextContext | None = None,
         layout: LayoutBatch | None = None,
     ) -> Tensor:
-        """Mean diffusion loss of the masked tokens: a scalar.
+        """Mean loss of the masked tokens: a scalar.
 
-        latents: [B, C, h, w] scaled; draws: one timestep and noise per row, M copies of all masked tokens in turn
-        ([M * B * m]); labels: [B] int64, -1 for none.
+        latents: [B, C, h, w] scaled; noise: of `sample_training_noise`, M rows of the head per masked token; labels:
+        [B] int64, -1 for none.
         """
         tokens = self.patchify(latents)  # [B, L, C']
-        conditions = self.embed_conditions(len(tokens), labels, text, layout)
-        z = self.predict(tokens, mask.kept_ids(), conditions)  # [B, L, D]
+        conditions = self.embed_conditions(len(tokens), labels, text, layout, self.grid_of(latents))
+        z = self.predict(tokens, noise.mask.kept_ids(), self.prepare(conditions))  # [B, L, D]
 
-        masked_ids = mask.masked_ids()  # [B, m]
+        masked_ids = noise.mask.masked_ids()  # [B, m]
         target = gather_tokens(tokens, masked_ids).flatten(0, 1)  # [B * m, C']
         z = gather_tokens(z, masked_ids).flatten(0, 1)  # [B * m, D]
-        return self.diffloss.token_loss(target, z, draws).mean()
+        return self.head.token_loss(target, z, noise.head).mean()
 
     def denoise(
         self,
@@ -297,17 +379,19 @@ class StructMAR(nn.Module):
         labels: Tensor | None = None,
         text: TextContext | None = None,
         layout: LayoutBatch | None = None,
+        grid: tuple[int, int] | None = None,
         full_precision_head: bool = False,
     ) -> Tensor:
         """What the head says of chosen tokens at chosen noise levels: one pass of the backbone, p * S rows of the head.
 
         tokens: [B, L, C'], of which kept_ids [B, n] are visible; token_ids: [B, p]; noisy: [B, p, S, C'], versions of
-        those tokens; timesteps: [B, p, S] int64; returns [B, p, S, 2C']: eps and the variance fraction.
+        those tokens; timesteps: [B, p, S] int64; grid: the config's by default; returns [B, p, S, 2C']: eps and the
+        variance fraction.
         full_precision_head: the head runs in float32 even under autocast. Sharded models (FSDP) run their hooks only in
         `forward`; `torch.distributed.fsdp.register_fsdp_forward_method(model, "denoise")` adds this method.
         """
-        conditions = self.embed_conditions(len(tokens), labels, text, layout)
-        z = gather_tokens(self.predict(tokens, kept_ids, conditions), token_ids)  # [B, p, D]
+        conditions = self.embed_conditions(len(tokens), labels, text, layout, grid)
+        z = gather_tokens(self.predict(tokens, kept_ids, self.prepare(conditions)), token_ids)  # [B, p, D]
         z = z[:, :, None].expand(-1, -1, noisy.shape[2], -1).flatten(0, 2)  # [B * p * S, D]
         rows, steps = noisy.flatten(0, 2), timesteps.flatten()  # [B * p * S, C'], [B * p * S]
         if full_precision_head:

@@ -16,10 +16,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.rl.cost import rollout_flops
-from models.heads.diffloss import DiffusionDraws
+from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask
-from models.sampling.sampler import SamplingConfig
-from models.structmar import StructMAR, StructMARConfig, preset_config
+from models.sampling.config import SamplingConfig
+from models.structmar import StructMAR, StructMARConfig, TrainingNoise, preset_config
 from models.weights import select_trainable
 from util.types import LayoutBatch, TextContext
 
@@ -50,14 +50,14 @@ def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
     num_masked = round(config.num_tokens * MEAN_MASK_RATIO)
     mask = TokenMask(torch.ones(1, config.num_tokens, dtype=torch.bool, device="meta"), num_masked)
     rows = config.diffusion_batch_mul * num_masked
-    draws = DiffusionDraws(
+    noise = DiffusionNoise(
         torch.zeros(rows, dtype=torch.int64, device="meta"), torch.zeros(rows, config.token_dim, device="meta")
     )
     side = config.img_size // config.vae_stride
     latents = torch.zeros(1, config.vae_embed_dim, side, side, device="meta")
     text, layout = conditions(config, 1, num_text)
     with FlopCounterMode(display=False) as counter:
-        model(latents, mask, draws, text=text, layout=layout).backward()
+        model(latents, TrainingNoise(mask, noise), text=text, layout=layout).backward()
     return counter.get_total_flops()
 
 

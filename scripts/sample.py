@@ -43,7 +43,7 @@ from engine.sample.pipeline import load_pipeline, require_fitting_codec, require
 from engine.train.parallel import compile_parts
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, preset_config
 from util.coco import BoxFilters, CocoIndex
 from util.config import HelpFormatter, parse_args, resolved_dict

@@ -10,7 +10,7 @@ import argparse
 import math
 
 from engine.cli.speed import SPEEDS, speed_preset
-from models.masking import ORDERS
+from models.sampling.orders import ORDERS
 from util.config import PresetAction
 
 DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"

@@ -46,7 +46,7 @@ from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
 from models.masking import cosine_masked_counts
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable, summarize_trainable
 from util.checkpoint import LAST_NAME, save_atomic

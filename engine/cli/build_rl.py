@@ -65,7 +65,7 @@ from models.frozen.faster_rcnn import load_detector
 from models.frozen.features import load_clip
 from models.masking import cosine_masked_counts
 from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import load_structmar_weights
 from util.coco import CocoIndex

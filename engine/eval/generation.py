@@ -21,7 +21,7 @@ from engine.data.scenes import Scene
 from engine.eval.targets import Target
 from engine.sample.generate import generate_images
 from engine.sample.pipeline import Pipeline
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from util.distributed import DistInfo
 from util.images import Picture, load_image, save_png
 from util.rng import derive_seed

@@ -19,7 +19,7 @@ from engine.train.loop import Learner
 from engine.train.parallel import unsharded
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from util.distributed import DistInfo, gather_objects
 from util.images import Picture
 from util.logging import MetricWriter

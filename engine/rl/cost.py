@@ -8,7 +8,7 @@ backbone pass that hides m of L tokens, and H those of the head for one row:
     scoring  n * M * E[R(m) + p * K * H]                          one evaluation of the log-probabilities
     update   scoring * (old + reference + inner_epochs * (forward + backward + recomputation))
 
-R' and H' are less than R and H by what the sampler does once instead of every time (`models/sampling/prepared.py`).
+R' and H' are less than R and H by what the sampler does once instead of every time (`models/context.py`).
 M masks, p tokens scored per mask, K draws per token. Masks are stratified over the token index, so iteration i has the
 probability (m_i - m_{i+1}) / L in E. `elbo` scores all m_i hidden tokens, without guidance; `trajectory` those that
 iteration i uncovered, with it: other branches than the full one are forward passes only. A backward pass is two
@@ -28,11 +28,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from models.heads.diffloss import TIME_FREQUENCIES
+from models.heads.adaln_mlp import TIME_FREQUENCIES
 from models.layout import NUM_FREQUENCIES
 from models.masking import cosine_masked_counts
 from models.sampling.condition_cache import end_of_run
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from models.structmar import StructMARConfig
 
 ESTIMATORS = ("elbo", "trajectory")

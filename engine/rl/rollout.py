@@ -24,7 +24,8 @@ from engine.train.parallel import unsharded
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
 from models.policy import Samples, collect_samples
-from models.sampling.sampler import SamplingConfig, sample
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import sample
 from models.structmar import StructMAR
 from util.images import Picture, to_picture
 from util.rng import generator
@@ -76,7 +77,7 @@ class RolloutWorker:
             drawn = sample(
                 self.model, self.config, generators, text=text, layout=layout, record=self.needs_trace, dtype=dtype
             )
-        samples = collect_samples(self.model, drawn, text, layout)
+        samples = collect_samples(drawn, text, layout)
         pictures = [to_picture(pixels) for pixels in self.codec.decode(drawn.latents.float())]
         prompts = [caption for caption in batch.captions for _ in range(self.group_size)]
         rewards = self.reward(to_images(pictures, self.device), layout, prompts)

@@ -203,16 +203,16 @@ class GrpoStep:
         model, seed = self.learner.model, self.config.seed
         draws = generator(seed, "sft", *key)
         inputs = self.make_inputs(batch, epoch, draws)
-        mask, diffusion = model.sample_training_draws(len(inputs), draws, self.config.mask_ratio_min)
+        noise = model.sample_training_noise(
+            len(inputs), draws, self.config.mask_ratio_min, model.grid_of(inputs.latents)
+        )
         torch.manual_seed(derive_seed(seed, "sft dropout", *key))
         device = self.dist.device
         model.train()
         with gradient_sync(self._synced(), is_last):
             with self._autocast():
                 loss = self.learner.wrapped(
-                    LossInputs(
-                        inputs.latents, mask.to(device), diffusion.to(device), inputs.labels, inputs.text, inputs.layout
-                    )
+                    LossInputs(inputs.latents, noise.to(device), inputs.labels, inputs.text, inputs.layout)
                 )
             (weight * loss).backward()
         model.eval()

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from engine.data.scenes import Scene
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
-from models.sampling.sampler import SamplingConfig, sample
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import OnIteration, sample
 from models.structmar import StructMAR
 from util.images import Picture, draw_boxes, make_grid, to_picture
 from util.rng import generator
@@ -57,7 +59,7 @@ def generate_images(
         with _sampling(model):
             generators = [image_generator(seed) for seed in seeds[rows]]
             latents = sample(
-                model, config, generators, text=text, layout=layout, progress=_counted(progress), dtype=dtype
+                model, config, generators, text=text, layout=layout, on_iteration=_counted(progress), dtype=dtype
             ).latents  # [B, C, h, w]
         images += [to_picture(pixels) for pixels in codec.decode(latents.float())]
     return images
@@ -87,7 +89,7 @@ def generate_class_images(
             generators = [image_generator(seed) for seed in seeds[rows]]
             batch = torch.tensor(labels[rows], dtype=torch.int64, device=device)  # [B]
             latents = sample(
-                model, config, generators, labels=batch, progress=_counted(progress), dtype=dtype
+                model, config, generators, labels=batch, on_iteration=_counted(progress), dtype=dtype
             ).latents  # [B, C, h, w]
         images += [to_picture(pixels) for pixels in codec.decode(latents.float())]
     return images
@@ -183,18 +185,16 @@ def _sampling(model: StructMAR) -> Iterator[None]:
         model.train(was_training)
 
 
-def _counted(progress: Callable[[], None] | None) -> Callable[[Iterable[int]], Iterator[int]] | None:
-    """Wraps the sampler's loop so that `progress` is called after each of its iterations."""
+def _counted(progress: Callable[[], None] | None) -> OnIteration | None:
+    """Calls `progress` after each of the sampler's iterations."""
     if progress is None:
         return None
-    step = progress
+    count = progress
 
-    def wrapped(iterations: Iterable[int]) -> Iterator[int]:
-        for iteration in iterations:
-            yield iteration
-            step()
+    def on_iteration(iteration: int, tokens: Tensor) -> None:
+        count()
 
-    return wrapped
+    return on_iteration
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int = 4) -> list[str]:

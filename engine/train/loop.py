@@ -25,9 +25,7 @@ from engine.data.inputs import MakeInputs, StepInputs
 from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, clip_gradients, set_lr
 from engine.train.parallel import gradient_sync
-from models.heads.diffloss import DiffusionDraws
-from models.masking import TokenMask
-from models.structmar import StructMAR
+from models.structmar import StructMAR, TrainingNoise
 from util.distributed import DistInfo, any_rank, reduce_mean
 from util.ema import Ema
 from util.logging import MetricWriter, progress
@@ -264,10 +262,12 @@ class SupervisedStep:
         for micro, batch in enumerate(micro_batches):
             draws = generator(config.seed, "train", position.step, micro, rank)
             inputs = self.make_inputs(batch, position.epoch, draws)
-            mask, diffusion = learner.model.sample_training_draws(len(inputs), draws, config.mask_ratio_min)
+            noise = learner.model.sample_training_noise(
+                len(inputs), draws, config.mask_ratio_min, learner.model.grid_of(inputs.latents)
+            )
             torch.manual_seed(derive_seed(config.seed, "dropout", position.step, micro, rank))
             is_last = micro + 1 == config.accum_iter
-            loss = backward_pass(learner.wrapped, inputs, mask, diffusion, config.precision, config.accum_iter, is_last)
+            loss = backward_pass(learner.wrapped, inputs, noise, config.precision, config.accum_iter, is_last)
             meter.watch("latents", inputs.latents, position.step)
             if inputs.text is not None:
                 meter.watch("text", inputs.text.pooled, position.step)
@@ -291,8 +291,7 @@ class SupervisedStep:
 def backward_pass(
     wrapped: nn.Module,
     inputs: StepInputs,
-    mask: TokenMask,
-    draws: DiffusionDraws,
+    noise: TrainingNoise,
     precision: str,
     accum_iter: int,
     is_last: bool,
@@ -303,8 +302,7 @@ def backward_pass(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = wrapped(
                 inputs.latents,
-                mask.to(device),
-                draws.to(device),
+                noise.to(device),
                 labels=inputs.labels,
                 text=inputs.text,
                 layout=inputs.layout,

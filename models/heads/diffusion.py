@@ -53,8 +53,8 @@ class DiffusionSchedule:
         # The variance is 0 at the last reverse step: its log takes the next step's.
         clipped = np.append(variance[1], variance[1:]) if len(self) > 1 else np.full(1, betas[0])
         return {
-            "sqrt_bar": np.sqrt(bar),
-            "sqrt_one_minus_bar": np.sqrt(1.0 - bar),
+            "sqrt_alphas_cumprod": np.sqrt(bar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - bar),
             "x0_from_x": np.sqrt(1.0 / bar),
             "x0_from_eps": np.sqrt(1.0 / bar - 1.0),
             "mean_from_x0": betas * np.sqrt(previous) / (1.0 - bar),
@@ -97,7 +97,7 @@ def sampling_schedule(num_steps: int, t_max: int | None = None) -> DiffusionSche
 
 def add_noise(x0: Tensor, noise: Tensor, tables: dict[str, Tensor]) -> Tensor:
     """x_t = sqrt(bar) x0 + sqrt(1 - bar) noise. x0, noise: [r, C]; tables: rows gathered per token, [r, 1] each."""
-    return tables["sqrt_bar"] * x0 + tables["sqrt_one_minus_bar"] * noise  # [r, C]
+    return tables["sqrt_alphas_cumprod"] * x0 + tables["sqrt_one_minus_alphas_cumprod"] * noise  # [r, C]
 
 
 def _posterior_mean(x0: Tensor, x: Tensor, tables: dict[str, Tensor]) -> Tensor:

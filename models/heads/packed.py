@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.heads.diffloss import ResBlock, SimpleMLPAdaLN
+from models.heads.adaln_mlp import ResBlock, SimpleMLPAdaLN
 
 MIN_WIDTH = 512
 

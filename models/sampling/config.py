@@ -6,7 +6,7 @@ The options that spend less than MAR does, all off by default; each draws other 
 - `guidance_interval`: guidance in some iterations only (as arXiv:2404.07724 does over noise levels).
 - `uncond_refresh`: guidance's other branches run in some iterations; in between, what the backbone's outputs differ by
   is taken from the last run (the condition cache of LazyMAR, arXiv:2503.12450).
-- `order`: see `models/masking.py`.
+- `order`: see `orders.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from models.heads.diffusion import reverse_steps
-from models.masking import ORDERS
+from models.heads.diffusion_sampler import ReverseOptions
+from models.sampling.orders import ORDERS
 
 CFG_SCHEDULES = ("linear", "constant")
 ANNEALED_T_MAX = 950  # few steps from t = 999 multiply errors of eps by thousands (models/heads/diffusion.py)
@@ -27,7 +28,7 @@ BranchUse = Literal["full only", "run", "reuse"]
 @dataclass(frozen=True)
 class SamplingConfig:
     """num_iter: backbone passes. num_sampling_steps: reverse steps per token. cfg_text scales the caption (or the class
-    label), cfg_layout the boxes; 1 is no guidance. cfg_schedule: `linear` grows guidance with the share of uncovered
+    label), cfg_layout the boxes; 1 is no guidance. cfg_schedule: `linear` grows guidance with the share of unmasked
     tokens. clip_x0: bound of predicted tokens. t_max: timesteps above it are clipped; None: none are, but
     `ANNEALED_T_MAX` where steps are annealed.
 
@@ -77,6 +78,11 @@ class SamplingConfig:
     def num_reverse_steps(self) -> int:
         """Those that are left once steps above t_max are merged (in one iteration: see `at`)."""
         return len(reverse_steps(self.num_sampling_steps, self.t_max))
+
+    @property
+    def reverse_options(self) -> ReverseOptions:
+        """The diffusion head's, where the steps are the same in all iterations (see `at`)."""
+        return ReverseOptions(self.num_sampling_steps, self.t_max, self.temperature, self.clip_x0)
 
     def at(self, iteration: int) -> SamplingConfig:
         """The options of one iteration: the same number of reverse steps in all."""

@@ -1,279 +1,62 @@
-"""Sampling: uncover tokens in some order, each drawn by the diffusion head, with guidance by text and layout.
+"""Sampling: tokens are unmasked in some order, each drawn by the head, under guidance by text and layout.
 
-Per iteration: one pass of the backbone per guidance branch (`condition_cache.py` leaves some out), then the reverse
-process of the tokens to uncover. Guidance combines the branches' noise predictions,
+An iteration is one pass of the backbone per guidance branch (`condition_cache.py` leaves some out) and the head's
+drawing of the tokens it unmasks. Every image draws from its own generator, so that it does not depend on its batch.
+Sampling may start from any known tokens; the iterations are then those of the unknown ones.
 
-    eps = eps_0 + w_text (eps_text - eps_0) + w_layout (eps_text+layout - eps_text),
+Everything that needs the host or does not depend on the tokens comes before the loop, which only queues kernels.
 
-of which only the branches with a weight are computed. Every image draws from its own generator, so that it does not
-depend on its batch. The networks may run in bfloat16, but for the first reverse step (`models/heads/diffusion.py` says
-why); all else is float32.
-
-Shape letters: B images, G guidance branches, L image tokens, K buffer slots, D width, C token channels,
-S reverse steps, r rows (tokens), p tokens uncovered in one iteration.
+Shape letters: B images, G guidance branches, L image tokens, D width, C token channels, S reverse steps, p tokens
+unmasked in one iteration, u tokens unknown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from models.conditioning import Conditions
-from models.heads.diffusion import ReverseStep, normal_log_prob, reverse_steps
-from models.masking import cosine_masked_counts, draw_orders
-from models.sampling.condition_cache import GuidedBackbone, iteration_ids, plan_passes
-from models.sampling.config import SamplingConfig, guidance_scales
-from models.sampling.prepared import Head, prepare
+from models.context import Context
+from models.heads.base import HeadOutput, HeadStep, HeadTrace
+from models.heads.diffusion_sampler import Trace
+from models.masking import cosine_masked_counts
+from models.sampling.condition_cache import GuidedBackbone, IterationPlan, plan_iterations
+from models.sampling.config import BranchUse, SamplingConfig, guidance_scales
+from models.sampling.controls import Controls, NoControls
+from models.sampling.guidance import Branches, embed_branches
+from models.sampling.orders import DecodeState, Order, PlannedOrder, draw_orders, unknown_first
 from models.structmar import StructMAR
 from util.types import LayoutBatch, TextContext
 
-__all__ = [
-    "Branches",
-    "NoiseSource",
-    "SampleOutput",
-    "SamplingConfig",
-    "Trace",
-    "choose_branches",
-    "combine_branches",
-    "embed_branches",
-    "embed_times",
-    "empty_trace",
-    "guidance_scales",
-    "head_modulations",
-    "iteration_ids",
-    "reverse_process",
-    "sample",
-    "uncover",
-    "write_trace",
-]
-NoiseSource = Callable[[int, int, int], Tensor]
-MODULATED_ROWS = 512  # rows of the head's adaLN computed at once: enough for fast matmuls, little memory
+NoiseSource = Callable[[int, HeadStep, int], Tensor]
+"""(iteration, head, tokens an image) -> all randomness of these tokens, [..., B, p, C]."""
+OnIteration = Callable[[int, Tensor], Tensor | None]
+"""(iteration that is done, tokens [B, L, C]) -> None, or tokens to go on with."""
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What the reverse processes went through, by token position.
+class KnownTokens:
+    """What is known before sampling. tokens: [B, L, C]; known: [B, L] bool, any number of tokens in each row."""
 
-    states: [B, L, S + 1, C] float32, the starting noise first, then the token after reverse step 0, 1, ... (noisiest
-    first). log_probs: [B, L, S] float32, of the draw of each reverse step; 0 at the last one, which draws nothing.
-    """
-
-    states: Tensor
-    log_probs: Tensor
+    tokens: Tensor
+    known: Tensor
 
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """latents: [B, C, h, w], scaled. orders: [B, L], each image's order (uncovered from its end). trace: or None."""
+    """tokens: [B, L, C] of a (rows, columns) grid. latents: [B, C, h, w], scaled. orders: [B, L], the order in which
+    tokens were unmasked, from its end; what was known before comes last. trace: or None."""
 
+    tokens: Tensor
     latents: Tensor
     orders: Tensor
+    grid: tuple[int, int]
     trace: Trace | None = None
-
-
-@dataclass(frozen=True)
-class Branches:
-    """The guidance branches' conditions, stacked branch by branch along the batch, and how to combine them.
-
-    names: which of full, text, null are there, in that order. num_with_text: rows with a caption; they come first.
-    """
-
-    names: tuple[str, ...]
-    conditions: Conditions
-    num_with_text: int
-
-    def combine(self, eps: Tensor, w_text: float, w_layout: float) -> Tensor:
-        """eps: [G, r, C], a prediction per branch (or [1, r, C], of the full one alone); returns the guided [r, C]."""
-        return combine_branches(dict(zip(self.names[: len(eps)], eps.unbind(0), strict=True)), w_text, w_layout)
-
-
-def combine_branches(eps: Mapping[str, Tensor], w_text: float, w_layout: float) -> Tensor:
-    """eps: the prediction of each branch that is there, each [..., C]; returns the guided [..., C]."""
-    full = eps["full"]  # [..., C]
-    if len(eps) == 1:
-        return full
-    if "text" not in eps:
-        return torch.lerp(eps["null"], full, w_text)  # [..., C]
-    text = eps["text"]  # [..., C]
-    if "null" not in eps:
-        return torch.lerp(text, full, w_layout)  # [..., C]
-    return torch.lerp(eps["null"], text, w_text).add(full - text, alpha=w_layout)  # [..., C]
-
-
-def choose_branches(config: SamplingConfig, has_text: bool, has_layout: bool) -> tuple[tuple[str, ...], SamplingConfig]:
-    """The names of the branches that have a weight (`full` first), and the config with the scale of an absent condition
-    set to the other's."""
-    if not has_layout:
-        config = replace(config, cfg_layout=config.cfg_text)
-    elif not has_text:
-        config = replace(config, cfg_text=config.cfg_layout)
-    names = ["full"]
-    if config.cfg_text != config.cfg_layout:
-        names.append("text")
-    if config.cfg_text != 1.0:
-        names.append("null")
-    return tuple(names), config
-
-
-def embed_branches(
-    model: StructMAR,
-    config: SamplingConfig,
-    batch_size: int,
-    text: TextContext | None,
-    layout: LayoutBatch | None,
-    labels: Tensor | None,
-) -> tuple[Branches, SamplingConfig]:
-    """Embeds the branches of `choose_branches`, and gives its config."""
-    has_text = text is not None or labels is not None
-    names, config = choose_branches(config, has_text, layout is not None)
-    parts = {"full": model.embed_conditions(batch_size, labels, text, layout)}
-    if "text" in names:
-        parts["text"] = model.embed_conditions(batch_size, labels, text, None)
-    if "null" in names:
-        parts["null"] = model.embed_conditions(batch_size)
-    num_with_text = 0 if text is None else batch_size * sum(name != "null" for name in names)
-    return Branches(names, stack_conditions([parts[name] for name in names]), num_with_text), config
-
-
-def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
-    """Concatenates along the batch; shorter texts are padded, missing biases are zero."""
-    first = parts[0]
-    bias = None
-    if any(part.layout_bias is not None for part in parts):
-        known = next(part.layout_bias for part in parts if part.layout_bias is not None)
-        bias = torch.cat([torch.zeros_like(known) if p.layout_bias is None else p.layout_bias for p in parts])
-    text = text_valid = None
-    if first.text is not None and first.text_valid is not None:
-        length = max(part.text.shape[1] for part in parts if part.text is not None)
-        text = torch.cat([_pad_rows(part.text, length) for part in parts if part.text is not None])
-        text_valid = torch.cat([_pad_rows(part.text_valid, length) for part in parts if part.text_valid is not None])
-    tokens = None
-    if first.layout_tokens is not None:
-        tokens = torch.cat([part.layout_tokens for part in parts if part.layout_tokens is not None])
-    return Conditions(torch.cat([part.base for part in parts]), tokens, bias, text, text_valid)
-
-
-def _pad_rows(x: Tensor, length: int) -> Tensor:
-    """Pads dimension 1 with zeros (False)."""
-    return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], dim=1)
-
-
-def reverse_process(
-    head: Head,
-    z: Tensor,
-    times: Tensor,
-    branches: Branches,
-    scales: tuple[float, float],
-    noise: Tensor,
-    config: SamplingConfig,
-    record: list[tuple[Tensor, Tensor]] | None = None,
-) -> Tensor:
-    """Draws r tokens. z: [G, r, D]; noise: [S + 1, r, C], the start and one per reverse step; gives [r, C] float32.
-
-    The network may run in another dtype; the state, the guidance and every coefficient stay in float32, and so does the
-    whole first step. times: `embed_times`. record: gets, per reverse step, the state after it [r, C] and the
-    log-probability of its draw [r].
-    """
-    steps = reverse_steps(config.num_sampling_steps, config.t_max)
-    x = noise[0]  # [r, C]
-    for index, (step, modulations) in enumerate(zip(steps, head_modulations(head, z, times), strict=True)):
-        eps, fraction = head.output(index, x, modulations).chunk(2, dim=-1)  # each [G, r, C]
-        guided = branches.combine(eps, *scales)  # [r, C]
-        before = x  # [r, C]
-        x = step(x, guided, fraction[0], noise[index + 1], config.temperature, config.clip_x0)  # [r, C]
-        if record is not None:
-            record.append((x, _drawn_log_prob(step, before, guided, fraction[0], x, config)))
-    return x
-
-
-def embed_times(model: StructMAR, config: SamplingConfig, device: torch.device) -> Tensor:
-    """The head's embedding of the timestep of each reverse step: [S, W] float32."""
-    steps = reverse_steps(config.num_sampling_steps, config.t_max)
-    return model.diffloss.net.time_embed(torch.tensor([step.timestep for step in steps], device=device))  # [S, W]
-
-
-def head_modulations(head: Head, z: Tensor, times: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """`SimpleMLPAdaLN.modulations` of each reverse step in turn: [G, r, 3W] per block, then [G, r, 2W].
-
-    They do not depend on the noisy tokens, so many steps are computed at once. z: [G, r, D]; times: [S, W].
-    """
-    embedded = head.first.cond_embed(z)  # [G, r, W]
-    yield tuple(layer[0] for layer in head.first.modulations(times[:1], embedded))
-    for chunk in times[1:].split(max(1, MODULATED_ROWS // z[..., 0].numel())):
-        yield from zip(*head.net.modulations(chunk, embedded), strict=True)  # S' of each [S', G, r, .]
-
-
-def _drawn_log_prob(
-    step: ReverseStep, before: Tensor, eps: Tensor, fraction: Tensor, after: Tensor, config: SamplingConfig
-) -> Tensor:
-    """Of one reverse step from `before` to `after`; all [r, C]; gives [r], 0 for the last step."""
-    if step.is_last:
-        return after.new_zeros(len(after))  # [r]
-    mean, log_variance = step.distribution(before, eps, fraction, config.clip_x0)  # each [r, C]
-    return normal_log_prob(after, mean, 0.5 * log_variance + math.log(config.temperature))  # [r]
-
-
-def uncover(
-    model: StructMAR,
-    branches: Branches,
-    orders: Tensor,
-    noise: NoiseSource,
-    config: SamplingConfig,
-    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
-    trace: Trace | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The loop. orders: [B, L]; noise(iteration, S + 1, p) gives [S + 1, B, p, C]; returns tokens [B, L, C] float32.
-
-    trace: filled in place if given (`empty_trace`). dtype: of the networks (`models/sampling/prepared.py`).
-    """
-    batch_size, num_tokens = orders.shape
-    counts = cosine_masked_counts(num_tokens, config.num_iter)
-    # Everything that needs the host or does not depend on the tokens comes before the loop, which only queues kernels.
-    num_branches = len(branches.names)
-    passes = plan_passes(orders, counts, config.branch_uses(num_branches))
-    options = [config.at(iteration) for iteration in range(config.num_iter)]
-    times = {at: embed_times(model, at, orders.device) for at in set(options)}  # [S, W] each
-    tape = [
-        noise(iteration, len(times[at]) + 1, step.token_ids.shape[1]).flatten(1, 2)  # [S + 1, B * p, C]
-        for iteration, (step, at) in enumerate(zip(passes, options, strict=True))
-    ]
-    prepared = prepare(model, branches.conditions, branches.num_with_text, dtype)
-    backbone = GuidedBackbone(prepared, num_branches, passes)
-    tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
-    iterations: Iterable[int] = range(config.num_iter)
-    for iteration in iterations if progress is None else progress(iterations):
-        step, at, draws = passes[iteration], options[iteration], tape[iteration]
-        z = backbone(tokens, step).flatten(1, 2)  # [G, B * p, D]
-        scales = guidance_scales(config, num_tokens, counts[iteration + 1])
-        record: list[tuple[Tensor, Tensor]] | None = None if trace is None else []
-        drawn = reverse_process(prepared.head, z, times[at], branches, scales, draws, at, record)  # [B * p, C]
-        if trace is not None and record is not None:
-            write_trace(trace, step.token_ids, draws[0], record)
-        drawn = drawn.unflatten(0, (batch_size, -1))  # [B, p, C]
-        tokens = tokens.scatter(1, step.token_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
-    return tokens
-
-
-def empty_trace(orders: Tensor, channels: int, config: SamplingConfig) -> Trace:
-    """Room for the reverse processes of the images of `orders` [B, L]. Raises ValueError for what cannot be scored."""
-    config.require_traceable()
-    num_steps = len(reverse_steps(config.num_sampling_steps, config.t_max))
-    states = torch.zeros(*orders.shape, num_steps + 1, channels, device=orders.device)  # [B, L, S + 1, C]
-    return Trace(states, torch.zeros(*orders.shape, num_steps, device=orders.device))
-
-
-def write_trace(trace: Trace, token_ids: Tensor, start: Tensor, record: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Puts one iteration's tokens in their places. token_ids: [B, p]; start: [B * p, C]; record: S pairs."""
-    shape = token_ids.shape
-    states = torch.stack([start, *(state for state, _ in record)], dim=1).unflatten(0, shape)  # [B, p, S + 1, C]
-    log_probs = torch.stack([log_prob for _, log_prob in record], dim=1).unflatten(0, shape)  # [B, p, S]
-    trace.states.scatter_(1, token_ids[..., None, None].expand_as(states), states)
-    trace.log_probs.scatter_(1, token_ids[..., None].expand_as(log_probs), log_probs)
 
 
 @torch.no_grad()
@@ -284,29 +67,214 @@ def sample(
     text: TextContext | None = None,
     layout: LayoutBatch | None = None,
     labels: Tensor | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    known: KnownTokens | None = None,
+    order: Order | None = None,
+    controls: Controls | None = None,
+    on_iteration: OnIteration | None = None,
+    should_stop: Callable[[], bool] | None = None,
     record: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> SampleOutput:
     """Samples one image per generator. The model must be in eval mode; conditions lie on its device, [B, ...].
 
-    record: keeps the reverse processes. dtype: of the networks' weights and matrix products; the model's are float32.
-    Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, or a recording is wanted
-    where it cannot be scored (`SamplingConfig.require_traceable`).
+    grid: (rows, columns) of tokens, the config's by default. known: tokens to start from. order: instead of
+    `config.order`; not together with `known`. controls: of the conditions by iteration. should_stop: asked after each
+    iteration; what is masked then stays zero. record: keeps how the head drew. dtype: of weights and matrix products.
+    Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, the grid is unknown to
+    the model, or a recording is wanted where it cannot be scored (`SamplingConfig.require_traceable`).
     """
-    batch_size = len(generators)
+    batch_size, device = len(generators), model.fake_latent.device
+    grid = model.config.grid if grid is None else grid
     for name, given in (("text", text), ("layout", layout), ("labels", labels)):
         if given is not None and len(given) != batch_size:
             raise ValueError(f"{name} is for {len(given)} images, but there are {batch_size} generators")
     assert not model.training, "sampling needs model.eval()"
-    device = model.fake_latent.device
-    orders = draw_orders(config.order, batch_size, model.config.grid, generators).to(device)  # [B, L]
-    trace = empty_trace(orders, model.config.token_dim, config) if record else None
+    if record:
+        config.require_traceable()
+    branches, config = embed_branches(model, config, batch_size, text, layout, labels, grid)
+    run = SamplingRun(model, branches, config, generators, controls or NoControls(), dtype, record)
+    if known is not None:
+        return _sample_unknown(run, known, on_iteration, should_stop)
+    if order is None:
+        orders = draw_orders(config.order, batch_size, grid, generators).to(device)  # [B, L]
+        order = PlannedOrder(orders, cosine_masked_counts(math.prod(grid), config.num_iter))
+    state = run.start()
+    return run.output(*unmask(run, state, order, on_iteration=on_iteration, should_stop=should_stop))
 
-    def noise(_iteration: int, num_draws: int, num_tokens: int) -> Tensor:
-        shape = (num_draws, num_tokens, model.config.token_dim)
-        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators], dim=1).to(device)
 
-    branches, config = embed_branches(model, config, batch_size, text, layout, labels)
-    tokens = uncover(model, branches, orders, noise, config, progress, trace, dtype)  # [B, L, C]
-    return SampleOutput(model.unpatchify(tokens), orders, trace)
+@dataclass(frozen=True)
+class SamplingRun:
+    """What all iterations share. branches: B images each."""
+
+    model: StructMAR
+    branches: Branches
+    config: SamplingConfig
+    generators: Sequence[torch.Generator]
+    controls: Controls
+    dtype: torch.dtype = torch.float32
+    record: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.branches.parts[0].grid
+
+    def start(self, known: KnownTokens | None = None) -> DecodeState:
+        """The state before the first iteration. known: as many tokens in every row."""
+        device, batch_size, num_tokens = self.model.fake_latent.device, len(self.generators), math.prod(self.grid)
+        if known is None:
+            tokens = self.model.head.empty_tokens(batch_size, num_tokens, device)  # [B, L, C]
+            nothing = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)  # [B, L]
+            return DecodeState(tokens, nothing, 0, num_tokens, self.generators)
+        num_masked = num_tokens - int(known.known[0].sum())
+        return DecodeState(known.tokens.to(device), known.known.to(device), 0, num_masked, self.generators)
+
+    def rows(self, rows: Sequence[int]) -> SamplingRun:
+        """The same for some of the images."""
+        parts = tuple(part.rows(rows) for part in self.branches.parts)
+        generators = [self.generators[row] for row in rows]
+        return replace(self, branches=replace(self.branches, parts=parts), generators=generators)
+
+    def output(self, tokens: Tensor, orders: Tensor, trace: HeadTrace | None) -> SampleOutput:
+        assert trace is None or isinstance(trace, Trace)
+        return SampleOutput(tokens, self.model.unpatchify(tokens, self.grid), orders, self.grid, trace)
+
+
+def unmask(
+    run: SamplingRun,
+    state: DecodeState,
+    order: Order,
+    noise: NoiseSource | None = None,
+    on_iteration: OnIteration | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    iterations: Iterable[int] | None = None,
+) -> tuple[Tensor, Tensor, HeadTrace | None]:
+    """The loop. noise: by default each image's own generator's. iterations: those of a planned order that run, to time
+    a part of it; None: all. Returns tokens [B, L, C], the order in which they were unmasked [B, L], and the trace if it
+    is recorded."""
+    config, counts = run.config, order.counts
+    contexts = _Contexts(run)
+    head = contexts.at(0).head
+    assert head is not None, "a context for sampling has a head"
+    if order.uses_confidence and not head.has_confidence:
+        raise ValueError(f"{type(order).__name__} goes by confidence, which {type(head).__name__} does not have")
+    options = [config.at(iteration).reverse_options for iteration in range(config.num_iter)]
+    steps = {each: head.at(each) for each in dict.fromkeys(options)}
+    draw_noise = noise or (lambda _, step, count: step.draw_noise(run.generators, count))
+    noises = [
+        draw_noise(iteration, steps[each], counts[iteration] - (0 if order.uses_confidence else counts[iteration + 1]))
+        for iteration, each in enumerate(options)
+    ]  # [..., B, p or u, C] each
+    batch_size, num_tokens = state.known.shape
+    trace = head.empty_trace(batch_size, num_tokens, options[0], state.tokens.device) if run.record else None
+    uses = config.branch_uses(len(run.branches.names))
+    plans = plan_iterations(order, uses) if isinstance(order, PlannedOrder) else None
+    orders = order.orders if isinstance(order, PlannedOrder) else _empty_orders(state)  # [B, L]
+    backbone = GuidedBackbone(len(run.branches.names))
+    for iteration in range(config.num_iter) if iterations is None else iterations:
+        plan = plan_next(state, order, uses) if plans is None else plans[iteration]
+        z = backbone(contexts.at(iteration), state.tokens, plan).flatten(1, 2)  # [G, B * p, D]
+        w_text, w_layout = guidance_scales(config, num_tokens, counts[iteration + 1])
+        guide = partial(run.branches.combine, w_text=w_text, w_layout=w_layout)
+        drawn = steps[options[iteration]].sample(z, guide, noises[iteration].flatten(-3, -2), run.record)
+        token_ids, state = keep_drawn(state, order, plan, drawn, counts[iteration + 1])
+        if plans is None:
+            orders[:, counts[iteration + 1] : counts[iteration]] = token_ids
+        if trace is not None:
+            trace.write(plan.token_ids, drawn.record)
+        if on_iteration is not None and (changed := on_iteration(iteration, state.tokens)) is not None:
+            state = replace(state, tokens=changed)
+        if should_stop is not None and should_stop():
+            break
+    return state.tokens, orders, trace
+
+
+def plan_next(state: DecodeState, order: Order, uses: Sequence[BranchUse]) -> IterationPlan:
+    """The coming iteration of an order that decides as it goes. A run whose differences are reused later asks for all
+    unknown tokens, since nobody knows yet which will be next."""
+    unknown_ids = state.unknown_ids()  # [B, u]
+    token_ids = unknown_ids if order.uses_confidence else order.next(state, None)  # [B, p]
+    is_reused = state.iteration + 1 < len(uses) and uses[state.iteration + 1] == "reuse"
+    asked_ids = unknown_ids if is_reused else token_ids  # [B, P]
+    return IterationPlan(state.known_ids(), token_ids, uses[state.iteration], asked_ids)
+
+
+def keep_drawn(
+    state: DecodeState, order: Order, plan: IterationPlan, drawn: HeadOutput, num_masked: int
+) -> tuple[Tensor, DecodeState]:
+    """The tokens that this iteration unmasks [B, p], and the state after it. num_masked: in a row, after it."""
+    token_ids, tokens = plan.token_ids, drawn.tokens.unflatten(0, plan.token_ids.shape)  # [B, p], [B, p, C]
+    if order.uses_confidence:
+        assert drawn.confidence is not None
+        token_ids = order.next(state, drawn.confidence.unflatten(0, plan.token_ids.shape))  # [B, p]
+        places = torch.searchsorted(plan.token_ids, token_ids)  # [B, p], among the unknown ones, which ascend
+        tokens = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))  # [B, p, C]
+    return token_ids, DecodeState(
+        state.tokens.scatter(1, token_ids[..., None].expand_as(tokens), tokens),  # [B, L, C]
+        state.known.scatter(1, token_ids, True),  # [B, L]
+        state.iteration + 1,
+        num_masked,
+        state.generators,
+    )
+
+
+class _Contexts:
+    """The context of each iteration; prepared anew only where the controls gave other conditions."""
+
+    def __init__(self, run: SamplingRun) -> None:
+        self.run = run
+        self.conditions: Conditions | None = None
+        self.context: Context | None = None
+
+    def at(self, iteration: int) -> Context:
+        run = self.run
+        conditions = run.controls.at(iteration, run.branches.parts[0])
+        if self.context is None or conditions is not self.conditions:
+            self.conditions = conditions
+            stacked = run.branches.with_full(conditions).conditions
+            self.context = run.model.prepare(stacked, run.dtype, before=self.context)
+        return self.context
+
+
+def _empty_orders(state: DecodeState) -> Tensor:
+    """[B, L]: what is known stands at the end, the rest is filled in as it is unmasked."""
+    unset = torch.zeros(state.known.shape[0], state.num_masked, dtype=torch.int64, device=state.known.device)
+    return torch.cat([unset, state.known_ids()], dim=1)  # [B, L]
+
+
+def _sample_unknown(
+    run: SamplingRun,
+    known: KnownTokens,
+    on_iteration: OnIteration | None,
+    should_stop: Callable[[], bool] | None,
+) -> SampleOutput:
+    """Images with as many unknown tokens are sampled together: an iteration hides equally many in every row."""
+    if run.record:
+        raise ValueError("tokens that are known before sampling have no reverse process to record")
+    num_tokens, device = math.prod(run.grid), run.model.fake_latent.device
+    shape = (len(run.generators), num_tokens)
+    if known.known.shape != shape or known.tokens.shape != (*shape, run.model.head.token_dim):
+        raise ValueError(
+            f"known tokens must be {[*shape, run.model.head.token_dim]} with a mask {list(shape)}, "
+            f"got {list(known.tokens.shape)} and {list(known.known.shape)}"
+        )
+    tokens = torch.where(known.known[..., None], known.tokens, 0).to(device)  # [B, L, C]
+    orders = draw_orders(run.config.order, shape[0], run.grid, run.generators).to(device)  # [B, L]
+    orders = unknown_first(orders, known.known.to(device))  # [B, L]
+    num_unknown = (~known.known).sum(1).tolist()
+    for count in sorted(set(num_unknown) - {0}, reverse=True):
+        rows = [row for row, each in enumerate(num_unknown) if each == count]
+        part = replace(run.rows(rows), config=replace(run.config, num_iter=min(run.config.num_iter, count)))
+        order = PlannedOrder(orders[rows], cosine_masked_counts(count, part.config.num_iter))
+
+        def follow(iteration: int, drawn: Tensor, rows: Sequence[int] = rows) -> Tensor | None:
+            tokens[rows] = drawn
+            changed = None if on_iteration is None else on_iteration(iteration, tokens)
+            return None if changed is None else changed[rows]
+
+        state = part.start(KnownTokens(tokens[rows], known.known[rows]))
+        tokens[rows] = unmask(part, state, order, on_iteration=follow, should_stop=should_stop)[0]
+        if should_stop is not None and should_stop():
+            break
+    return run.output(tokens, orders, None)

@@ -21,9 +21,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from models.heads.diffloss import DiffusionDraws
+from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask, mask_from_orders
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR
 
 OWN_NAMES = ("models", "diffusion")  # its packages; the first is also ours
@@ -160,14 +160,14 @@ class _Slice:
 
 
 def baseline_loss(
-    baseline: Any, latents: Tensor, labels: Tensor, orders: Tensor, mask: TokenMask, draws: DiffusionDraws
+    baseline: Any, latents: Tensor, labels: Tensor, orders: Tensor, mask: TokenMask, noise: DiffusionNoise
 ) -> Tensor:
-    """Its training loss, a scalar with a graph. draws: a row for every token, M copies: [M * B * L]."""
+    """Its training loss, a scalar with a graph. noise: a row for every token, M copies: [M * B * L]."""
     ratio = mock.Mock(rvs=lambda _: [mask.num_masked / mask.masked.shape[1]])
     with ExitStack() as patches:
         patches.enter_context(on_this_device())
         patches.enter_context(mock.patch.object(baseline, "sample_orders", return_value=orders))
         patches.enter_context(mock.patch.object(baseline, "mask_ratio_generator", ratio))
-        patches.enter_context(mock.patch.object(torch, "randint", return_value=draws.timesteps))
-        patches.enter_context(mock.patch.object(torch, "randn_like", return_value=draws.noise))
+        patches.enter_context(mock.patch.object(torch, "randint", return_value=noise.timesteps))
+        patches.enter_context(mock.patch.object(torch, "randn_like", return_value=noise.noise))
         return baseline(latents, labels)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.sampling.sampler import SamplingConfig, sample
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import sample
 from models.structmar import StructMAR
 from scripts.benchmark.timing import interleave
 from scripts.benchmark.world import build_world, random_model

@@ -83,7 +83,8 @@ def _rollout(world: World, group_size: int) -> Rollout:
     generator, shape = torch.Generator().manual_seed(4), (*world.orders.shape, world.model.config.token_dim)
     tokens = torch.randn(shape, generator=generator)  # [n, L, C]
     rewards = RewardBatch(torch.rand(len(world), generator=generator), {}, [])
-    return Rollout([], Samples(tokens, world.orders, world.text, world.layout), [], rewards, group_size)
+    samples = Samples(tokens, world.orders, world.model.config.grid, world.text, world.layout)
+    return Rollout([], samples, [], rewards, group_size)
 
 
 def _formula(case: UpdateCase, world: World, scored: Pass) -> float:

@@ -19,7 +19,11 @@ from engine.cli.speed import speed_preset
 from engine.rl.cost import rollout_flops
 from engine.sample.generate import DTYPES
 from models.masking import cosine_masked_counts
-from models.sampling.sampler import SamplingConfig, embed_branches, uncover
+from models.sampling.config import SamplingConfig
+from models.sampling.controls import NoControls
+from models.sampling.guidance import embed_branches
+from models.sampling.orders import PlannedOrder
+from models.sampling.sampler import SamplingRun, unmask
 from scripts.benchmark.baseline import build_baseline, sample_baseline
 from scripts.benchmark.table import OURS, PLAIN, PUBLIC, Contender
 from scripts.benchmark.world import NUM_TEXT, TRAINED, TRAINED_MAR, World, is_structured
@@ -83,17 +87,20 @@ def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleTyp
     if entry.who == PUBLIC:
         assert public is not None
         return _public_code(entry, sampling, chosen, world, public)
-    plain_uncover = importlib.import_module("tests.helpers.plain_sampler").plain_uncover
+    plain_unmask = importlib.import_module("tests.helpers.plain_sampler").plain_unmask
 
     @torch.no_grad()
     def run() -> Tensor:
-        branches, used = embed_branches(world.model, sampling, len(world), world.text, world.layout, world.labels)
-        inputs = (world.model, branches, world.orders, world.noise, used, lambda _: chosen)
+        model = world.model
+        branches, used = embed_branches(model, sampling, len(world), world.text, world.layout, world.labels)
         if entry.who == PLAIN:
-            tokens = plain_uncover(*inputs)  # [B, L, C]
+            tokens = plain_unmask(model, branches, world.orders, world.noise, used, chosen)  # [B, L, C]
         else:
-            tokens = uncover(*inputs, dtype=DTYPES[entry.precision])  # [B, L, C]
-        return world.model.unpatchify(tokens)  # [B, C, h, w]
+            generators = [torch.Generator()] * len(world)  # not drawn from: the noise is the world's
+            job = SamplingRun(model, branches, used, generators, NoControls(), DTYPES[entry.precision])
+            order = PlannedOrder(world.orders, cosine_masked_counts(world.orders.shape[1], used.num_iter))
+            tokens = unmask(job, job.start(), order, world.step_noise, iterations=chosen)[0]  # [B, L, C]
+        return model.unpatchify(tokens, model.config.grid)  # [B, C, h, w]
 
     formula = None
     if entry.who != PLAIN and case.iterations is None:

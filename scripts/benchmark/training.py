@@ -21,9 +21,9 @@ from engine.data.inputs import StepInputs
 from engine.rl.cost import scoring_flops
 from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig
 from engine.train.optim import build_optimizer, parameter_groups
-from models.heads.diffloss import DiffusionDraws
+from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask
-from models.structmar import StructMAR
+from models.structmar import StructMAR, TrainingNoise
 from models.weights import select_trainable
 from scripts.benchmark.baseline import baseline_loss, build_baseline
 from scripts.benchmark.table import PUBLIC, Contender
@@ -57,8 +57,8 @@ class TrainingCase:
         latents = torch.randn(
             len(world), model.config.vae_embed_dim, side, side, generator=torch.Generator().manual_seed(3)
         )
-        mask, draws = model.sample_training_draws(len(world), generator(SEED, "train", 0, 0, 0), MASK_RATIO_MIN)
-        batch = _Batch(StepInputs(latents, world.labels, world.text, world.layout), mask, draws)
+        noise = model.sample_training_noise(len(world), generator(SEED, "train", 0, 0, 0), MASK_RATIO_MIN)
+        batch = _Batch(StepInputs(latents, world.labels, world.text, world.layout), noise)
         learners: dict[str, Any] = {}  # of both precisions: the weights' values do not matter to the time
         contenders = []
         chosen = [(who, precision) for who, precision in self.entries if who != PUBLIC or public is not None]
@@ -89,8 +89,17 @@ class _Batch:
     """What every contender trains on."""
 
     inputs: StepInputs
-    mask: TokenMask
-    draws: DiffusionDraws
+    noise: TrainingNoise
+
+    @property
+    def mask(self) -> TokenMask:
+        return self.noise.mask
+
+    @property
+    def rows(self) -> DiffusionNoise:
+        """Of the masked tokens, M copies: [M * B * m]."""
+        assert isinstance(self.noise.head, DiffusionNoise)
+        return self.noise.head
 
 
 def build_learner(model: StructMAR, mode: str) -> Learner:
@@ -110,7 +119,7 @@ def _our_step(who: str, learner: Learner, precision: str, batch: _Batch, compare
         return torch.zeros(())
 
     def loss() -> Tensor:
-        return model(inputs.latents, batch.mask, batch.draws, inputs.labels, inputs.text, inputs.layout)
+        return model(inputs.latents, batch.noise, inputs.labels, inputs.text, inputs.layout)
 
     rows = model.config.diffusion_batch_mul * batch.mask.num_masked
     cost = scoring_flops(model.config, batch.mask.num_masked, rows, NUM_TEXT if inputs.text is not None else 0)
@@ -124,11 +133,11 @@ def _public_step(baseline: nn.Module, precision: str, batch: _Batch, compared: l
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
     averages = [parameter.detach().clone() for parameter in parameters]
     orders = torch.argsort((~batch.mask.masked).to(torch.uint8), dim=1, stable=True)  # hidden ones first
-    draws, labels = _for_all_tokens(batch), batch.inputs.labels
+    noise, labels = _for_all_tokens(batch), batch.inputs.labels
 
     def loss() -> Tensor:
         assert labels is not None
-        return baseline_loss(baseline, batch.inputs.latents, labels, orders, batch.mask, draws)
+        return baseline_loss(baseline, batch.inputs.latents, labels, orders, batch.mask, noise)
 
     def run() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -145,17 +154,17 @@ def _public_step(baseline: nn.Module, precision: str, batch: _Batch, compared: l
     return Contender(PUBLIC, precision, run, lambda: _loss_and_gradients(baseline, loss, precision, compared))
 
 
-def _for_all_tokens(batch: _Batch) -> DiffusionDraws:
+def _for_all_tokens(batch: _Batch) -> DiffusionNoise:
     """The public code draws for hidden and visible tokens alike: [M * B * L]; the visible ones' do not matter."""
-    mask, channels = batch.mask, batch.draws.noise.shape[1]
+    mask, channels = batch.mask, batch.rows.noise.shape[1]
     ids, (images, tokens) = mask.masked_ids(), mask.masked.shape  # [B, m]
-    copies = len(batch.draws.timesteps) // ids.numel()
+    copies = len(batch.rows.timesteps) // ids.numel()
     rows = (torch.arange(images)[:, None] * tokens + ids).flatten()  # [B * m]
     every = (torch.arange(copies)[:, None] * images * tokens + rows).flatten()  # [M * B * m]
     timesteps = torch.zeros(copies * images * tokens, dtype=torch.int64)
     noise = torch.zeros(copies * images * tokens, channels)
-    timesteps[every], noise[every] = batch.draws.timesteps, batch.draws.noise
-    return DiffusionDraws(timesteps, noise)
+    timesteps[every], noise[every] = batch.rows.timesteps, batch.rows.noise
+    return DiffusionNoise(timesteps, noise)
 
 
 def _compared_names(model: StructMAR, modes: list[str]) -> list[str]:

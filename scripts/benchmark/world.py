@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.load import load_for_sampling, load_mar_for_sampling
+from models.heads.base import HeadStep
+from models.heads.diffusion_sampler import DiffusionStep
 from models.masking import sample_orders
 from models.structmar import StructMAR, preset_config
 from util.types import Layout, LayoutBatch, TextContext
@@ -71,6 +73,11 @@ class World:
     def noise(self, iteration: int, num_draws: int, num_tokens: int) -> Tensor:
         """[S + 1, B, p, C], the same for all that ask for as many."""
         return _noise(iteration, (num_draws, len(self), num_tokens, self.model.config.token_dim))
+
+    def step_noise(self, iteration: int, step: HeadStep, num_tokens: int) -> Tensor:
+        """The same, as our sampler asks for it."""
+        assert isinstance(step, DiffusionStep)
+        return self.noise(iteration, len(step.times) + 1, num_tokens)
 
 
 @cache

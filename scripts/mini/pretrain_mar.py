@@ -27,7 +27,7 @@ from engine.sample.generate import generate_class_images
 from engine.train.loop import Learner, SupervisedStep, TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
 from models.frozen.vae import LatentCodec
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable
 from scripts.mini.drawing import CLASSES

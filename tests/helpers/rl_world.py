@@ -22,7 +22,8 @@ from engine.train.optim import build_optimizer
 from engine.train.parallel import wrap
 from models.frozen.detections import Detections
 from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator, collect_samples
-from models.sampling.sampler import SamplingConfig, sample
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import sample
 from models.structmar import StructMAR
 from models.weights import select_trainable
 from tests.engine.train.test_loop import CPU, tiny_inputs, tiny_model
@@ -70,7 +71,7 @@ class TokenWorker:
         layout = None if batch.layout is None else batch.layout.repeated(self.group_size)
         draws = [generator(SETTINGS.seed, "rollout", *key, image) for image in range(count)]
         output = sample(self.model, self.config, draws, text, layout, record=self.needs_trace)
-        samples = collect_samples(self.model, output, text, layout)
+        samples = collect_samples(output, text, layout)
         picture = np.zeros((32, 32, 3), dtype=np.uint8)
         total = self.reward(samples.tokens)  # [n]
         return Rollout(

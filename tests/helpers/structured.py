@@ -44,4 +44,5 @@ def structured_model(gate: float = 0.5, rope: float = 0.7) -> StructMAR:
 def predict(model: StructMAR, text: TextContext | None, layout: LayoutBatch | None) -> Tensor:
     tokens = reference.tensors()["train.tokens"]
     kept = mask_from_orders(sample_orders(2, 64, [generator()]), 40).kept_ids()
-    return model.predict(tokens, kept, model.embed_conditions(2, text=text, layout=layout)).detach()
+    context = model.prepare(model.embed_conditions(2, text=text, layout=layout))
+    return model.predict(tokens, kept, context).detach()

@@ -5,7 +5,7 @@ An operation on mixed devices raises, and so does a read of a value (`.item()`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,11 +15,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.heads.diffloss import DiffusionDraws
+from models.heads.diffloss import DiffusionNoise
+from models.heads.diffusion_sampler import Trace
 from models.masking import TokenMask
 from models.policy import Draws, ElboEstimator, Estimator, Samples, TrajectoryEstimator
-from models.sampling.sampler import SamplingConfig, Trace, embed_branches, empty_trace, uncover
-from models.structmar import StructMAR, StructMARConfig, preset_config
+from models.sampling.config import SamplingConfig
+from models.sampling.guidance import embed_branches
+from models.structmar import StructMAR, StructMARConfig, TrainingNoise, preset_config
+from tests.helpers.sampling import run_unmask
 from util.types import LayoutBatch, TextContext
 
 CONFIG = preset_config("mar_mini", num_categories=12, text_dim=64, diffusion_batch_mul=2)
@@ -80,14 +83,14 @@ def test_loss() -> None:
     text, layout = conditions_on_gpu()
     mask = TokenMask(torch.ones(BATCH, CONFIG.num_tokens, dtype=torch.bool, device="cuda"), 50)
     rows = CONFIG.diffusion_batch_mul * BATCH * 50
-    draws = DiffusionDraws(
+    noise = DiffusionNoise(
         torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.randn(rows, CONFIG.token_dim, device="cuda")
     )
     latents = torch.randn(BATCH, 16, 8, 8, device="cuda")
-    loss = model(latents, mask, draws, text=text, layout=layout)
+    loss = model(latents, TrainingNoise(mask, noise), text=text, layout=layout)
     assert loss.device.type == "cuda" and loss.shape == ()
     labels = torch.zeros(BATCH, dtype=torch.int64, device="cuda")
-    assert model(latents, mask, draws, labels=labels).device.type == "cuda"
+    assert model(latents, TrainingNoise(mask, noise), labels=labels).device.type == "cuda"
 
 
 FEWER = {"num_sampling_steps_last": 2, "guidance_interval": (0.2, 1.0), "uncond_refresh": 3, "order": "halton"}
@@ -111,18 +114,19 @@ def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype, options:
 
     copies = Copies()
 
-    def progress(iterations: Iterable[int]) -> Iterable[int]:
+    def iterations() -> Iterator[int]:
         assert copies.seen  # the noise
         copies.seen.clear()
-        return iterations
+        yield from range(8)
 
     with torch.no_grad(), copies:
         branches, config = embed_branches(model, config, BATCH, text, layout, None)
-        trace = None if options else empty_trace(orders, CONFIG.token_dim, config)
-        tokens = uncover(model, branches, orders, noise, config, progress, trace, dtype)
+        tokens, trace = run_unmask(
+            model, branches, orders, noise, config, dtype=dtype, record=not options, iterations=iterations()
+        )
     assert copies.seen == []
     assert tokens.device.type == "cuda" and (trace is None or trace.states.device.type == "cuda")
-    assert model.unpatchify(tokens).shape == (BATCH, 16, 8, 8)
+    assert model.unpatchify(tokens, CONFIG.grid).shape == (BATCH, 16, 8, 8)
 
 
 GUIDED = SamplingConfig(num_iter=6, num_sampling_steps=8, cfg_text=1.5, cfg_layout=3.0, clip_x0=5.0)
@@ -140,5 +144,5 @@ def test_log_probabilities(estimator: Estimator) -> None:
         tokens, orders = torch.randn(BATCH, CONFIG.num_tokens, 16), torch.zeros(BATCH, CONFIG.num_tokens).long()
         ids = torch.zeros(BATCH, 4, dtype=torch.int64)
         draws = Draws(ids, ids, torch.zeros(BATCH, 4, 2).long(), torch.randn(BATCH, 4, 2, 16), (2, 3), 1)
-        output = estimator.log_probs(model, Samples(tokens, orders, text, layout, trace), draws)
+        output = estimator.log_probs(model, Samples(tokens, orders, CONFIG.grid, text, layout, trace), draws)
     assert output.log_prob.device.type == "cuda" and output.mean.shape == (BATCH, 4, 2, 16)

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.heads.diffloss import DiffusionDraws
+from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask
-from models.sampling.sampler import NoiseSource, SamplingConfig, embed_branches, uncover
-from models.structmar import StructMAR, preset_config
+from models.sampling.config import SamplingConfig
+from models.sampling.guidance import embed_branches
+from models.structmar import StructMAR, TrainingNoise, preset_config
 from tests.helpers import reference
+from tests.helpers.plain_sampler import PlainNoise
+from tests.helpers.sampling import run_unmask
 
 MASK = TokenMask(reference.tensors()["train.mask"].bool(), int(reference.tensors()["train.mask"][0].sum()))
 
@@ -37,11 +40,11 @@ def test_encoder_and_decoder(model: StructMAR) -> None:
     data = reference.tensors()
     tokens = model.patchify(data["train.latents"])
     assert torch.equal(tokens, data["train.tokens"])
-    assert torch.equal(model.unpatchify(tokens), data["train.latents"])
-    conditions = model.embed_conditions(2, labels=data["train.labels"])
-    encoded = model.encode(tokens, MASK.kept_ids(), conditions)
+    assert torch.equal(model.unpatchify(tokens, model.config.grid), data["train.latents"])
+    context = model.prepare(model.embed_conditions(2, labels=data["train.labels"]))
+    encoded = model.encode(tokens, MASK.kept_ids(), context)
     assert reference.relative_error(encoded, data["train.encoder_out"]) < 1e-5
-    decoded = model.decode(encoded, MASK.kept_ids(), conditions)
+    decoded = model.decode(encoded, MASK.kept_ids(), context)
     assert reference.relative_error(decoded, data["train.decoder_out"]) < 1e-5
 
 
@@ -50,7 +53,7 @@ def test_token_loss(model: StructMAR) -> None:
     repeats = model.config.diffusion_batch_mul
     target = data["train.tokens"].flatten(0, 1).repeat(repeats, 1)
     z = data["train.decoder_out"].flatten(0, 1).repeat(repeats, 1)
-    loss = model.diffloss.token_loss(target, z, DiffusionDraws(data["train.timesteps"], data["train.noise"]))
+    loss = model.diffloss.token_loss(target, z, DiffusionNoise(data["train.timesteps"], data["train.noise"]))
     torch.testing.assert_close(loss, data["train.token_loss"], rtol=1e-5, atol=1e-5)
 
 
@@ -58,8 +61,8 @@ def test_token_loss(model: StructMAR) -> None:
 def test_loss_and_gradients(structured: bool) -> None:
     data = reference.tensors()
     model = reference.tiny_model(**(reference.STRUCTURED if structured else {}))
-    draws = DiffusionDraws(masked_rows("timesteps"), masked_rows("noise"))
-    loss = model(data["train.latents"], MASK, draws, labels=data["train.labels"])
+    noise = TrainingNoise(MASK, DiffusionNoise(masked_rows("timesteps"), masked_rows("noise")))
+    loss = model(data["train.latents"], noise, labels=data["train.labels"])
     torch.testing.assert_close(loss, data["train.loss"][0], rtol=1e-5, atol=0)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -71,7 +74,7 @@ def test_loss_and_gradients(structured: bool) -> None:
         )
 
 
-def noise_tape(index: int) -> NoiseSource:
+def recorded_noise(index: int) -> PlainNoise:
     """The draws of a reference run. With guidance it drew for both halves per reverse step and used the first."""
     data, settings = reference.tensors(), reference.meta()["samples"][index]
     rows = data[f"sample{index}.noise_rows"].tolist()
@@ -86,7 +89,7 @@ def noise_tape(index: int) -> NoiseSource:
     return noise
 
 
-def sample_with_tape(model: StructMAR, index: int) -> Tensor:
+def sample_with_recorded_noise(model: StructMAR, index: int) -> Tensor:
     settings = reference.meta()["samples"][index]
     config = SamplingConfig(
         num_iter=settings["num_iter"],
@@ -98,8 +101,8 @@ def sample_with_tape(model: StructMAR, index: int) -> Tensor:
     data = reference.tensors()
     with torch.no_grad():
         branches, config = embed_branches(model, config, 2, None, None, data["train.labels"])
-        tokens = uncover(model, branches, data[f"sample{index}.orders"], noise_tape(index), config)
-        return model.unpatchify(tokens)
+        tokens, _ = run_unmask(model, branches, data[f"sample{index}.orders"], recorded_noise(index), config)
+        return model.unpatchify(tokens, model.config.grid)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -107,7 +110,7 @@ def sample_with_tape(model: StructMAR, index: int) -> Tensor:
 def test_sampling(index: int, structured: bool) -> None:
     model = reference.tiny_model(**(reference.STRUCTURED if structured else {}))
     expected = reference.tensors()[f"sample{index}.latents"]
-    assert reference.relative_error(sample_with_tape(model, index), expected) < 1e-4
+    assert reference.relative_error(sample_with_recorded_noise(model, index), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["mar_base", "mar_large", "mar_huge"])
@@ -128,8 +131,8 @@ def test_day_zero_law(with_labels: bool) -> None:
     tokens = data["train.tokens"]
 
     def output(model: StructMAR) -> Tensor:
-        conditions = model.embed_conditions(2, labels=labels)
-        return model.predict(tokens, MASK.kept_ids(), conditions)
+        context = model.prepare(model.embed_conditions(2, labels=labels))
+        return model.predict(tokens, MASK.kept_ids(), context)
 
     plain, structured = reference.tiny_model(), reference.tiny_model(**reference.STRUCTURED)
     assert reference.relative_error(output(structured), output(plain)) < 1e-5
@@ -156,7 +159,7 @@ def test_day_zero_law_can_fail(perturb: Perturb) -> None:
     """Each new part matters once it leaves its initial value, so the law above checks something."""
     tokens = reference.tensors()["train.tokens"]
     model = reference.tiny_model(**reference.STRUCTURED)
-    before = model.predict(tokens, MASK.kept_ids(), model.embed_conditions(2))
+    before = model.predict(tokens, MASK.kept_ids(), model.prepare(model.embed_conditions(2)))
     perturb(model)
-    after = model.predict(tokens, MASK.kept_ids(), model.embed_conditions(2))
+    after = model.predict(tokens, MASK.kept_ids(), model.prepare(model.embed_conditions(2)))
     assert reference.relative_error(after, before) > 1e-4

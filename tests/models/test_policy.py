@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.heads.diffusion import reverse_steps
+from models.heads.diffusion_sampler import Trace
 from models.masking import cosine_masked_counts
 from models.policy import (
     Draws,
@@ -24,7 +25,8 @@ from models.policy import (
     collect_samples,
     draw_iterations,
 )
-from models.sampling.sampler import SamplingConfig, Trace, sample
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import sample
 from models.structmar import StructMAR
 from tests.helpers import reference
 from tests.helpers.structured import generator, some_layout, some_text, structured_model
@@ -38,7 +40,7 @@ TRAJECTORY = TrajectoryEstimator(QUICK, num_masks=2)
 def sampled(model: StructMAR, config: SamplingConfig = QUICK, seed: int = 3) -> Samples:
     text, layout = some_text(), some_layout()
     output = sample(model, config, [generator(seed), generator(seed + 1)], text, layout, record=True)
-    return collect_samples(model, output, text, layout)
+    return collect_samples(output, text, layout)
 
 
 @lru_cache
@@ -119,8 +121,8 @@ def test_inputs_are_rebuilt_from_orders_and_tokens(num_iter: int, monkeypatch: p
         assert torch.equal(scored.kept_ids, kept_ids) and torch.equal(drawn.kept_ids, kept_ids)
         assert torch.equal(torch.zeros_like(hidden).scatter(1, scored.token_ids, True), hidden)
         later = seen[iteration + 1][1] if iteration + 1 < num_iter else torch.arange(64).expand(2, -1)
-        uncovered = hidden & torch.zeros_like(hidden).scatter(1, later, True)
-        assert torch.equal(torch.zeros_like(hidden).scatter(1, drawn.token_ids, True), uncovered)
+        unmasked = hidden & torch.zeros_like(hidden).scatter(1, later, True)
+        assert torch.equal(torch.zeros_like(hidden).scatter(1, drawn.token_ids, True), unmasked)
         assert drawn.token_ids.shape[1] == counts[iteration] - counts[iteration + 1]
 
 
@@ -128,7 +130,7 @@ def test_inputs_are_rebuilt_from_orders_and_tokens(num_iter: int, monkeypatch: p
 
 
 def test_iterations_are_hit_in_proportion_to_their_tokens() -> None:
-    counts = [10, 9, 7, 4, 0]  # uncovers 1, 2, 3, 4
+    counts = [10, 9, 7, 4, 0]  # unmasks 1, 2, 3, 4
     shared = generator()
     hits = torch.tensor([draw_iterations(counts, 4, shared) for _ in range(2000)])
     shares = torch.bincount(hits.flatten(), minlength=4) / hits.numel()
@@ -295,7 +297,7 @@ def test_elbo_is_the_denoising_error_of_a_lone_token() -> None:
     with torch.no_grad():
         output = estimator.log_probs(model, samples, draws)
         conditions = model.embed_conditions(2, None, samples.text, samples.layout)
-        z = model.predict(samples.tokens, draws.kept_ids, conditions)
+        z = model.predict(samples.tokens, draws.kept_ids, model.prepare(conditions))
         token = int(draws.token_ids[1, 3])
         bar = torch.cos((torch.arange(1, 1001) / 1000 + 0.008) / 1.008 * torch.pi / 2).square()
         bar = (bar / torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2)).square())[draws.timesteps[1, 3]][:, None]
@@ -331,6 +333,7 @@ def test_batch_mates_do_not_matter() -> None:
     alone = Samples(
         samples.tokens[one],
         samples.orders[one],
+        samples.grid,
         TextContext(samples.text.tokens[one], samples.text.valid[one], samples.text.pooled[one]),
         LayoutBatch(samples.layout.boxes_xyxy[one], samples.layout.categories[one], samples.layout.valid[one]),
         Trace(samples.trace.states[one], samples.trace.log_probs[one]),
@@ -380,9 +383,9 @@ def test_policy_forward() -> None:
     output = policy(samples, draws)
     assert isinstance(output, PolicyOutput)
     assert torch.equal(output.log_prob, TRAJECTORY.log_probs(model, samples, draws).log_prob)
-    mask, noise = model.sample_training_draws(2, generator(1), 0.7)
-    inputs = LossInputs(reference.tensors()["train.latents"], mask, noise, text=some_text(), layout=some_layout())
-    expected = model(inputs.latents, mask, noise, text=inputs.text, layout=inputs.layout)
+    noise = model.sample_training_noise(2, generator(1), 0.7)
+    inputs = LossInputs(reference.tensors()["train.latents"], noise, text=some_text(), layout=some_layout())
+    expected = model(inputs.latents, noise, text=inputs.text, layout=inputs.layout)
     assert torch.equal(policy(inputs), expected)
     with pytest.raises(ValueError, match="need draws"):
         policy(samples)

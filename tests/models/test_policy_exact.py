@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from models.heads.diffusion import ReverseStep, reverse_steps, training_schedule
 from models.policy import ElboEstimator, Samples, TrajectoryEstimator, collect_samples
-from models.sampling.sampler import SamplingConfig, sample
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import sample
 from models.structmar import StructMAR, StructMARConfig
 from tests.helpers.structured import generator
 
@@ -79,7 +80,7 @@ def linear_world() -> tuple[StructMAR, nn.Parameter]:
 
 def plain_samples(tokens: Tensor) -> Samples:
     orders = torch.arange(16).expand(len(tokens), -1)
-    return Samples(tokens, orders, None, None)
+    return Samples(tokens, orders, (4, 4), None, None)
 
 
 def test_elbo_gradient_of_a_gaussian() -> None:
@@ -132,7 +133,7 @@ def test_trajectory_gradient_of_a_gaussian() -> None:
     model, mu = linear_world()
     config = SamplingConfig(num_iter=1, num_sampling_steps=20)
     output = sample(model, config, [generator(seed) for seed in range(1024)], record=True)
-    samples = collect_samples(model, output, None, None)
+    samples = collect_samples(output, None, None)
     estimator = TrajectoryEstimator(config, num_masks=1)
     (draws,) = estimator.draw(samples, generator())
     log_prob = estimator.log_probs(model, samples, draws).log_prob  # [n, 16, K]

@@ -135,7 +135,7 @@ def test_layout_reaches_only_tokens_inside_in_one_layer() -> None:
     other = LayoutBatch(layout.boxes_xyxy, layout.categories + layout.valid.long(), layout.valid)
 
     def output(given: LayoutBatch) -> Tensor:
-        return model.predict(tokens, kept, model.embed_conditions(2, layout=given)).detach()
+        return model.predict(tokens, kept, model.prepare(model.embed_conditions(2, layout=given))).detach()
 
     # Encoder without layers: a buffer token keeps to itself, so the class reaches the image through the decoder alone.
     changed = (output(layout) - output(other)).abs().amax(-1) > 1e-6
@@ -215,7 +215,7 @@ def test_mask_ratio_follows_the_truncated_gaussian() -> None:
 
 
 def test_counts() -> None:
-    """MAR's cosine counts at 256 tokens and 8 iterations; and every schedule uncovers each token exactly once."""
+    """MAR's cosine counts at 256 tokens and 8 iterations; and every schedule unmasks each token exactly once."""
     counts = cosine_masked_counts(256, 8)
     assert [a - b for a, b in pairwise(counts)] == [5, 15, 24, 31, 39, 45, 48, 49]
     for num_tokens, num_iter in [(256, 256), (256, 64), (64, 64), (64, 1), (16, 5)]:
@@ -272,10 +272,10 @@ def test_every_trainable_parameter_gets_a_gradient() -> None:
         for dropped in (False, True):
             model = structured_model().train()
             chosen = select_trainable(model, mode)
-            mask, draws = model.sample_training_draws(2, generator(), 0.7)
+            noise = model.sample_training_noise(2, generator(), 0.7)
             drop = torch.full((2,), dropped)
             text, layout = some_text().dropped(drop), some_layout().dropped(drop)
-            model(reference.tensors()["train.latents"], mask, draws, text=text, layout=layout).backward()
+            model(reference.tensors()["train.latents"], noise, text=text, layout=layout).backward()
             assert [name for name, parameter in chosen.items() if parameter.grad is None] == []
 
 
@@ -319,5 +319,5 @@ def test_patch_size_two() -> None:
     tokens = model.patchify(latents)
     assert tokens.shape == (2, 16, 64)
     assert torch.equal(tokens[0, 1], latents[0, :, 0:2, 2:4].reshape(-1))
-    assert torch.equal(model.unpatchify(tokens), latents)
+    assert torch.equal(model.unpatchify(tokens, (4, 4)), latents)
     assert torch.equal(gather_tokens(tokens, torch.tensor([[3], [5]]))[1, 0], tokens[1, 5])

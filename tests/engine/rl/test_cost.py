@@ -16,7 +16,8 @@ from engine.rl.cost import (
     scoring_flops,
 )
 from models.masking import cosine_masked_counts
-from models.sampling.sampler import SamplingConfig, sample
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import sample
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from tests.helpers import tiny
 from util.types import LayoutBatch, TextContext
@@ -139,7 +140,7 @@ def test_annealed_steps_are_fewer_head_calls():
 
 
 def test_an_elbo_update_adds_up():
-    """The mean over the iterations that a mask may belong to, weighted with the tokens that each uncovers."""
+    """The mean over the iterations that a mask may belong to, weighted with the tokens that each unmasks."""
     cost = estimate_cost(CONFIG, SAMPLING, 2, 3, "elbo", 3, 6, 2, True, NUM_TEXT, updates=10)
     counts = cosine_masked_counts(CONFIG.num_tokens, 3)
     mean = backward = 0.0
@@ -156,7 +157,7 @@ def test_an_elbo_update_adds_up():
 
 def test_a_trajectory_update_scores_the_tokens_of_an_iteration_and_its_other_branches_forward_only():
     arguments = (2, 3, "trajectory", 4, None, 1, False, NUM_TEXT, 1)
-    one = replace(SAMPLING, num_iter=16)  # every iteration uncovers one token
+    one = replace(SAMPLING, num_iter=16)  # every iteration unmasks one token
     forward = backward = 0.0
     for m in range(1, 17):
         part = scoring_flops(CONFIG, m, 6 - 4, NUM_TEXT)  # six steps, two at either end skipped

@@ -13,7 +13,7 @@ from engine.data.inputs import StepInputs
 from engine.train.loop import Position
 from engine.train.optim import build_optimizer
 from models.policy import ElboEstimator, Estimator, TrajectoryEstimator
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable
 from tests.helpers.rl_world import grpo_step, worker_of
@@ -56,8 +56,8 @@ def pretrained() -> dict[str, Tensor]:
     for step in range(150):
         draws = generator("pretraining", step)
         latents = 0.5 * torch.randn(64, 2, 2, 2, generator=draws)  # [64, C, h, w]
-        mask, diffusion = model.sample_training_draws(64, draws, 0.5)
-        model(latents, mask, diffusion).backward()
+        noise = model.sample_training_noise(64, draws, 0.5)
+        model(latents, noise).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.state_dict()

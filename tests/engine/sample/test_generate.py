@@ -19,7 +19,7 @@ from engine.sample.generate import (
 )
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from tests.helpers.tiny import CATEGORIES, MAR_CONFIG, World, write_world
 from util.types import Layout
 

@@ -15,9 +15,9 @@ from engine.data.inputs import StepInputs
 from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig, TrainingRun, advance, backward_pass, train
 from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer, clip_gradients, parameter_groups
-from models.heads.diffloss import DiffusionDraws
+from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask
-from models.structmar import StructMAR, preset_config
+from models.structmar import StructMAR, TrainingNoise, preset_config
 from models.weights import select_trainable
 from tests.helpers.tiny_run import SIZES
 from util.distributed import DistInfo
@@ -68,11 +68,13 @@ def rows_of(inputs: StepInputs, rows: slice) -> StepInputs:
     )
 
 
-def rows_of_draws(mask: TokenMask, draws: DiffusionDraws, rows: slice) -> tuple[TokenMask, DiffusionDraws]:
-    """diffusion_batch_mul is 1 here: draws lie image by image."""
+def rows_of_noise(noise: TrainingNoise, rows: slice) -> TrainingNoise:
+    """diffusion_batch_mul is 1 here: noise lies image by image."""
+    mask, head = noise.mask, noise.head
+    assert isinstance(head, DiffusionNoise)
     of_images = slice(rows.start * mask.num_masked, rows.stop * mask.num_masked)
     part = TokenMask(mask.masked[rows], mask.num_masked)
-    return part, DiffusionDraws(draws.timesteps[of_images], draws.noise[of_images])
+    return TrainingNoise(part, DiffusionNoise(head.timesteps[of_images], head.noise[of_images]))
 
 
 def gradients(model: StructMAR) -> dict[str, torch.Tensor]:
@@ -184,22 +186,22 @@ def test_every_trainable_parameter_gets_a_gradient(mode, dropped):
     """With dropped conditions too: DDP would wait forever for a parameter that takes no part in a step."""
     model = tiny_model(mode)
     inputs = tiny_inputs(4, dropped=dropped)
-    mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(5), 0.7)
-    backward_pass(model, inputs, mask, draws, "fp32", 1, True)
+    noise = model.sample_training_noise(4, torch.Generator().manual_seed(5), 0.7)
+    backward_pass(model, inputs, noise, "fp32", 1, True)
     assert set(gradients(model)) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_two_passes_of_four_are_one_of_eight():
     inputs = tiny_inputs(8)
     model = tiny_model()
-    mask, draws = model.sample_training_draws(8, torch.Generator().manual_seed(5), 0.7)
-    whole = backward_pass(model, inputs, mask, draws, "fp32", 1, True)
+    noise = model.sample_training_noise(8, torch.Generator().manual_seed(5), 0.7)
+    whole = backward_pass(model, inputs, noise, "fp32", 1, True)
     expected = gradients(model)
     model.zero_grad()
     losses = []
     for rows in (slice(0, 4), slice(4, 8)):
-        part_mask, part_draws = rows_of_draws(mask, draws, rows)
-        losses.append(backward_pass(model, rows_of(inputs, rows), part_mask, part_draws, "fp32", 2, rows.stop == 8))
+        part = rows_of_noise(noise, rows)
+        losses.append(backward_pass(model, rows_of(inputs, rows), part, "fp32", 2, rows.stop == 8))
     assert sum(losses) / 2 == pytest.approx(float(whole), rel=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
@@ -207,10 +209,10 @@ def test_two_passes_of_four_are_one_of_eight():
 
 def test_bf16_keeps_weights_and_gradients_in_fp32():
     model = tiny_model()
-    mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(5), 0.7)
-    exact = backward_pass(model, tiny_inputs(4), mask, draws, "fp32", 1, True)
+    noise = model.sample_training_noise(4, torch.Generator().manual_seed(5), 0.7)
+    exact = backward_pass(model, tiny_inputs(4), noise, "fp32", 1, True)
     model.zero_grad()
-    rough = backward_pass(model, tiny_inputs(4), mask, draws, "bf16", 1, True)
+    rough = backward_pass(model, tiny_inputs(4), noise, "bf16", 1, True)
     assert exact != rough
     assert float(rough) == pytest.approx(float(exact), rel=0.05)
     assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
@@ -229,11 +231,11 @@ def test_advance_ends_epochs_at_whole_steps():
 def test_loss_falls():
     tiny = tiny_run(num_batches=1, epochs=30, lr=5e-3, save_epochs=0, log_freq=30)
     model, inputs = tiny.run.learner.model, tiny_inputs(4, 0)
-    mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(9), 0.7)
+    noise = model.sample_training_noise(4, torch.Generator().manual_seed(9), 0.7)
 
     def loss() -> float:
         with torch.no_grad():
-            return float(model(inputs.latents, mask, draws, text=inputs.text, layout=inputs.layout))
+            return float(model(inputs.latents, noise, text=inputs.text, layout=inputs.layout))
 
     before = loss()
     tiny.train()

@@ -18,12 +18,14 @@ from torch.distributed.tensor import DTensor
 
 import main_mar
 from engine.checkpoint.resume import Identity, Source, checkpoint_content, restore
+from engine.data.inputs import StepInputs
 from engine.train.loop import Learner, Position, backward_pass
 from engine.train.optim import build_optimizer, clip_gradients
 from engine.train.parallel import gathered, shard, unsharded, wrap
-from models.sampling.sampler import SamplingConfig, sample
-from models.structmar import StructMAR
-from tests.engine.train.test_loop import CONFIG, gradients, rows_of, rows_of_draws, tiny_inputs, tiny_model
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import sample
+from models.structmar import StructMAR, TrainingNoise
+from tests.engine.train.test_loop import CONFIG, gradients, rows_of, rows_of_noise, tiny_inputs, tiny_model
 from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
 from util.ema import Ema
 
@@ -88,8 +90,8 @@ def assert_close(found: dict[str, Any], expected: dict[str, torch.Tensor], rtol:
 def test_two_processes_give_the_gradients_of_one_with_the_double_batch(mode, dropped):
     inputs = tiny_inputs(8, dropped=dropped)
     model = tiny_model(mode)
-    mask, draws = model.sample_training_draws(8, torch.Generator().manual_seed(5), 0.7)
-    backward_pass(model, inputs, mask, draws, "fp32", 1, True)
+    noise = model.sample_training_noise(8, torch.Generator().manual_seed(5), 0.7)
+    backward_pass(model, inputs, noise, "fp32", 1, True)
     expected = gradients(model)
 
     def step(rank: int) -> dict[str, torch.Tensor]:
@@ -98,8 +100,8 @@ def test_two_processes_give_the_gradients_of_one_with_the_double_batch(mode, dro
         wrapped = wrap(replica, CPU, 2)
         for micro in range(2):
             rows = slice(4 * rank + 2 * micro, 4 * rank + 2 * micro + 2)
-            part_mask, part_draws = rows_of_draws(mask, draws, rows)
-            backward_pass(wrapped, rows_of(inputs, rows), part_mask, part_draws, "fp32", 2, micro == 1)
+            part = rows_of_noise(noise, rows)
+            backward_pass(wrapped, rows_of(inputs, rows), part, "fp32", 2, micro == 1)
         return gradients(replica)
 
     for found in in_two_processes(step):
@@ -125,9 +127,9 @@ def steps_of(learner: Learner, rows: slice, num_steps: int, first: int = 0) -> l
     norms = []
     for number in range(first, first + num_steps):
         inputs = tiny_inputs(4, seed=number)
-        mask, draws = learner.model.sample_training_draws(4, torch.Generator().manual_seed(number), 0.7)
-        mask, draws = rows_of_draws(mask, draws, rows)
-        backward_pass(learner.wrapped, rows_of(inputs, rows), mask, draws, "fp32", 1, True)
+        noise = learner.model.sample_training_noise(4, torch.Generator().manual_seed(number), 0.7)
+        noise = rows_of_noise(noise, rows)
+        backward_pass(learner.wrapped, rows_of(inputs, rows), noise, "fp32", 1, True)
         norms.append(clip_gradients(learner.trainable.values(), 0.5))
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)
@@ -179,8 +181,8 @@ def test_sharded_steps_and_checkpoints_are_those_of_one_process(mode):
 def test_accumulation_without_exchange_is_the_same_under_fsdp():
     inputs = tiny_inputs(8)
     model = tiny_model()
-    mask, draws = model.sample_training_draws(8, torch.Generator().manual_seed(5), 0.7)
-    backward_pass(model, inputs, mask, draws, "fp32", 1, True)
+    noise = model.sample_training_noise(8, torch.Generator().manual_seed(5), 0.7)
+    backward_pass(model, inputs, noise, "fp32", 1, True)
     expected = gradients(model)
 
     def step(rank: int) -> dict[str, torch.Tensor]:
@@ -188,7 +190,7 @@ def test_accumulation_without_exchange_is_the_same_under_fsdp():
         shard(sharded, sharded.fsdp_units(), CPU, 2)
         for micro in range(2):
             rows = slice(4 * rank + 2 * micro, 4 * rank + 2 * micro + 2)
-            backward_pass(sharded, rows_of(inputs, rows), *rows_of_draws(mask, draws, rows), "fp32", 2, micro == 1)
+            backward_pass(sharded, rows_of(inputs, rows), rows_of_noise(noise, rows), "fp32", 2, micro == 1)
         return gathered({name: p.grad for name, p in sharded.named_parameters() if p.grad is not None})
 
     for found in in_two_processes(step):
@@ -204,18 +206,23 @@ def low_precision_sample(model: StructMAR) -> torch.Tensor:
     return latents
 
 
+def predict_all(model: StructMAR, inputs: StepInputs, noise: TrainingNoise) -> torch.Tensor:
+    context = model.prepare(model.embed_conditions(4))
+    return model.predict(model.patchify(inputs.latents), noise.mask.kept_ids(), context)
+
+
 def test_a_sharded_model_samples_after_unsharding():
     def embed(rank: int) -> dict[str, torch.Tensor]:
         model = tiny_model()
         inputs = tiny_inputs(4)
-        mask, draws = model.sample_training_draws(4, torch.Generator().manual_seed(5), 0.7)
-        expected = model.predict(model.patchify(inputs.latents), mask.kept_ids(), model.embed_conditions(4))
+        noise = model.sample_training_noise(4, torch.Generator().manual_seed(5), 0.7)
+        expected = predict_all(model, inputs, noise)
         sampled = low_precision_sample(model)
         shard(model, model.fsdp_units(), CPU, 2)
-        model(inputs.latents, mask, draws, text=inputs.text, layout=inputs.layout)
+        model(inputs.latents, noise, text=inputs.text, layout=inputs.layout)
         with unsharded(model), torch.no_grad():
             assert torch.equal(low_precision_sample(model), sampled)
-            found = model.predict(model.patchify(inputs.latents), mask.kept_ids(), model.embed_conditions(4))
+            found = predict_all(model, inputs, noise)
         assert all(isinstance(p, DTensor) for p in model.parameters())
         return {"difference": (found - expected).abs().max()}
 

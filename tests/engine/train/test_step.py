@@ -19,11 +19,11 @@ from engine.data.inputs import StepInputs
 from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig, backward_pass
 from engine.train.optim import build_optimizer
 from models.blocks import attention
-from models.heads.diffloss import DiffusionDraws, sample_draws
+from models.heads.diffloss import DiffusionNoise
 from models.heads.diffusion import add_noise, hybrid_loss
 from models.masking import sample_token_mask
 from models.rope import Rotation
-from models.structmar import StructMAR, gather_tokens
+from models.structmar import StructMAR, TrainingNoise, gather_tokens
 from models.weights import select_trainable
 from tests.conftest import ROOT
 from tests.helpers.structured import generator, some_layout, some_text
@@ -61,19 +61,18 @@ def gradients(model: StructMAR) -> dict[str, Tensor]:
     return found
 
 
-def loss_with_all_tokens(model: StructMAR, inputs: StepInputs, mask: Any, draws: DiffusionDraws) -> Tensor:
+def loss_with_all_tokens(model: StructMAR, inputs: StepInputs, mask: Any, noise: DiffusionNoise) -> Tensor:
     """MAR's way: the head sees every token of every copy, and those that are not masked are weighted with 0."""
     tokens = model.patchify(inputs.latents)
     conditions = model.embed_conditions(BATCH, text=inputs.text, layout=inputs.layout)
-    z = model.predict(tokens, mask.kept_ids(), conditions).flatten(0, 1).repeat(COPIES, 1)
+    z = model.predict(tokens, mask.kept_ids(), model.prepare(conditions)).flatten(0, 1).repeat(COPIES, 1)
     target = tokens.flatten(0, 1).repeat(COPIES, 1)
-    tables, net = model.diffloss.tables_at(draws.timesteps), model.diffloss.net
-    x = add_noise(target, draws.noise, tables)
-    condition, output = net.time_embed(draws.timesteps) + net.cond_embed(z), net.input_proj(x)
-    for block in net.res_blocks:
-        output = block(output, condition)
-    output = net.final_layer(output, condition)
-    losses = hybrid_loss(target, x, draws.noise, output, draws.timesteps, tables)
+    tables, net = model.diffloss.tables_at(noise.timesteps), model.diffloss.net
+    x = add_noise(target, noise.noise, tables)
+    condition, output = net.time_embed(noise.timesteps) + net.cond_embed(z), net.input_proj(x)
+    for layer in net.layers():
+        output = layer(output, layer.modulation(condition))
+    losses = hybrid_loss(target, x, noise.noise, output, noise.timesteps, tables)
     weights = mask.masked.flatten().repeat(COPIES)
     return (losses * weights).sum() / weights.sum()
 
@@ -81,17 +80,17 @@ def loss_with_all_tokens(model: StructMAR, inputs: StepInputs, mask: Any, draws:
 def test_masked_only_head_has_the_gradients_of_the_full_one(model: StructMAR) -> None:
     inputs = inputs_of(model)
     mask = sample_token_mask(BATCH, model.config.num_tokens, 0.5, generator(2))
-    everything = sample_draws(COPIES * BATCH * model.config.num_tokens, model.config.token_dim, generator(3))
+    everything = model.diffloss.sample_noise(COPIES * BATCH * model.config.num_tokens, generator(3))
 
     def masked(rows: Tensor) -> Tensor:
         by_image = rows.view(COPIES * BATCH, model.config.num_tokens, -1)
         return gather_tokens(by_image, mask.masked_ids().repeat(COPIES, 1)).flatten(0, 1)
 
-    draws = DiffusionDraws(masked(everything.timesteps)[:, 0], masked(everything.noise))
+    noise = TrainingNoise(mask, DiffusionNoise(masked(everything.timesteps)[:, 0], masked(everything.noise)))
     full = loss_with_all_tokens(model, inputs, mask, everything)
     full.backward()
     expected = gradients(model)
-    loss = backward_pass(model, inputs, mask, draws, "fp32", 1, True)
+    loss = backward_pass(model, inputs, noise, "fp32", 1, True)
     torch.testing.assert_close(loss, full.detach(), rtol=1e-5, atol=0)
     found = gradients(model)
     assert found.keys() == expected.keys()
@@ -117,9 +116,9 @@ def test_timesteps_are_embedded_once_each(model: StructMAR) -> None:
 
 def flops_and_gradients(model: StructMAR, mode: str) -> tuple[int, set[str]]:
     select_trainable(model, mode)
-    mask, draws = model.sample_training_draws(BATCH, generator(6), 0.7)
+    noise = model.sample_training_noise(BATCH, generator(6), 0.7)
     with FlopCounterMode(display=False) as counter:
-        backward_pass(model, inputs_of(model), mask, draws, "fp32", 1, True)
+        backward_pass(model, inputs_of(model), noise, "fp32", 1, True)
     return counter.get_total_flops(), set(gradients(model))
 
 
@@ -151,8 +150,8 @@ class Operations(TorchDispatchMode):
 def test_a_step_waits_for_nothing(model: StructMAR, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     learner = Learner(model, model, trainable, build_optimizer(trainable, 0.0, 0.0), Ema(trainable, 0.9))
-    drawn = model.sample_training_draws(BATCH, generator(7), 0.7)  # on the host
-    monkeypatch.setattr(model, "sample_training_draws", lambda *_: drawn)
+    drawn = model.sample_training_noise(BATCH, generator(7), 0.7)  # on the host
+    monkeypatch.setattr(model, "sample_training_noise", lambda *_: drawn)
     config = TrainConfig(seed=1, epochs=1, precision=precision)
     dist = DistInfo(0, 1, 0, torch.device("cpu"))
     step = SupervisedStep(config, learner, lambda batch, epoch, draws: batch, dist)
@@ -163,11 +162,11 @@ def test_a_step_waits_for_nothing(model: StructMAR, precision: str, monkeypatch:
 
 
 def test_bf16_gradients_point_where_fp32_ones_do(model: StructMAR) -> None:
-    mask, draws = model.sample_training_draws(BATCH, generator(8), 0.7)
+    noise = model.sample_training_noise(BATCH, generator(8), 0.7)
     inputs = inputs_of(model)
-    exact = backward_pass(model, inputs, mask, draws, "fp32", 1, True)
+    exact = backward_pass(model, inputs, noise, "fp32", 1, True)
     expected = torch.cat([gradient.flatten() for gradient in gradients(model).values()])
-    rough = backward_pass(model, inputs, mask, draws, "bf16", 1, True)
+    rough = backward_pass(model, inputs, noise, "bf16", 1, True)
     found = torch.cat([gradient.flatten() for gradient in gradients(model).values()])
     assert float(rough) == pytest.approx(float(exact), rel=0.01)
     assert F.cosine_similarity(found, expected, dim=0) > 0.99

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.sampling.prepared
+import models.context
+import models.heads.diffusion_sampler
 from engine.train.parallel import compile_parts
 from models.weights import select_trainable
 from tests.helpers import reference
@@ -37,12 +38,12 @@ def test_compiled_equals_eager() -> None:
         for model in (eager, compiled):
             chosen = select_trainable(model, "full")
             model.zero_grad()
-            mask, draws = model.sample_training_draws(2, generator(seed), 0.7)
-            loss = model(latents, mask, draws, text=some_text(), layout=some_layout())
+            noise = model.sample_training_noise(2, generator(seed), 0.7)
+            loss = model(latents, noise, text=some_text(), layout=some_layout())
             loss.backward()
             losses.append(loss.detach())
             gradients.append(torch.cat([parameter.grad.flatten() for parameter in chosen.values()]))
-            sizes.add(mask.num_masked)
+            sizes.add(noise.mask.num_masked)
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
         assert reference.relative_error(gradients[1], gradients[0]) < 1e-4
     assert len(sizes) == 3
@@ -60,7 +61,8 @@ def test_compiled_sampling_equals_eager(backend: str, dtype: torch.dtype, monkey
         assert mode == "default"
         return torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
 
-    monkeypatch.setattr(models.sampling.prepared, "compiled", compiled)
+    for module in (models.context, models.heads.diffusion_sampler):
+        monkeypatch.setattr(module, "compiled", compiled)
     eager = world("tiny")
     model = structured_model()
     compile_parts(model)

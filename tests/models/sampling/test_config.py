@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.heads.base import HeadOutput
+from models.heads.diffusion_sampler import DiffusionStep
 from models.masking import cosine_masked_counts
-from models.sampling.sampler import SamplingConfig, sample
-from models.structmar import StructMAR
+from models.sampling.config import SamplingConfig
+from models.sampling.sampler import sample
 from tests.helpers import reference
 from tests.helpers.structured import generator, some_layout, some_text, structured_model
 from util.types import LayoutBatch, TextContext
@@ -20,14 +22,14 @@ QUICK = SamplingConfig(num_iter=4, num_sampling_steps=8, t_max=950, clip_x0=2000
 
 
 def test_every_token_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call of the head marks its tokens with its number: as many tokens carry a number as that call uncovered."""
+    """Each call of the head marks its tokens with its number: as many tokens carry a number as that call unmasked."""
     calls: list[int] = []
 
-    def mark(_model: StructMAR, z: Tensor, *_rest: object) -> Tensor:
+    def mark(_step: DiffusionStep, z: Tensor, *_rest: object) -> HeadOutput:
         calls.append(z.shape[1])
-        return torch.full((z.shape[1], 16), float(len(calls)))
+        return HeadOutput(torch.full((z.shape[1], 16), float(len(calls))))
 
-    monkeypatch.setattr("models.sampling.sampler.reverse_process", mark)
+    monkeypatch.setattr(DiffusionStep, "sample", mark)
     model = structured_model()
     output = sample(model, replace(QUICK, num_iter=9), [generator(1), generator(2)])
     tokens = model.patchify(output.latents)

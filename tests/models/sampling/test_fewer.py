@@ -11,20 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.sampling.condition_cache
 import scripts.evaluate_layout
 import scripts.sample
 from engine.cli.build import sampling_config
 from engine.cli.speed import SPEEDS
-from engine.head_comparison import channel_changes, compare_steps, energy_distance, head_inputs
 from models.heads.diffusion import reverse_steps
-from models.masking import ORDERS, cosine_masked_counts, draw_orders, halton_cells, sample_orders
+from models.masking import cosine_masked_counts, sample_orders
 from models.policy import TrajectoryEstimator
-from models.sampling.condition_cache import GuidedBackbone, plan_passes
-from models.sampling.prepared import predict_tokens, prepare
-from models.sampling.sampler import SamplingConfig, embed_branches, sample, uncover
+from models.sampling.condition_cache import GuidedBackbone, plan_iterations
+from models.sampling.config import SamplingConfig
+from models.sampling.guidance import embed_branches
+from models.sampling.orders import ORDERS, PlannedOrder, draw_orders, halton_cells
+from models.sampling.sampler import sample
+from models.structmar import StructMAR
+from scripts.compare_heads import channel_changes, compare_steps, energy_distance, head_inputs
 from tests.conftest import ROOT
 from tests.helpers import reference
+from tests.helpers.sampling import run_unmask
 from tests.helpers.structured import generator
 from tests.models.sampling.test_prepared import conditions, sampled, world
 from util.config import parse_args
@@ -67,7 +70,7 @@ def test_an_iteration_draws_noise_for_its_own_steps() -> None:
 
     with torch.no_grad():
         branches, config = embed_branches(model, config, 1, None, None, None)
-        uncover(model, branches, sample_orders(1, 64, [generator()]), noise, config)
+        run_unmask(model, branches, sample_orders(1, 64, [generator()]), noise, config)
     assert calls == [len(reverse_steps(steps, 950)) + 1 for steps in (12, 9, 6, 3)]
 
 
@@ -103,35 +106,34 @@ def test_condition_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """In between runs the full branch alone runs, and the others keep their difference to it."""
     model = world("mini")
     rows: list[int] = []
-    original = models.sampling.condition_cache.predict_tokens
+    original = StructMAR.predict
 
-    def counting(*args: Any) -> Tensor:
-        rows.append(len(args[1]))
-        return original(*args)
+    def counting(self: StructMAR, tokens: Tensor, *args: Any) -> Tensor:
+        rows.append(len(tokens))
+        return original(self, tokens, *args)
 
-    monkeypatch.setattr(models.sampling.condition_cache, "predict_tokens", counting)
-    orders = sample_orders(2, 64, [generator(3)])
-    counts = cosine_masked_counts(64, 10)
-    passes = plan_passes(orders, counts, replace(QUICK, uncond_refresh=3).branch_uses(3))
+    monkeypatch.setattr(StructMAR, "predict", counting)
+    order = PlannedOrder(sample_orders(2, 64, [generator(3)]), cosine_masked_counts(64, 10))
+    plans = plan_iterations(order, replace(QUICK, uncond_refresh=3).branch_uses(3))
     tokens = torch.randn(2, 64, model.config.token_dim, generator=generator(4))
     with torch.no_grad():
         branches, _ = embed_branches(model, QUICK, 2, *conditions(model), None)
-        every = prepare(model, branches.conditions, branches.num_with_text)
-        backbone = GuidedBackbone(every, 3, passes)
-        found = [backbone(tokens, step) for step in passes]
+        every = model.prepare(branches.conditions, torch.float32)
+        backbone = GuidedBackbone(3)
+        found = [backbone(every, tokens, plan) for plan in plans]
         assert rows == [6] * 5 + [2, 2, 6, 2, 2]
 
         def direct(kept: Tensor, ids: Tensor) -> Tensor:
             parts = (tokens.repeat(3, 1, 1), kept.repeat(3, 1), ids.repeat(3, 1))
-            return predict_tokens(every, *parts).unflatten(0, (3, 2))
+            return model.predict(parts[0], parts[1], every, parts[2]).unflatten(0, (3, 2))
 
-        for iteration, (step, z) in enumerate(zip(passes, found, strict=True)):
-            now = direct(step.kept_ids, step.token_ids)
-            ran = passes[7 if iteration > 7 else 4]
-            then = now if step.use == RUN else direct(ran.kept_ids, step.token_ids)
+        for iteration, (plan, z) in enumerate(zip(plans, found, strict=True)):
+            now = direct(plan.kept_ids, plan.token_ids)
+            ran = plans[7 if iteration > 7 else 4]
+            then = now if plan.use == RUN else direct(ran.kept_ids, plan.token_ids)
             expected = now[:1] + then - then[:1]
             assert reference.relative_error(z, expected) < 1e-5
-            if step.use == REUSE:
+            if plan.use == REUSE:
                 assert reference.relative_error(now, expected) > 1e-3
 
 
@@ -161,7 +163,7 @@ def test_orders(kind: str) -> None:
         assert torch.equal(orders, sample_orders(2, 24, [generator(1), generator(2)]))
     if kind == "gtr":
         colours = (orders // 6 + orders % 6) % 2
-        assert colours.tolist() == [[0] * 12 + [1] * 12] * 2  # uncovered from the end
+        assert colours.tolist() == [[0] * 12 + [1] * 12] * 2  # unmasked from the end
 
 
 def test_halton_spreads_the_first_tokens() -> None:

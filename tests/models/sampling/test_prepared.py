@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -11,28 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import models.sampling.sampler
+import models.heads.diffusion_sampler
 from engine.checkpoint.load import load_for_sampling
 from models.heads.diffusion import reverse_steps
+from models.heads.diffusion_sampler import DiffusionStep, Trace
 from models.heads.packed import can_pack
+from models.inference import inference_copy
 from models.masking import cosine_masked_counts, mask_from_orders, sample_orders
 from models.rope import Rotation
-from models.sampling.prepared import Head, for_sampling, predict_tokens, prepare
-from models.sampling.sampler import (
-    NoiseSource,
-    SamplingConfig,
-    Trace,
-    embed_branches,
-    embed_times,
-    empty_trace,
-    head_modulations,
-    reverse_process,
-    uncover,
-)
+from models.sampling.config import SamplingConfig
+from models.sampling.guidance import Branches, embed_branches
 from models.structmar import StructMAR, gather_tokens
 from tests.conftest import ROOT
 from tests.helpers import reference
-from tests.helpers.plain_sampler import plain_reverse_process, plain_uncover
+from tests.helpers.plain_model import plain_predict
+from tests.helpers.plain_sampler import PlainNoise, plain_reverse_process, plain_unmask
+from tests.helpers.sampling import run_unmask
 from tests.helpers.structured import generator, some_layout, some_text, structured_model
 from tests.helpers.tiny import shaken
 from util.types import LayoutBatch, TextContext
@@ -58,8 +53,8 @@ def conditions(model: StructMAR) -> tuple[TextContext, LayoutBatch]:
     return some_text(model.config.text_dim), some_layout(model.config.max_objects)
 
 
-def tape(channels: int) -> NoiseSource:
-    """The same draws at every call."""
+def repeated_noise(channels: int) -> PlainNoise:
+    """The same noise at every call."""
 
     def noise(iteration: int, num_draws: int, num_tokens: int) -> Tensor:
         return torch.randn(num_draws, 2, num_tokens, channels, generator=generator(iteration))
@@ -80,11 +75,22 @@ def sampled(
 ) -> tuple[Tensor, Trace | None]:
     orders = sample_orders(2, model.config.num_tokens, [generator(7)])
     branches, config = embed_branches(model, config, 2, text, layout, labels)
-    trace = empty_trace(orders, model.config.token_dim, config) if record else None
-    noise = tape(model.config.token_dim)
-    if plain:
-        return plain_uncover(model, branches, orders, noise, config, trace=trace), trace
-    return uncover(model, branches, orders, noise, config, trace=trace, dtype=dtype), trace
+    noise = repeated_noise(model.config.token_dim)
+    if not plain:
+        return run_unmask(model, branches, orders, noise, config, dtype=dtype, record=record)
+    head = model.diffloss.sampler(model.diffloss, None)
+    trace = head.empty_trace(*orders.shape, config.reverse_options, orders.device) if record else None
+    return plain_unmask(model, branches, orders, noise, config, trace=trace), trace
+
+
+def head_step(model: StructMAR, config: SamplingConfig, dtype: torch.dtype = torch.float32) -> DiffusionStep:
+    """The head, prepared to draw with these options."""
+    cast_model = inference_copy(model, dtype)
+    return model.diffloss.sampler(cast_model.diffloss, None).at(config.reverse_options)
+
+
+def guide_of(branches: Branches) -> partial[Tensor]:
+    return partial(branches.combine, w_text=1.5, w_layout=3.0)
 
 
 def assert_same(
@@ -178,8 +184,8 @@ def test_bf16_is_close() -> None:
 def test_bf16_weights() -> None:
     """A copy, with the linears of all blocks and adaLN cast, and the head's norms; all else is the model's own."""
     model = world("mini")
-    copy = for_sampling(model, torch.bfloat16)
-    assert for_sampling(model, torch.float32) is model
+    copy = inference_copy(model, torch.bfloat16)
+    assert inference_copy(model, torch.float32) is model
     linears = {f"{name}.{leaf}" for name, module in model.named_modules() if isinstance(module, nn.Linear)
                for leaf in ("weight", "bias")}  # fmt: skip
     parts = ("encoder_blocks.", "decoder_blocks.", "decoder_embed.", "diffloss.net.res_blocks.")
@@ -198,14 +204,15 @@ def test_a_wide_head_is_packed(dtype: torch.dtype, tolerance: float) -> None:
     model = StructMAR(replace(world("tiny").config, diffloss_w=512)).eval()
     shaken(model.diffloss, 1, std=0.05)
     assert can_pack(512, dtype, torch.device("cpu"))  # oneDNN is there
-    packed = for_sampling(model, dtype).diffloss.net
+    packed = inference_copy(model, dtype).diffloss.net
     assert packed is not model.diffloss.net and not packed.state_dict().keys() >= model.diffloss.net.state_dict().keys()
     z = torch.randn(2, 3, 512, generator=generator(1))
     x = torch.randn(3, 16, generator=generator(2))
     outputs, counts = [], []
     with torch.no_grad():
         for net in (model.diffloss.net, packed):
-            modulations = [part[0] for part in net.modulations(torch.randn(1, 512, generator=generator(3)), z)]
+            layers = net.modulations(torch.randn(1, 512, generator=generator(3)), z)
+            modulations = [tuple(part[0] for part in layer) for layer in layers]
             with Kernels() as kernels:
                 outputs.append(net.modulated(x, modulations))
             counts.append(len(kernels.names))
@@ -223,12 +230,9 @@ def test_the_first_reverse_step_is_in_float32(guidance: dict[str, float]) -> Non
         branches, config = embed_branches(model, replace(QUICK, **guidance), 2, *conditions(model), None)
         z = torch.randn(len(branches.names), 4, model.config.decoder_embed_dim, generator=generator(1))
         noise = torch.randn(9, 4, model.config.token_dim, generator=generator(2))
-        times = embed_times(model, config, z.device)
         for dtype in (torch.float32, torch.bfloat16):
-            head = prepare(model, branches.conditions, branches.num_with_text, dtype).head
-            record: list[tuple[Tensor, Tensor]] = []
-            reverse_process(head, z, times, branches, (1.5, 3.0), noise, config, record)
-            states.append([state for state, _ in record])
+            output = head_step(model, config, dtype).sample(z, guide_of(branches), noise, record=True)
+            states.append([state for state, _ in output.record[1:]])
     exact, low = states
     assert torch.equal(low[0], exact[0]) and not any(
         torch.equal(*pair) for pair in zip(low[1:], exact[1:], strict=True)
@@ -259,12 +263,11 @@ def test_kernels_of_a_reverse_step(guidance: dict[str, float], extra: int, dtype
         for num_steps in (6, 10):
             config = replace(QUICK, **guidance, num_sampling_steps=num_steps, t_max=None)
             branches, config = embed_branches(model, config, 2, *conditions(model), None)
-            prepared = prepare(model, branches.conditions, branches.num_with_text, dtype)
+            step = head_step(model, config, dtype)
             z = torch.randn(len(branches.names), 2, model.config.decoder_embed_dim)
             noise = torch.randn(num_steps + 1, 2, model.config.token_dim)
-            times = embed_times(model, config, z.device)
             with Kernels() as kernels:
-                reverse_process(prepared.head, z, times, branches, (1.5, 3.0), noise, config)
+                step.sample(z, guide_of(branches), noise)
             counts.append(len(kernels.names))
     expected = 6 * model.config.diffloss_d + 8 + extra + (2 if dtype == torch.bfloat16 else 0)
     assert counts[1] - counts[0] == 4 * expected
@@ -276,18 +279,17 @@ def test_kernels_of_a_reverse_step(guidance: dict[str, float], extra: int, dtype
 @pytest.mark.parametrize("rows", [1, 20, 10**6])
 def test_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The modulations of all steps at once, of two at a time, of each: the same tokens."""
-    monkeypatch.setattr(models.sampling.sampler, "MODULATED_ROWS", rows)
+    monkeypatch.setattr(models.heads.diffusion_sampler, "MODULATED_ROWS", rows)
     model = world("mini")
     config = replace(QUICK, cfg_text=1.5, cfg_layout=3.0)
     z = torch.randn(3, 3, model.config.decoder_embed_dim, generator=generator(1))
     noise = torch.randn(9, 3, model.config.token_dim, generator=generator(2))
     with torch.no_grad():
         branches, config = embed_branches(model, config, 1, *(part_of_first(part) for part in conditions(model)), None)
-        times = embed_times(model, config, z.device)
-        head = Head(model.diffloss.net, model.diffloss.net)
-        steps = list(head_modulations(head, z, times))
-        assert len(steps) == len(times) == 8 and steps[0][0].shape == (3, 3, 3 * model.config.diffloss_w)
-        found = reverse_process(head, z, times, branches, (1.5, 3.0), noise, config)
+        step = head_step(model, config)
+        steps = list(step.sampler.modulations(z, step.times))
+        assert len(steps) == len(step.times) == 8 and steps[0][0][0].shape == (3, 3, model.config.diffloss_w)
+        found = step.sample(z, guide_of(branches), noise).tokens
         expected = plain_reverse_process(model, z, branches, (1.5, 3.0), noise, config)
         assert reference.relative_error(found, expected) < 1e-5
 
@@ -307,14 +309,17 @@ def test_backbone(num_masked: int) -> None:
     config = replace(QUICK, cfg_text=1.5, cfg_layout=3.0)
     with torch.no_grad():
         branches, _ = embed_branches(model, config, 2, *conditions(model), None)
-        assert branches.num_with_text == 4
+        assert branches.conditions.num_with_text == 4
         orders = sample_orders(2, 64, [generator(3)]).repeat(3, 1)
         kept = mask_from_orders(orders, num_masked).kept_ids()
         chosen = orders[:, : min(5, num_masked)]
         tokens = reference.tensors()["train.tokens"].repeat(3, 1, 1)
-        found = predict_tokens(prepare(model, branches.conditions, 4), tokens, kept, chosen)
-        expected = gather_tokens(model.predict(tokens, kept, branches.conditions), chosen)
-    assert reference.relative_error(found, expected) < 1e-5
+        expected = plain_predict(model, tokens, kept, branches.conditions)
+        for dtype in (None, torch.float32):  # as in training, as in sampling
+            context = model.prepare(branches.conditions, dtype)
+            every, found = model.predict(tokens, kept, context), model.predict(tokens, kept, context, chosen)
+            assert reference.relative_error(every, expected) < 1e-5
+            assert reference.relative_error(found, gather_tokens(expected, chosen)) < 1e-5
 
 
 def test_cross_attention_to_the_null_token_is_a_constant() -> None:
@@ -327,7 +332,7 @@ def test_cross_attention_to_the_null_token_is_a_constant() -> None:
     with torch.no_grad():
         expected = cross(x, text, valid)
         for rows in (0, 2):
-            found = cross.attend(x, cross.read(text[:rows], valid[:rows], model.text_null[0, 0]))
+            found = cross.attend(x, cross.keys_values(text[:rows], valid[:rows], model.text_null[0, 0]))
             torch.testing.assert_close(found[rows:][-1], expected[2])
             torch.testing.assert_close(found[:rows], expected[:rows])
     assert float(expected[:2].std(dim=1).max()) > 1e-3  # captions are no constant
@@ -358,7 +363,7 @@ def test_rotations_from_a_table() -> None:
 
 
 def test_noise_is_drawn_before_the_loop() -> None:
-    """And in the order of the iterations: a generator's tape is the same one."""
+    """And in the order of the iterations: a generator gives the same noise."""
     model, calls = world("tiny"), []
     config = replace(QUICK, num_iter=4)
 
@@ -366,12 +371,12 @@ def test_noise_is_drawn_before_the_loop() -> None:
         calls.append((iteration, num_draws, num_tokens))
         return torch.randn(num_draws, 1, num_tokens, 16, generator=generator(iteration))
 
-    def progress(iterations):  # type: ignore[no-untyped-def]
+    def iterations() -> Iterator[int]:
         counts = cosine_masked_counts(64, 4)
         assert calls == [(i, 9, counts[i] - counts[i + 1]) for i in range(4)]
-        return iterations
+        yield from range(4)
 
     with torch.no_grad():
         branches, config = embed_branches(model, config, 1, None, None, None)
-        uncover(model, branches, sample_orders(1, 64, [generator()]), noise, config, progress)
+        run_unmask(model, branches, sample_orders(1, 64, [generator()]), noise, config, iterations=iterations())
     assert len(calls) == 4

@@ -19,7 +19,9 @@ import main_mar
 from engine.checkpoint.load import load_for_sampling
 from engine.cli.arguments import train_parser
 from engine.cli.build import model_config
-from models.sampling.sampler import SamplingConfig, embed_branches, sample
+from models.sampling.config import SamplingConfig
+from models.sampling.guidance import embed_branches
+from models.sampling.sampler import sample
 from models.structmar import StructMARConfig, preset_config
 from models.weights import part_of, select_trainable
 from scripts import evaluate_layout
@@ -65,10 +67,10 @@ def test_without_cross_attention_everything_trains_and_guides() -> None:
     for dropped in (False, True):
         model = pooled_model().train()
         chosen = select_trainable(model, "full")
-        mask, draws = model.sample_training_draws(2, generator(), 0.7)
+        noise = model.sample_training_noise(2, generator(), 0.7)
         drop = torch.full((2,), dropped)
         text, layout = some_text().dropped(drop), some_layout().dropped(drop)
-        model(reference.tensors()["train.latents"], mask, draws, text=text, layout=layout).backward()
+        model(reference.tensors()["train.latents"], noise, text=text, layout=layout).backward()
         assert [name for name, parameter in chosen.items() if parameter.grad is None] == []
     model.eval()
     config = SamplingConfig(num_iter=2, num_sampling_steps=2, cfg_text=2.0, cfg_layout=3.0)

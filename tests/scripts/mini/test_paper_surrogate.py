@@ -10,7 +10,7 @@ import torch
 from engine.rl.step import GrpoConfig, GrpoStep, Pass
 from engine.train.loop import Learner
 from models.policy import Draws, ElboEstimator, PolicyOutput, Samples, TrajectoryEstimator
-from models.sampling.sampler import SamplingConfig
+from models.sampling.config import SamplingConfig
 from scripts.mini.paper_surrogate import PaperStep
 from util.distributed import DistInfo
 
@@ -39,7 +39,7 @@ def grpo_step(policy: torch.nn.Module, estimator: Any, **changes: Any) -> GrpoSt
 
 def scored() -> Pass:
     orders = torch.stack([torch.arange(16), torch.arange(15, -1, -1)])
-    samples = Samples(torch.zeros(2, 16, 4), orders, None, None)
+    samples = Samples(torch.zeros(2, 16, 4), orders, (4, 4), None, None)
     empty = torch.zeros(2, 0, dtype=torch.int64)
     return Pass(samples, ADVANTAGES, Draws(empty, empty, empty, None, None, 0), PolicyOutput(empty, empty), None)
 
