@@ -27,19 +27,10 @@ class GuardState:
 
 
 class OverOptimisationGuard:
-    """mode: `off` never speaks, `warn` and `stop` do; to stop is up to the caller (see `stops`). drop: in AP50 as a
-    share, .02 is two points. patience: bad evaluations in a row.
-
-    Raises ValueError on values outside their ranges.
-    """
+    """mode: one of GUARD_MODES. `off` never speaks, `warn` and `stop` do; to stop is up to the caller (see `stops`).
+    drop: in AP50 as a share in [0, 1], .02 is two points. patience: bad evaluations in a row, at least 1."""
 
     def __init__(self, mode: str, drop: float = 0.02, patience: int = 2) -> None:
-        if mode not in GUARD_MODES:
-            raise ValueError(f"guard must be one of {GUARD_MODES}, got {mode!r}")
-        if not 0 <= drop <= 1:
-            raise ValueError(f"guard_drop must lie within 0 and 1 (a share of AP50), got {drop}")
-        if patience < 1:
-            raise ValueError(f"guard_patience must be at least 1, got {patience}")
         self.mode = mode
         self.drop = drop
         self.patience = patience

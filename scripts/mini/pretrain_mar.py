@@ -32,10 +32,12 @@ from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import render_single
+from util.config import parse_checked
 from util.distributed import DistInfo, init_distributed
 from util.ema import Ema
 from util.images import make_grid, save_png, to_model_range
 from util.logging import MetricWriter, progress, setup_logging
+from util.ranges import fraction, nonnegative_int, positive_float, positive_int
 from util.rng import derive_seed, generator
 from util.signals import StopRequest
 
@@ -50,15 +52,15 @@ def parser() -> argparse.ArgumentParser:
     add("--vae_path", default="pretrained_models/mini/vae/kl8_mini.ckpt", help="the mini VAE (LDM layout)")
     add("--output", default="pretrained_models/mini/mar_mini.safetensors", help="where the weights go (float16)")
     add("--work_dir", default="output/mini_pretrain", help="run folder: log, metrics, state to continue from, samples")
-    add("--num_images", type=int, default=6000, help="images drawn, the same number of each class")
-    add("--steps", type=int, default=1500, help="optimizer steps")
-    add("--batch_size", type=int, default=48)
-    add("--lr", type=float, default=1e-3, help="peak rate; warmup over 2 epochs, then half a cosine")
-    add("--ema_rate", type=float, default=0.998)
-    add("--diffusion_batch_mul", type=int, default=4, help="timesteps per token and image")
+    add("--num_images", type=positive_int, default=6000, help="images drawn, the same number of each class")
+    add("--steps", type=positive_int, default=1500, help="optimizer steps")
+    add("--batch_size", type=positive_int, default=48)
+    add("--lr", type=positive_float, default=1e-3, help="peak rate; warmup over 2 epochs, then half a cosine")
+    add("--ema_rate", type=fraction, default=0.998)
+    add("--diffusion_batch_mul", type=positive_int, default=4, help="timesteps per token and image")
     add("--precision", choices=["fp32", "bf16"], default="bf16")
-    add("--num_threads", type=int, default=2)
-    add("--seed", type=int, default=0)
+    add("--num_threads", type=positive_int, default=2)
+    add("--seed", type=nonnegative_int, default=0)
     add("--device", default="cpu")
     return result
 
@@ -161,7 +163,7 @@ def write_samples(model: StructMAR, codec: LatentCodec, path: Path, seed: int) -
 
 
 def main() -> int:
-    args = parser().parse_args()
+    args = parse_checked(parser())
     torch.set_num_threads(args.num_threads)
     dist = init_distributed(args.device)
     setup_logging(Path(args.work_dir), dist.rank)
