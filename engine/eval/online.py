@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from engine.eval.judge import Judge, Row, Scorer, detect
 from engine.eval.targets import EvalSet, Target
 from engine.sample.generate import generate_images
-from engine.train.loop import Learner
 from engine.train.parallel import unsharded
+from engine.train.state import TrainState
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
 from models.sampling.sampler import SamplingConfig
@@ -40,7 +40,7 @@ SHOWN = (
 class OnlineEvaluation:
     """Called by the loop on every process; rank 0 writes eval/AP50, eval/mIoU and so on to the run's metrics."""
 
-    learner: Learner
+    state: TrainState
     codec: LatentCodec
     text_encoder: TextEncoder
     eval_set: EvalSet
@@ -75,12 +75,12 @@ class OnlineEvaluation:
 
     def sample(self) -> dict[int, Picture]:
         """Pictures by image id. Processes share the work, except where a sharded model needs all in every batch."""
-        is_sharded = isinstance(self.learner.model, FSDPModule)
+        is_sharded = isinstance(self.state.model, FSDPModule)
         rank, world_size = (0, 1) if is_sharded else (self.dist.rank, self.dist.world_size)
         targets = self.eval_set.targets
         batches = [targets[start : start + self.batch_size] for start in range(0, len(targets), self.batch_size)]
         own: dict[int, Picture] = {}
-        with self.learner.ema.applied(), unsharded(self.learner.model):
+        with self.state.ema.applied(), unsharded(self.state.model):
             for batch in batches[rank::world_size]:
                 own |= self._sample_batch(batch)
         if is_sharded:
@@ -89,7 +89,7 @@ class OnlineEvaluation:
 
     def _sample_batch(self, batch: Sequence[Target]) -> dict[int, Picture]:
         pictures = generate_images(
-            self.learner.model,
+            self.state.model,
             self.codec,
             self.text_encoder,
             [target.scene for target in batch],

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from engine.data.scenes import Scene
 from engine.sample.generate import generate_images, scene_grid
-from engine.train.loop import Learner
 from engine.train.parallel import unsharded
+from engine.train.state import TrainState
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
 from models.sampling.sampler import SamplingConfig
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Preview:
     """Called by the loop on every process (a sharded model needs all of them); rank 0 writes samples/step-N.png."""
 
-    learner: Learner
+    state: TrainState
     codec: LatentCodec
     text_encoder: TextEncoder
     scenes: Sequence[Scene]
@@ -40,12 +40,12 @@ class Preview:
     folder: Path
 
     def __call__(self, step: int, writer: MetricWriter) -> None:
-        if not self.dist.is_main and not isinstance(self.learner.model, FSDPModule):
+        if not self.dist.is_main and not isinstance(self.state.model, FSDPModule):
             return
         seeds = [derive_seed(self.seed, "preview", index) for index in range(len(self.scenes))]
-        with self.learner.ema.applied(), unsharded(self.learner.model):
+        with self.state.ema.applied(), unsharded(self.state.model):
             images = generate_images(
-                self.learner.model,
+                self.state.model,
                 self.codec,
                 self.text_encoder,
                 self.scenes,

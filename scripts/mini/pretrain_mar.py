@@ -24,8 +24,9 @@ from engine.checkpoint.resume import Identity, check_identity, find_source, load
 from engine.cli.build import saver
 from engine.data.inputs import ClassBatch, ClassInputs
 from engine.sample.generate import generate_class_images
-from engine.train.loop import Learner, SupervisedStep, TrainConfig, TrainingRun, train
+from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
+from engine.train.state import TrainState
 from models.frozen.vae import LatentCodec
 from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
@@ -101,12 +102,12 @@ def draw(index: int, size: int, seed: int) -> np.ndarray:
     return render_single(rng, CLASSES[index % len(CLASSES)].id, size).image
 
 
-def build_learner(args: argparse.Namespace, config: StructMARConfig, dist: DistInfo) -> Learner:
+def build_train_state(args: argparse.Namespace, config: StructMARConfig, dist: DistInfo) -> TrainState:
     torch.manual_seed(derive_seed(args.seed, "init"))
     model = StructMAR(config).to(dist.device)
     trainable = select_trainable(model, STAGE)
     optimizer = build_optimizer(trainable, args.lr, weight_decay=0.02)
-    return Learner(model, model, trainable, optimizer, Ema(trainable, args.ema_rate))
+    return TrainState(model, model, trainable, optimizer, Ema(trainable, args.ema_rate))
 
 
 def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
@@ -116,9 +117,9 @@ def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     identity = Identity(config, codec.id, codec.latent_scale, "", ())
     source = find_source(args.work_dir, "", auto_resume=True, stage=STAGE)
     check_identity(source, identity)
-    learner = build_learner(args, config, dist)
-    load_weights(learner.model, source, STAGE)
-    restore(learner, source)
+    state = build_train_state(args, config, dist)
+    load_weights(state.model, source, STAGE)
+    restore(state, source)
     moments, labels = draw_and_encode(codec, args.num_images, config.img_size, args.seed)
     logger.info("standard deviation of the scaled latents: %.3f", float(codec.mode(moments).std()))
     batches = SingleObjects(moments, labels, args.batch_size, args.seed)
@@ -128,20 +129,20 @@ def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     )
     run = TrainingRun(
         config=settings,
-        learner=learner,
+        state=state,
         schedule=LrSchedule(args.lr, args.lr / 50, 2, args.steps / len(batches), "cosine"),
         batches=batches,
-        step=SupervisedStep(settings, learner, ClassInputs(codec, 0.1, args.seed, dist.device), dist),
+        step=SupervisedStep(settings, state, ClassInputs(codec, 0.1, args.seed, dist.device), dist),
         dist=dist,
-        save=saver(learner, Path(args.work_dir), STAGE, identity, vars(args), args.batch_size, dist),
+        save=saver(state, Path(args.work_dir), STAGE, identity, vars(args), args.batch_size, dist),
     )
     start = resumed_position(source, args.batch_size, 1, len(batches))
     with StopRequest() as stop, MetricWriter(Path(args.work_dir), dist.rank, start.step) as writer:
         signum = train(run, start, writer, stop)
     if signum is None:
-        with learner.ema.applied():
-            write_weights(learner.model, Path(args.output))
-            write_samples(learner.model, codec, Path(args.work_dir) / "samples.png", args.seed)
+        with state.ema.applied():
+            write_weights(state.model, Path(args.output))
+            write_samples(state.model, codec, Path(args.work_dir) / "samples.png", args.seed)
     return signum
 
 

@@ -17,9 +17,9 @@ from engine.data.inputs import StepInputs
 from engine.rl.rewards import RewardBatch
 from engine.rl.rollout import Rollout, RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
-from engine.train.loop import Learner, Position
 from engine.train.optim import build_optimizer
 from engine.train.parallel import wrap
+from engine.train.state import Position, TrainState
 from models.frozen.detections import Detections
 from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator, collect_samples
 from models.sampling.sampler import SamplingConfig, sample
@@ -86,13 +86,13 @@ def variant(mode: str = "full", **overrides: Any) -> StructMAR:
     return model.eval()
 
 
-def learner_of(model: StructMAR, estimator: Estimator, dist: DistInfo = CPU, lr: float = 1e-3) -> Learner:
+def train_state_of(model: StructMAR, estimator: Estimator, dist: DistInfo = CPU, lr: float = 1e-3) -> TrainState:
     """As engine/cli/build.py's; --ema_rate .9. dist: with more than one process, DDP if they have joined a group."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     world_size = dist.world_size if torch.distributed.is_initialized() else 1
     called = Policy(model, estimator)
     wrapped = called if isinstance(model, FSDPModule) else wrap(called, dist.device, world_size)
-    return Learner(model, wrapped, trainable, build_optimizer(trainable, lr, 0.0), Ema(trainable, 0.9))
+    return TrainState(model, wrapped, trainable, build_optimizer(trainable, lr, 0.0), Ema(trainable, 0.9))
 
 
 def frozen_copy(model: StructMAR) -> StructMAR:
@@ -114,7 +114,7 @@ def grpo_step(
     worker = cast(RolloutWorker, TokenWorker(model, reward, needs_trace=chosen.needs_trace))
     reference = None if config.kl_coef == 0 else frozen_copy(model)
     make_inputs = None if config.rl_step_ratio == 1 else lambda batch, epoch, draws: batch
-    return GrpoStep(config, learner_of(model, chosen, dist, lr), worker, chosen, reference, make_inputs, dist)
+    return GrpoStep(config, train_state_of(model, chosen, dist, lr), worker, chosen, reference, make_inputs, dist)
 
 
 def worker_of(step: GrpoStep) -> TokenWorker:
@@ -138,10 +138,10 @@ def recorded_gradients(step: GrpoStep) -> Iterator[list[dict[str, Tensor]]]:
     seen: list[dict[str, Tensor]] = []
 
     def note(*_: Any) -> None:
-        given = {name: parameter.grad for name, parameter in step.learner.trainable.items()}
+        given = {name: parameter.grad for name, parameter in step.state.trainable.items()}
         seen.append({name: gradient.detach().clone() for name, gradient in given.items() if gradient is not None})
 
-    handle = step.learner.optimizer.register_step_pre_hook(note)
+    handle = step.state.optimizer.register_step_pre_hook(note)
     try:
         yield seen
     finally:
@@ -162,4 +162,4 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def poison(step: GrpoStep, name: str = "decoder_embed.weight") -> torch.utils.hooks.RemovableHandle:
     """From now on one gradient is NaN."""
-    return step.learner.trainable[name].register_hook(lambda gradient: gradient * torch.nan)
+    return step.state.trainable[name].register_hook(lambda gradient: gradient * torch.nan)

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from engine.rl.step import GrpoStep
-from engine.train.loop import Position
 from engine.train.parallel import gathered, shard
+from engine.train.state import Position
 from tests.engine.train.test_loop import tiny_inputs
 from tests.engine.train.test_parallel import assert_close, in_two_processes
 from tests.helpers.rl_world import (
@@ -45,7 +45,7 @@ def update(rank: int, estimator: str, reward: TokenReward, **settings: Any) -> d
         take_own(step)
         take_own(step, 1)
     assert len(seen) == 2
-    return {**seen[0], **{f"weight {name}": tensor for name, tensor in weights(step.learner.model).items()}}
+    return {**seen[0], **{f"weight {name}": tensor for name, tensor in weights(step.state.model).items()}}
 
 
 def gradients_of(found: dict[str, Any]) -> dict[str, Any]:
@@ -102,10 +102,10 @@ def test_a_process_whose_groups_teach_nothing_takes_part() -> None:
 def test_nan_on_one_process_skips_on_both() -> None:
     def run(rank: int) -> dict[str, Any]:
         step = grpo_step(None, "elbo", dist=info(rank))
-        before = weights(step.learner.model)
+        before = weights(step.state.model)
         poisoned = poison(step) if rank == 1 else None
         skipped = take_own(step)["skipped"]
-        is_unchanged = all(torch.equal(before[name], each) for name, each in step.learner.model.state_dict().items())
+        is_unchanged = all(torch.equal(before[name], each) for name, each in step.state.model.state_dict().items())
         if poisoned is not None:
             poisoned.remove()
         return {"skipped": [skipped, take_own(step, 1)["skipped"]], "is_unchanged": is_unchanged}
@@ -119,8 +119,8 @@ def test_the_norm_is_judged_on_all_processes() -> None:
 
     def run(rank: int) -> dict[str, Any]:
         step = grpo_step(None, "elbo", dist=info(rank))
-        step.learner.optimizer.zero_grad()
-        for parameter in step.learner.trainable.values():
+        step.state.optimizer.zero_grad()
+        for parameter in step.state.trainable.values():
             parameter.grad = torch.full_like(parameter, torch.inf if rank == 1 else 1.0)
         step.optimizer_step([], [], 1.0, Position(), 0)
         return step.read()
