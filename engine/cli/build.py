@@ -40,7 +40,7 @@ from engine.eval.judge import Judge
 from engine.eval.online import OnlineEvaluation
 from engine.eval.profiles import load_profile
 from engine.eval.targets import EvalSet, load_eval_set
-from engine.sample.pipeline import require_same_categories
+from engine.sample.pipeline import StructMARPipeline, require_same_categories
 from engine.train.loop import Step, TrainConfig, TrainingRun
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import compile_parts, shard, wrap
@@ -303,14 +303,20 @@ def coco_inputs(args: argparse.Namespace, parts: Parts) -> CocoInputs:
     return CocoInputs(parts.frozen.codec, parts.frozen.text_encoder, rates, args.seed, parts.dist.device)
 
 
-def build_online_evaluation(args: argparse.Namespace, parts: Parts, state: TrainState) -> OnlineEvaluation | None:
+def build_pipeline(parts: Parts, state: TrainState) -> StructMARPipeline:
+    """What draws the run's images: the weights as they are in each moment."""
+    return StructMARPipeline.from_parts(state.model, parts.frozen.codec, parts.frozen.text_encoder, parts.identity)
+
+
+def build_online_evaluation(
+    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema
+) -> OnlineEvaluation | None:
     """None where nothing is scored."""
     if parts.scored is None:
         return None
     return OnlineEvaluation(
-        state, parts.frozen.codec, parts.frozen.text_encoder, *parts.scored, parts.sampling, args.seed, args.eval_bsz,
-        args.precision, parts.dist,
-    )  # fmt: skip
+        pipeline, ema, *parts.scored, parts.sampling, args.seed, args.eval_bsz, args.precision, parts.dist
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from engine.cli.build import (
     Stage,
     build_dataset,
     build_online_evaluation,
+    build_pipeline,
     build_train_state,
     coco_inputs,
     data_config,
@@ -42,6 +43,7 @@ from engine.rl.held_out import HeldOutEvaluation, RolloutPreview
 from engine.rl.rewards import LayoutReward, Quality, RewardSettings, RewardWeights, clip_quality
 from engine.rl.rollout import RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import TrainConfig
 from engine.train.parallel import gathered
 from engine.train.state import TrainState
@@ -54,6 +56,7 @@ from models.structmar import StructMAR, StructMARConfig
 from models.weights import load_structmar_weights
 from util.coco import CocoIndex
 from util.distributed import DistInfo
+from util.ema import Ema
 from util.rng import generator
 from util.types import Category
 
@@ -72,14 +75,14 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     require_fitting_start(parts.source, reward)
     reference = build_reference(args, parts)
     state = build_train_state(args, parts, RL_TRAIN_MODES[args.rl_train], lambda model: as_policy(model, estimator))
+    pipeline = build_pipeline(parts, state)
     worker = RolloutWorker(
-        state.model, parts.frozen.codec, parts.frozen.text_encoder, reward, parts.sampling, args.group_size,
-        estimator.needs_trace, args.precision, args.seed, dist.device,
-    )  # fmt: skip
+        pipeline, reward, parts.sampling, args.group_size, estimator.needs_trace, args.precision, args.seed
+    )
     updates = num_updates(args, parts)
     make_inputs = coco_inputs(args, parts) if args.rl_step_ratio < 1 else None
     step = GrpoStep(grpo_config(args, updates), state, worker, estimator, reference, make_inputs, dist)
-    held_out = build_held_out(args, parts, state, step)
+    held_out = build_held_out(args, parts, pipeline, state.ema, step)
     preview = RolloutPreview(
         step, parts.identity.categories, args.num_preview, args.reward_min_score, dist, Path(args.output_dir)
     )
@@ -103,10 +106,10 @@ def num_updates(args: argparse.Namespace, parts: Parts) -> int:
 
 
 def build_held_out(
-    args: argparse.Namespace, parts: Parts, state: TrainState, step: GrpoStep
+    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema, step: GrpoStep
 ) -> HeldOutEvaluation | None:
     """As it was when the run stopped, if it continues. None without a detector that judges."""
-    online = build_online_evaluation(args, parts, state)
+    online = build_online_evaluation(args, parts, pipeline, ema)
     if online is None:
         logger.warning("no --eval_detector: nothing here will notice a reward that is being fooled")
         return None

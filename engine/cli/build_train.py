@@ -13,6 +13,7 @@ from engine.cli.build import (
     Stage,
     build_dataset,
     build_online_evaluation,
+    build_pipeline,
     build_train_state,
     coco_inputs,
     data_config,
@@ -35,9 +36,10 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     parts = read_parts(args, dist, Stage(args.train_mode, build_images, has_previews, FREE_FLAGS))
     scenes = build_scenes(args, parts.dataset) if has_previews else []
     state = build_train_state(args, parts, args.train_mode)
+    pipeline = build_pipeline(parts, state)
     preview = Preview(
-        state, parts.frozen.codec, parts.frozen.text_encoder, scenes, parts.sampling, args.seed, args.eval_bsz,
-        args.precision, dist, Path(args.output_dir) / "samples",
+        pipeline, state.ema, scenes, parts.sampling, args.seed, args.eval_bsz, args.precision, dist,
+        Path(args.output_dir) / "samples",
     )  # fmt: skip
     config = train_config(args)
     return prepare_run(
@@ -47,7 +49,7 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         config,
         step=SupervisedStep(config, state, coco_inputs(args, parts), dist),
         preview=preview if has_previews else None,
-        evaluate=build_online_evaluation(args, parts, state),
+        evaluate=build_online_evaluation(args, parts, pipeline, state.ema),
     )
 
 
