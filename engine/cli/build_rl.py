@@ -81,11 +81,12 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     )
     updates = num_updates(args, parts)
     make_inputs = coco_inputs(args, parts) if args.rl_step_ratio < 1 else None
-    step = GrpoStep(grpo_config(args, updates), state, worker, estimator, reference, make_inputs, dist)
-    held_out = build_held_out(args, parts, pipeline, state.ema, step)
-    preview = RolloutPreview(
-        step, parts.identity.categories, args.num_preview, args.reward_min_score, dist, Path(args.output_dir)
-    )
+    held_out = build_held_out(args, parts, pipeline, state.ema)
+    output_dir = Path(args.output_dir)
+    preview = RolloutPreview(parts.identity.categories, args.num_preview, args.reward_min_score, dist, output_dir)
+    observers = [preview.note] if held_out is None else [preview.note, held_out.note]
+    config = grpo_config(args, updates)
+    step = GrpoStep(config, state, worker, estimator, reference, make_inputs, dist, observers)
     return prepare_run(
         args,
         parts,
@@ -106,7 +107,7 @@ def num_updates(args: argparse.Namespace, parts: Parts) -> int:
 
 
 def build_held_out(
-    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema, step: GrpoStep
+    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema
 ) -> HeldOutEvaluation | None:
     """As it was when the run stopped, if it continues. None without a detector that judges."""
     online = build_online_evaluation(args, parts, pipeline, ema)
@@ -114,7 +115,7 @@ def build_held_out(
         logger.warning("no --eval_detector: nothing here will notice a reward that is being fooled")
         return None
     guard = OverOptimisationGuard(args.guard, args.guard_drop, args.guard_patience)
-    held_out = HeldOutEvaluation(online, guard, step)
+    held_out = HeldOutEvaluation(online, guard)
     if parts.source.kind == "continue":
         held_out.restore(parts.source.state["held_out"])
     return held_out

@@ -10,7 +10,7 @@ C token channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,10 @@ class Rollout:
     def grouped_rewards(self) -> Tensor:
         """[B, G] float32."""
         return self.rewards.total.view(-1, self.group_size)
+
+
+RolloutObserver = Callable[[Sequence[Rollout], float], None]
+"""(the rollouts of one update on this process, their mean reward over all processes); called before the update."""
 
 
 @dataclass(frozen=True)

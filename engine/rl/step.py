@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from engine.data.inputs import MakeInputs
 from engine.rl.cost import describe_time_left
 from engine.rl.grpo import clipped_surrogate, group_advantages, kl_penalty, zero_std_share
-from engine.rl.rollout import Rollout, RolloutWorker
+from engine.rl.rollout import Rollout, RolloutObserver, RolloutWorker
 from engine.train.optim import clip_gradients
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position, TrainState
@@ -82,7 +82,7 @@ class ScoredPass:
 class GrpoStep:
     """A `Step` of engine/train/loop.py. reference: the frozen policy of the KL; None without one (kl_coef 0).
 
-    make_inputs: for L_SFT; None where rl_step_ratio is 1. last_rollout: for pictures.
+    make_inputs: for L_SFT; None where rl_step_ratio is 1. observers: are handed the rollouts of every update.
     """
 
     shown = ("reward", "reward_std", "loss", "grad_norm")
@@ -96,14 +96,13 @@ class GrpoStep:
         reference: StructMAR | None,
         make_inputs: MakeInputs | None,
         dist: DistInfo,
+        observers: Sequence[RolloutObserver] = (),
     ) -> None:
         assert (reference is None) == (config.kl_coef == 0), "a reference belongs to a KL"
         assert (make_inputs is None) == (config.rl_step_ratio == 1), "images belong to the SFT part"
         self.config, self.state, self.worker, self.estimator, self.dist = config, state, worker, estimator, dist
         self.reference = None if reference is None else Policy(reference.eval(), estimator)
-        self.make_inputs = make_inputs
-        self.last_rollout: Rollout | None = None
-        self.rewards_since_evaluation: list[float] = []
+        self.make_inputs, self.observers = make_inputs, observers
         self.skipped_in_a_row = 0
         self.is_first = True
         self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -117,7 +116,7 @@ class GrpoStep:
         rollouts = []
         if rl_share > 0:
             rollouts = [self.worker.collect(batch, (step, k, self.dist.rank)) for k, batch in enumerate(batches)]
-            self._note_rollouts(rollouts)
+            self._show(rollouts)
         rolled_out = time.perf_counter()
         passes = [each for k, rollout in enumerate(rollouts) for each in self.score(rollout, step, k)]
         for inner in range(self.config.inner_epochs if rollouts else 1):
@@ -263,8 +262,8 @@ class GrpoStep:
         for name, value in values.items():
             self._values[name].append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
 
-    def _note_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        self.last_rollout = rollouts[-1]
+    def _show(self, rollouts: Sequence[Rollout]) -> None:
+        """To the log and to the observers."""
         totals = torch.cat([rollout.rewards.total for rollout in rollouts])  # [n of all]
         self._note({"reward": totals.mean(), "reward_std": totals.std(correction=0)})
         for name in rollouts[0].rewards.parts:
@@ -274,7 +273,9 @@ class GrpoStep:
             rewards = rollout.grouped_rewards()
             self._note({"zero_std_share": zero_std_share(rewards), "token_std": rollout.samples.tokens.std()})
             self._note({"group_std": rewards.std(1, correction=0).mean()})
-        self.rewards_since_evaluation.append(reduce_mean({"reward": float(totals.mean())})["reward"])
+        mean_reward = reduce_mean({"reward": float(totals.mean())})["reward"]
+        for observer in self.observers:
+            observer(rollouts, mean_reward)
 
     def _note_replay(self, samples: Samples, draws: Draws, old: PolicyOutput) -> None:
         """How far the old log-probabilities are from those recorded while sampling: a mismatch would show here."""

@@ -28,7 +28,6 @@ from engine.cli.build import PreparedRun
 from engine.cli.build_rl import build_rl
 from engine.cli.main import run_main
 from engine.cli.validate import validate_rl_args
-from engine.rl.held_out import HeldOutEvaluation, RolloutPreview
 from engine.rl.step import GrpoStep, ScoredPass
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position
@@ -53,7 +52,7 @@ class PaperStep(GrpoStep):
                 "the released loss is for --kl_coef 0 and --rl_step_ratio 1, "
                 f"got {step.config.kl_coef} and {step.config.rl_step_ratio}"
             )
-        super().__init__(step.config, step.state, step.worker, step.estimator, None, None, step.dist)
+        super().__init__(step.config, step.state, step.worker, step.estimator, None, None, step.dist, step.observers)
         self.one_mask = replace(step.estimator, num_masks=1)
 
     def optimizer_step(
@@ -77,18 +76,10 @@ class PaperStep(GrpoStep):
 
 
 def build(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
-    """main_rl.py's stage 3 with a `PaperStep`, which pictures and evaluation then look at."""
+    """main_rl.py's stage 3 with a `PaperStep`."""
     prepared = build_rl(args, dist)
-    run = prepared.run
-    assert isinstance(run.step, GrpoStep)
-    step = PaperStep(run.step)
-    preview, evaluate = run.preview, run.evaluate
-    if isinstance(preview, RolloutPreview):
-        preview = replace(preview, step=step)
-    if isinstance(evaluate, HeldOutEvaluation):
-        step.rewards_since_evaluation = evaluate.step.rewards_since_evaluation  # as restored; checkpoints write it
-        evaluate = replace(evaluate, step=step)
-    return replace(prepared, run=replace(run, step=step, preview=preview, evaluate=evaluate))
+    assert isinstance(prepared.run.step, GrpoStep)
+    return replace(prepared, run=replace(prepared.run, step=PaperStep(prepared.run.step)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

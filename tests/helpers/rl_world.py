@@ -78,6 +78,18 @@ class TokenWorker:
         )
 
 
+@dataclass
+class Seen:
+    """A `RolloutObserver` that keeps everything."""
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+    def __call__(self, rollouts: Sequence[Rollout], mean_reward: float) -> None:
+        self.rollouts += rollouts
+        self.rewards.append(mean_reward)
+
+
 def variant(mode: str = "full", **overrides: Any) -> StructMAR:
     """tests/engine/train/test_loop.py's model, the same weights in another configuration."""
     model = StructMAR(replace(tiny_model().config, **overrides))
@@ -105,16 +117,18 @@ def grpo_step(
     reward: TokenReward = brightness,
     dist: DistInfo = CPU,
     lr: float = 1e-3,
+    seen: Seen | None = None,
     **settings: Any,
 ) -> GrpoStep:
-    """A step on `model` (None: a new one) with a reference of equal weights, unless kl_coef is 0."""
+    """A step on `model` (None: a new one) with a reference of equal weights, unless kl_coef is 0. seen: observes it."""
     model = variant() if model is None else model
     chosen = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
     config = replace(SETTINGS, **settings)
     worker = cast(RolloutWorker, TokenWorker(model, reward, needs_trace=chosen.needs_trace))
     reference = None if config.kl_coef == 0 else frozen_copy(model)
     make_inputs = None if config.rl_step_ratio == 1 else lambda batch, epoch, draws: batch
-    return GrpoStep(config, train_state_of(model, chosen, dist, lr), worker, chosen, reference, make_inputs, dist)
+    state, observers = train_state_of(model, chosen, dist, lr), [] if seen is None else [seen]
+    return GrpoStep(config, state, worker, chosen, reference, make_inputs, dist, observers)
 
 
 def worker_of(step: GrpoStep) -> TokenWorker:

@@ -17,6 +17,7 @@ from tests.engine.train.test_loop import tiny_inputs
 from tests.engine.train.test_parallel import assert_close, in_two_processes
 from tests.helpers.rl_world import (
     ESTIMATORS,
+    Seen,
     TokenReward,
     brightness,
     grpo_step,
@@ -132,20 +133,21 @@ def test_processes_sample_and_draw_their_own_noise_and_share_the_statistics() ->
     """The same prompts on both: other images, other estimator draws; the batch's std and the guard's reward are one."""
 
     def run(rank: int) -> dict[str, Any]:
-        step = grpo_step(None, "elbo", dist=info(rank), adv_norm="batch")
+        seen = Seen()
+        step = grpo_step(None, "elbo", dist=info(rank), adv_norm="batch", seen=seen)
         batch = cast(Any, tiny_inputs(2))
         step.take(Position(), iter([batch]))
-        assert step.last_rollout is not None
-        passes = step.score(step.last_rollout, 0, 0)
-        noise, rewards = passes[0].draws.noise, step.last_rollout.grouped_rewards()
+        (rollout,) = seen.rollouts
+        passes = step.score(rollout, 0, 0)
+        noise, rewards = passes[0].draws.noise, rollout.grouped_rewards()
         assert noise is not None
         return {
-            "tokens": step.last_rollout.samples.tokens,
-            "orders": step.last_rollout.samples.orders,
+            "tokens": rollout.samples.tokens,
+            "orders": rollout.samples.orders,
             "noise": noise.flatten()[:64],
             "rewards": rewards,
             "advantages": passes[0].advantages.view_as(rewards),
-            "heard": step.rewards_since_evaluation[0],
+            "heard": seen.rewards[0],
         }
 
     first, second = in_two_processes(run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from engine.eval.online import OnlineEvaluation
 from engine.rl.guard import OverOptimisationGuard
 from engine.rl.held_out import HeldOutEvaluation
-from engine.rl.step import MAX_SKIPPED, GrpoStep
+from engine.rl.step import MAX_SKIPPED
 from engine.train.state import Position
 from tests.helpers.rl_world import (
     ESTIMATORS,
+    Seen,
     batches,
     gradient_of_update,
     grpo_step,
@@ -134,12 +134,13 @@ def test_at_ratio_one_no_image_is_read() -> None:
 
 @pytest.mark.parametrize("mix", ["loss", "step"])
 def test_at_ratio_zero_nothing_is_sampled(mix: str) -> None:
-    step = grpo_step(rl_step_ratio=0.0, mix=mix, inner_epochs=3)
+    seen = Seen()
+    step = grpo_step(rl_step_ratio=0.0, mix=mix, inner_epochs=3, seen=seen)
     losses = count_calls(step.state.model)
     before = weights(step.state.model)
     assert step.take(Position(), batches(2)) == 4  # images
     values = step.read()
-    assert not worker_of(step).keys and step.last_rollout is None and not step.rewards_since_evaluation
+    assert not worker_of(step).keys and not seen.rollouts and not seen.rewards
     assert len(losses) == 2  # one per batch: there are no inner epochs without a rollout
     assert math.isnan(values["reward"]) and math.isfinite(values["sft_loss"])
     assert not torch.equal(before["decoder_embed.weight"], step.state.model.decoder_embed.weight)
@@ -300,20 +301,22 @@ class Scores:
 
 
 def held_out(mode: str, ap50: list[float]) -> HeldOutEvaluation:
-    step = cast(GrpoStep, SimpleNamespace(rewards_since_evaluation=[]))
-    return HeldOutEvaluation(cast(OnlineEvaluation, Scores(ap50)), OverOptimisationGuard(mode, patience=1), step)
+    return HeldOutEvaluation(cast(OnlineEvaluation, Scores(ap50)), OverOptimisationGuard(mode, patience=1))
 
 
 def hear(evaluation: HeldOutEvaluation, step: int, rewards: list[float]) -> str | None:
-    evaluation.step.rewards_since_evaluation.extend(rewards)
+    for reward in rewards:
+        evaluation.note([], reward)
     with MetricWriter(None) as writer:
         return evaluation(step, writer)
 
 
-def test_updates_note_their_mean_reward_for_the_guard() -> None:
-    step = grpo_step()
+def test_updates_hand_rollouts_and_their_mean_reward_to_observers() -> None:
+    seen = Seen()
+    step = grpo_step(seen=seen)
     logged = [take(step, number, count=2)["reward"] for number in range(2)]
-    assert step.rewards_since_evaluation == pytest.approx(logged)
+    assert seen.rewards == pytest.approx(logged)
+    assert [len(rollout) for rollout in seen.rollouts] == [2 * worker_of(step).group_size] * 4
 
 
 def test_rewards_are_handed_over_once() -> None:
@@ -321,7 +324,7 @@ def test_rewards_are_handed_over_once() -> None:
     assert hear(evaluation, 0, []) is None  # before the first update
     assert evaluation.guard.state()["best_reward"] is None
     assert hear(evaluation, 10, [1.0, 2.0]) is None
-    assert evaluation.guard.state()["best_reward"] == 1.5 and evaluation.step.rewards_since_evaluation == []
+    assert evaluation.guard.state()["best_reward"] == 1.5 and evaluation.rewards == []
     assert cast(Scores, evaluation.online).steps == [0, 10]
 
 
@@ -338,18 +341,17 @@ def test_only_the_guard_that_stops_ends_the_run(mode: str, caplog: pytest.LogCap
 def test_a_continued_run_hears_what_one_without_a_break_does() -> None:
     first = held_out("stop", [0.6, 0.5])
     hear(first, 10, [0.4])
-    first.step.rewards_since_evaluation.append(0.3)
+    first.note([], 0.3)
     state = first.state()
     assert state == {"guard": first.guard.state(), "rewards": [0.3]}
 
     second = held_out("stop", [0.5])
-    rewards = second.step.rewards_since_evaluation
     second.restore(None)
-    assert not rewards and second.guard.state()["best_ap50"] is None
+    assert not second.rewards and second.guard.state()["best_ap50"] is None
     second.restore(state)
-    assert second.step.rewards_since_evaluation is rewards and second.state() == state
-    rewards.append(0.9)
+    assert second.state() == state
+    second.note([], 0.9)
     state["rewards"].append(5.0)  # the checkpoint's own list
     assert second.state()["rewards"] == [0.3, 0.9]
-    first.step.rewards_since_evaluation.append(0.9)
+    first.note([], 0.9)
     assert hear(second, 20, []) == hear(first, 20, []) is not None
