@@ -45,6 +45,7 @@ from engine.train.parallel import compile_parts
 from models.frozen.detections import BoxDetector, DetectorSettings
 from models.frozen.faster_rcnn import RESNET50_FPN_V2, load_detector
 from models.frozen.vae import LatentCodec
+from models.masking import require_fitting_iterations
 from util.checkpoint import sha256_file
 from util.config import HelpFormatter, parse_args
 from util.distributed import DistInfo, init_distributed, shutdown
@@ -228,10 +229,7 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
             f"the checkpoint at most {pipeline.info.config.max_objects}"
         )
     config = sampling_config(args)
-    if config.num_iter > pipeline.info.config.num_tokens:
-        raise ValueError(
-            f"--num_iter {config.num_iter} exceeds the {pipeline.info.config.num_tokens} tokens of an image"
-        )
+    require_fitting_iterations(config.num_iter, pipeline.info.config.num_tokens)
     if args.compile or args.cuda_graphs:
         compile_parts(pipeline.model, args.cuda_graphs)
     plan = GenerationPlan(config, args.batch_size, args.precision, dist)

@@ -42,6 +42,7 @@ from engine.sample.pipeline import load_pipeline, require_fitting_codec, require
 from engine.train.parallel import compile_parts
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
+from models.masking import require_fitting_iterations
 from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR, preset_config
 from util.coco import BoxFilters, CocoIndex
@@ -187,8 +188,7 @@ def prepare(args: argparse.Namespace) -> Job:
     config = sampling_config(args)
     device = choose_device(args.device)
     job = prepare_classes(args, config, device) if args.class_label else prepare_scenes(args, config, device)
-    if config.num_iter > job.model.config.num_tokens:
-        raise ValueError(f"--num_iter {config.num_iter} exceeds the {job.model.config.num_tokens} tokens of an image")
+    require_fitting_iterations(config.num_iter, job.model.config.num_tokens)
     if args.compile or args.cuda_graphs:
         compile_parts(job.model, args.cuda_graphs)
     return job

@@ -49,7 +49,7 @@ from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
-from models.masking import cosine_masked_counts
+from models.masking import require_fitting_iterations
 from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable, summarize_trainable
@@ -247,7 +247,7 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     sampling = sampling_config(args)
     sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
     if stage.has_pictures:
-        cosine_masked_counts(sizes.num_tokens, sampling.num_iter)  # raises if num_iter does not fit
+        require_fitting_iterations(sampling.num_iter, sizes.num_tokens)
     frozen = build_frozen(args, dist.device)
     require_fitting_vae(sizes, frozen.codec, args.vae_path)
     dataset = stage.build_data(args, sizes, frozen)

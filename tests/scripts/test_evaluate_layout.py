@@ -212,7 +212,7 @@ def test_unknown_classes(world, evaluate, tmp_path):
             "asks for pictures of 256 px, the checkpoint makes 32 px",
         ),
         ({"profile": "coco-original"}, "asks for photographs at their own sizes, the checkpoint makes 32 px"),
-        ({"num_iter": 65}, "--num_iter 65 exceeds the 64 tokens of an image"),
+        ({"num_iter": 65}, "num_iter must lie between 1 and the number of tokens, 64, got 65"),
         ({"fid": "nowhere.pth"}, "nowhere.pth"),
         ({"name": "real images"}, "--name 'real images' is the name of another row"),
         ({"image_size": "source"}, "--image_size source is for --images"),

@@ -212,7 +212,10 @@ MISTAKES = {
     "seed": (["--prompt", "a", "--seed", "-1"], r"--seed must lie in 0 \.\.\. \d+, got -1"),
     "guidance": (["--prompt", "a", "--cfg", "nan"], "--cfg must be finite, got nan"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "--temperature must not be negative, got -1"),
-    "iterations": (["--prompt", "a", "--num_iter", "65"], "--num_iter 65 exceeds the 64 tokens"),
+    "iterations": (
+        ["--prompt", "a", "--num_iter", "65"],
+        "num_iter must lie between 1 and the number of tokens, 64, got 65",
+    ),
     "steps": (["--prompt", "a", "--num_sampling_steps", "0"], "--num_sampling_steps must be positive, got 0"),
     "device": (["--prompt", "a", "--device", "tpu"], "--device tpu: choose cpu or cuda"),
     "checkpoint": (["--prompt", "a", "--resume", "none.pth"], "none.pth does not exist"),
