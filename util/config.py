@@ -1,4 +1,7 @@
-"""Command line > YAML file > parser default; a preset (`PresetAction`) right under where it is named.
+"""Where a flag's value comes from: command line > YAML file > parser default.
+
+A preset (`PresetAction`) stands for several flags. It is weaker than the other flags of the place that names it, the
+command line or the file, and stronger than everything below that place.
 
 Wherever a number comes from, it must lie in its flag's range (`util/ranges.py`).
 

@@ -277,12 +277,12 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--guidance_interval", type=fraction, nargs=2, default=[0.0, 1.0],
-        help="guidance from and up to these shares of the iterations; outside, one branch runs"
+        help="guidance begins and ends at these shares of the iterations; before and after, there is none"
     )  # fmt: skip
     group.add_argument(
         "--uncond_refresh", type=positive_int, default=1,
-        help="guidance's other branches run in every so many-th iteration, their difference is reused in between; "
-             "1: they run in all"
+        help="guidance runs the branches without text or layout in every k-th iteration and reuses their result in "
+             "between; 1: in all"
     )  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def add_speed_arg(group: argparse._ArgumentGroup) -> None:
     """For programs that sample and do not train: a preset sets --precision too."""
     group.add_argument(
         "--speed", action=PresetAction, expand=speed_preset, default="exact", choices=sorted(SPEEDS),
-        help="preset of sampling flags and --precision, which yields to flags given beside it; "
+        help="preset of sampling flags and --precision; a flag that is given too wins; "
              "fast: annealed diffusion steps, bf16; faster: fewer iterations and a condition cache too"
     )  # fmt: skip
 

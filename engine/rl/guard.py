@@ -17,8 +17,8 @@ ROUNDING = 1e-9  # .60 - .58 is a little more than .02
 
 @dataclass(frozen=True)
 class GuardState:
-    """What the guard remembers, plain values. best_reward: the mean reward that belongs to the best evaluation; None as
-    long as there is none, which is so before the first update. num_bad: bad evaluations in a row, up to now."""
+    """What the guard remembers, plain values. best_reward: the mean reward that belongs to the best evaluation, None
+    until the first update. num_bad: bad evaluations in a row, up to now."""
 
     best_step: int | None = None
     best_ap50: float | None = None
@@ -44,9 +44,10 @@ class OverOptimisationGuard:
     def update(self, step: int, mean_reward: float | None, ap50: float) -> str | None:
         """Takes one held-out evaluation; returns a message for the user, or None while all is well.
 
-        mean_reward: of the rollouts since the evaluation before, None if there were none: before the first update. Then
-        the first reward that comes is taken for this evaluation's too: its rollouts start from the same weights.
-        ap50: share in [0, 1]. Raises ValueError if a number is not finite or ap50 not in its range.
+        mean_reward: of the rollouts since the previous evaluation. It is None before the first update, where there are
+        no rollouts yet; the first mean reward that follows then stands for this evaluation too, because those rollouts
+        were sampled from the same weights. ap50: share in [0, 1].
+        Raises ValueError if mean_reward is not finite or ap50 not in [0, 1].
         """
         if not 0 <= ap50 <= 1:  # also refuses NaN
             raise ValueError(f"step {step}: the held-out AP50 must lie within 0 and 1, got {ap50}")
