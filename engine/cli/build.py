@@ -253,10 +253,10 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     dataset = stage.build_data(args, sizes, frozen)
     categories = dataset.index.categories
     config = model_config(args, len(categories), frozen.text_encoder.dim)
-    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
     sampler = build_sampler(args, dataset, dist)
     scored = build_online_targets(args, config, categories, dist.device)
     source = find_source(args.output_dir, args.resume, not args.no_auto_resume, stage.name)
+    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
     check_identity(source, identity)
     flags = resolved_dict(args)
     return Parts(stage, dist, sampling, frozen, dataset, sampler, identity, source, scored, flags)

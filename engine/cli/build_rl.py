@@ -62,14 +62,12 @@ from util.types import Category
 
 logger = logging.getLogger(__name__)
 
-STAGE = "grpo"
-FREE_FLAGS = ("max_rl_steps", "num_preview", "reward_batch_size")
-
 
 def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     """Everything main_rl.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
     estimator = build_estimator(args, sampling_config(args))
-    parts = read_parts(args, dist, Stage(STAGE, build_prompts, has_pictures=True, free_flags=FREE_FLAGS))
+    free_flags = ("max_rl_steps", "num_preview", "reward_batch_size")
+    parts = read_parts(args, dist, Stage("grpo", build_prompts, has_pictures=True, free_flags=free_flags))
     reward = build_reward(args, parts.identity.categories, dist.device)
     require_other_judge(args, parts, reward)
     require_fitting_start(parts.source, reward)
@@ -91,7 +89,7 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         args,
         parts,
         state,
-        train_config(args),
+        rl_train_config(args),
         step,
         preview,
         evaluate=held_out,
@@ -135,7 +133,7 @@ def extra_content(
     return extra
 
 
-def train_config(args: argparse.Namespace) -> TrainConfig:
+def rl_train_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig(
         seed=args.seed,
         epochs=args.epochs,

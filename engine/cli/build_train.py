@@ -27,13 +27,12 @@ from engine.train.loop import SupervisedStep, TrainConfig
 from models.structmar import StructMARConfig
 from util.distributed import DistInfo
 
-FREE_FLAGS = ("max_steps", "eval_freq")
-
 
 def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     """Everything main_mar.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
     has_previews = args.online_eval or args.sample_freq > 0
-    parts = read_parts(args, dist, Stage(args.train_mode, build_images, has_previews, FREE_FLAGS))
+    stage = Stage(args.train_mode, build_images, has_previews, free_flags=("max_steps", "eval_freq"))
+    parts = read_parts(args, dist, stage)
     scenes = build_scenes(args, parts.dataset) if has_previews else []
     state = build_train_state(args, parts, args.train_mode)
     pipeline = build_pipeline(parts, state)
