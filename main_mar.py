@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.cli.arguments import train_parser
-from engine.cli.build import build_training
+from engine.cli.build_train import build_training
 from engine.cli.main import run_main
 from engine.cli.validate import validate_train_args
 

@@ -68,14 +68,19 @@ def sample_token_mask(batch_size: int, num_tokens: int, mask_ratio_min: float, g
     return mask_from_orders(sample_orders(batch_size, num_tokens, [generator]), num_masked)
 
 
+def require_fitting_iterations(num_iter: int, num_tokens: int) -> None:
+    """Raises ValueError naming both if there are too few tokens for each iteration to unmask at least one."""
+    if not 1 <= num_iter <= num_tokens:
+        raise ValueError(f"num_iter must lie between 1 and the number of tokens, {num_tokens}, got {num_iter}")
+
+
 def cosine_masked_counts(num_tokens: int, num_iter: int) -> list[int]:
     """How many tokens are hidden before iteration 0, 1, ..., num_iter - 1, and (0) at the end: num_iter + 1 numbers.
 
     MaskGIT's cosine schedule as MAR runs it: at least one token is unmasked per iteration, at least one is left for
     the last.
     """
-    if not 1 <= num_iter <= num_tokens:
-        raise ValueError(f"num_iter must lie between 1 and the number of tokens, {num_tokens}, got {num_iter}")
+    require_fitting_iterations(num_iter, num_tokens)
     counts = [num_tokens]
     for step in range(1, num_iter):
         cosine = math.floor(num_tokens * math.cos(math.pi / 2 * step / num_iter))

@@ -25,8 +25,10 @@ from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
 from util.boxes import plan_center_crop
 from util.coco import BoxFilters, CocoIndex
+from util.config import parse_checked
 from util.images import to_model_range
 from util.logging import setup_logging
+from util.ranges import nonnegative_int, positive_float, positive_int
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +39,17 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--coco_split", default="train2014", help="e.g. train2014, val2017: any split with both jsons")
     parser.add_argument("--cached_path", required=True, help="where to write latents/ and text/; one folder per split")
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (LDM layout)")
-    parser.add_argument("--latent_scale", type=float, help="factor of the latents; default: the VAE file's, or MAR's")
+    parser.add_argument(
+        "--latent_scale", type=positive_float, help="factor of the latents; default: the VAE file's, or MAR's"
+    )
     parser.add_argument(
         "--clip_path", default="pretrained_models/clip-vit-base-patch32", help="text encoder (Hugging Face folder)"
     )
-    parser.add_argument("--img_size", type=int, default=256, help="side of the centre crop, in pixels")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time; captions: eight times as many")
-    parser.add_argument("--num_workers", type=int, default=4, help="processes that read images")
+    parser.add_argument("--img_size", type=positive_int, default=256, help="side of the centre crop, in pixels")
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=32, help="images at a time; captions: eight times as many"
+    )
+    parser.add_argument("--num_workers", type=nonnegative_int, default=4, help="processes that read images")
     parser.add_argument("--device", default="cuda", help="where the VAE and the text encoder run: cuda, cuda:1, cpu")
     parser.add_argument("--no_latents", action="store_true", help="do not cache latents")
     parser.add_argument("--no_text", action="store_true", help="do not cache text states")
@@ -114,7 +120,7 @@ def cache_text(args: argparse.Namespace, index: CocoIndex) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    args = parse_checked(get_parser(), argv)
     if args.no_latents and args.no_text:
         raise SystemExit("--no_latents and --no_text together leave nothing to do")
     setup_logging(None, rank=0)

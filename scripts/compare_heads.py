@@ -43,6 +43,7 @@ from models.structmar import StructMAR
 from util.coco import BoxFilters, CocoIndex
 from util.config import HelpFormatter, parse_args
 from util.distributed import init_distributed
+from util.ranges import positive_int
 from util.rng import generator
 from util.types import LayoutBatch, TextContext
 
@@ -181,17 +182,19 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
     group.add_argument("--coco_root", default="./data/coco", help="captions and boxes (only its annotations/ is read)")
     group.add_argument("--coco_split", default="val2014", help="its first images with boxes")
-    group.add_argument("--num_images", type=int, default=64, help="images sampled to get conditions from")
+    group.add_argument("--num_images", type=positive_int, default=64, help="images sampled to get conditions from")
     add_sampling_args(parser)
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--steps", nargs="+", default=["100", "50", "50:5"], help="what is compared: FIRST or FIRST:LAST"
     )
-    group.add_argument("--full_steps", type=int, default=100, help="with what it is compared")
-    group.add_argument("--num_iterations", type=int, default=8, help="iterations whose tokens are drawn, evenly spaced")
-    group.add_argument("--num_draws", type=int, default=8, help="draws per token")
+    group.add_argument("--full_steps", type=positive_int, default=100, help="with what it is compared")
+    group.add_argument(
+        "--num_iterations", type=positive_int, default=8, help="iterations whose tokens are drawn, evenly spaced"
+    )
+    group.add_argument("--num_draws", type=positive_int, default=8, help="draws per token")
     group.add_argument("--device", default="cpu", help="cuda, cuda:N or cpu")
-    group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
+    group.add_argument("--num_threads", type=positive_int, default=None, help="CPU threads (None: PyTorch's choice)")
     return parser
 
 

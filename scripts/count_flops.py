@@ -21,6 +21,8 @@ from models.masking import TokenMask
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, TrainingNoise, preset_config
 from models.weights import select_trainable
+from util.config import parse_checked
+from util.ranges import positive_int
 from util.types import LayoutBatch, TextContext
 
 MEAN_MASK_RATIO = 0.867  # of MAR's truncated Gaussian
@@ -64,12 +66,14 @@ def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mar_huge", help="preset")
-    parser.add_argument("--num_categories", type=int, default=80)
-    parser.add_argument("--text_dim", type=int, default=512, help="channels of the text states (CLIP ViT-B/32: 512)")
-    parser.add_argument("--num_text", type=int, default=14, help="text tokens of a caption")
-    parser.add_argument("--diffusion_batch_mul", type=int, default=1)
-    parser.add_argument("--num_sampling_steps", type=int, default=100)
-    args = parser.parse_args(argv)
+    parser.add_argument("--num_categories", type=positive_int, default=80)
+    parser.add_argument(
+        "--text_dim", type=positive_int, default=512, help="channels of the text states (CLIP ViT-B/32: 512)"
+    )
+    parser.add_argument("--num_text", type=positive_int, default=14, help="text tokens of a caption")
+    parser.add_argument("--diffusion_batch_mul", type=positive_int, default=1)
+    parser.add_argument("--num_sampling_steps", type=positive_int, default=100)
+    args = parse_checked(parser, argv)
     config = preset_config(
         args.model,
         num_categories=args.num_categories,

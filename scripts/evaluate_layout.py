@@ -45,11 +45,13 @@ from engine.train.parallel import compile_parts
 from models.frozen.detections import BoxDetector, DetectorSettings
 from models.frozen.faster_rcnn import RESNET50_FPN_V2, load_detector
 from models.frozen.vae import LatentCodec
+from models.masking import require_fitting_iterations
 from util.checkpoint import sha256_file
 from util.config import HelpFormatter, parse_args
 from util.distributed import DistInfo, init_distributed, shutdown
 from util.images import load_image
 from util.logging import setup_logging
+from util.ranges import nonnegative_int, positive_int
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", required=True, help=f"a yaml file, or one of {', '.join(available_profiles())}")
     group.add_argument("--coco_root", default="./data/coco", help="folder with annotations/ and the image folders")
     group.add_argument("--coco_split", default=None, help="another split than the profile's")
-    group.add_argument("--max_images", type=int, default=None,
+    group.add_argument("--max_images", type=positive_int, default=None,
                        help="only the profile's first images: another id list and ids hash")  # fmt: skip
 
 
@@ -94,7 +96,9 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
     group.add_argument("--allow_other_frozen", action="store_true",
                        help="generate with a VAE or text encoder other than the one trained with")  # fmt: skip
-    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of images for each; means are taken")
+    group.add_argument(
+        "--seeds", type=nonnegative_int, nargs="+", default=[0], help="one set of images for each; means are taken"
+    )
     group.add_argument("--no_layout_run", action="store_true", help="also generate without any boxes")
     group.add_argument("--real_bound", action=SWITCH, default=True, help="score the real images (they must be there)")
     group.add_argument("--vae_bound", action=SWITCH, default=None,
@@ -109,7 +113,9 @@ def add_judge_args(parser: argparse.ArgumentParser) -> None:
                        help="leave out the categories that the detector does not know")  # fmt: skip
     group.add_argument("--reward_detector", nargs="+", default=[],
                        help="files or sha256 of detectors that were a reward; a checkpoint names its own")  # fmt: skip
-    group.add_argument("--num_resamples", type=int, default=500, help="bootstrap resamples of the 95 %% intervals")
+    group.add_argument(
+        "--num_resamples", type=positive_int, default=500, help="bootstrap resamples of the 95 %% intervals"
+    )
     group.add_argument("--fid", default=None, help="weights of FID's Inception network")
     group.add_argument("--clip_score", default=None, help="directory of a whole CLIP model (text and vision)")
     group.add_argument("--features", default=None, help="a Faster R-CNN whose features stand in; never called FID")
@@ -117,28 +123,26 @@ def add_judge_args(parser: argparse.ArgumentParser) -> None:
 
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--batch_size", type=int, default=16, help="images sampled at a time (it is part of the pixels)")
-    group.add_argument("--detector_batch_size", type=int, default=16, help="images detected at a time")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=16, help="images sampled at a time (it is part of the pixels)"
+    )
+    group.add_argument("--detector_batch_size", type=positive_int, default=16, help="images detected at a time")
     add_speed_arg(group)
     group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
-    group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
+    group.add_argument("--num_threads", type=positive_int, default=None, help="CPU threads (None: PyTorch's choice)")
     add_compile_args(group)
     group.add_argument("--output_dir", default="./output/evaluation", help="made if missing; continued if begun")
     group.add_argument("--rescore", action="store_true", help="score the images that are there; never generate")
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that are out of range or contradict one another."""
-    for name in ("max_images", "num_resamples", "batch_size", "detector_batch_size", "num_threads"):
-        value = vars(args)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+    """Raises ValueError for flags that contradict one another."""
     if bool(args.resume) == bool(args.images):
         given = "both" if args.resume else "none"
         raise ValueError(f"say what is scored by exactly one of --resume, --images; got {given}")
-    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
-        raise ValueError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
+    if len(set(args.seeds)) != len(args.seeds):
+        raise ValueError(f"--seeds must be different numbers, got {args.seeds}")
     if args.name in RESERVED_NAMES:
         raise ValueError(f"--name {args.name!r} is the name of another row: {', '.join(RESERVED_NAMES)} are")
     for name in ("no_layout_run", "rescore"):
@@ -225,10 +229,7 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
             f"the checkpoint at most {pipeline.info.config.max_objects}"
         )
     config = sampling_config(args)
-    if config.num_iter > pipeline.info.config.num_tokens:
-        raise ValueError(
-            f"--num_iter {config.num_iter} exceeds the {pipeline.info.config.num_tokens} tokens of an image"
-        )
+    require_fitting_iterations(config.num_iter, pipeline.info.config.num_tokens)
     if args.compile or args.cuda_graphs:
         compile_parts(pipeline.model, args.cuda_graphs)
     plan = GenerationPlan(config, args.batch_size, args.precision, dist)

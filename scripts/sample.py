@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +42,7 @@ from engine.sample.pipeline import load_pipeline, require_fitting_codec, require
 from engine.train.parallel import compile_parts
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
+from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, preset_config
 from util.coco import BoxFilters, CocoIndex
@@ -50,11 +50,12 @@ from util.config import HelpFormatter, parse_args, resolved_dict
 from util.distributed import init_distributed
 from util.images import Picture, save_png
 from util.logging import progress, setup_logging
+from util.ranges import Range, nonnegative_int, positive_int
 
 logger = logging.getLogger(__name__)
 
 GRID_MAX = 64
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -95,35 +96,52 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
                        help="take captions and boxes from this dataset (only its annotations/ is read)")  # fmt: skip
     group.add_argument("--coco_split", default="val2014",
                        help="split of --coco_root: its first images with boxes, in the order of their ids")  # fmt: skip
-    group.add_argument("--class_label", type=int, nargs="+", default=None, help="class indices, for MAR's own weights")
-    group.add_argument("--num_images", type=int, default=4,
+    group.add_argument(
+        "--class_label", type=nonnegative_int, nargs="+", default=None, help="class indices, for MAR's own weights"
+    )
+    group.add_argument("--num_images", type=positive_int, default=4,
                        help="images per scene or class; of a dataset: scenes, with one image each")  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="image k has seed + k")
+    group.add_argument(
+        "--seed",
+        type=Range(int, f"must lie in 0 ... {MAX_SEED}", 0, MAX_SEED, "[]"),
+        default=0,
+        help="image k has seed + k",
+    )
 
 
 def add_mar_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sizes of MAR's own weights (with --class_label; our checkpoints know theirs)")
     group.add_argument("--model", default="mar_huge", help="preset: mar_mini, mar_base, mar_large or mar_huge")
-    group.add_argument("--diffloss_d", type=int, default=None, help="depth of the diffusion head (the preset's)")
-    group.add_argument("--diffloss_w", type=int, default=None, help="width of the diffusion head (the preset's)")
-    group.add_argument("--img_size", type=int, default=None, help="side of the images in pixels (the preset's)")
-    group.add_argument("--class_num", type=int, default=None, help="rows of the class embedding (the preset's)")
+    group.add_argument(
+        "--diffloss_d", type=positive_int, default=None, help="depth of the diffusion head (the preset's)"
+    )
+    group.add_argument(
+        "--diffloss_w", type=positive_int, default=None, help="width of the diffusion head (the preset's)"
+    )
+    group.add_argument(
+        "--img_size", type=positive_int, default=None, help="side of the images in pixels (the preset's)"
+    )
+    group.add_argument(
+        "--class_num", type=positive_int, default=None, help="rows of the class embedding (the preset's)"
+    )
 
 
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--batch_size", type=int, default=8, help="images sampled at a time")
+    group.add_argument("--batch_size", type=positive_int, default=8, help="images sampled at a time")
     add_speed_arg(group)
     group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     group.add_argument("--device", default=None, help="cuda, cuda:N or cpu (None: cuda if there is one)")
-    group.add_argument("--num_threads", type=int, default=None, help="CPU threads (None: PyTorch's choice)")
+    group.add_argument("--num_threads", type=positive_int, default=None, help="CPU threads (None: PyTorch's choice)")
     add_compile_args(group)
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="./output/samples",
                        help="made if missing; what an earlier run of this program left in it (NNNN.png, grid.png, "
                             "samples.json) is replaced, other files stay")  # fmt: skip
-    group.add_argument("--grid_columns", type=int, default=None, help="images per row of the grid (None: square)")
-    group.add_argument("--grid_scale", type=int, default=None,
+    group.add_argument(
+        "--grid_columns", type=positive_int, default=None, help="images per row of the grid (None: square)"
+    )
+    group.add_argument("--grid_scale", type=positive_int, default=None,
                        help="enlargement of the images in the grid (None: at least 256 pixels wide)")  # fmt: skip
 
 
@@ -143,17 +161,7 @@ class Job:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that are out of range or contradict one another."""
-    for name in ("num_images", "batch_size", "grid_columns", "grid_scale", "num_threads"):
-        value = vars(args)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    for name in ("cfg", "cfg_text", "cfg_layout", "temperature", "clip_x0"):
-        value = vars(args)[name]
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"--{name} must be finite, got {value}")
-    if not 0 <= args.seed <= MAX_SEED // 2:
-        raise ValueError(f"--seed must lie in 0 ... {MAX_SEED // 2}, got {args.seed}")
+    """Raises ValueError for flags that contradict one another."""
     from_file = bool(args.layout) or args.prompt is not None
     sources = {
         "--layout/--prompt": from_file,
@@ -180,8 +188,7 @@ def prepare(args: argparse.Namespace) -> Job:
     config = sampling_config(args)
     device = choose_device(args.device)
     job = prepare_classes(args, config, device) if args.class_label else prepare_scenes(args, config, device)
-    if config.num_iter > job.model.config.num_tokens:
-        raise ValueError(f"--num_iter {config.num_iter} exceeds the {job.model.config.num_tokens} tokens of an image")
+    require_fitting_iterations(config.num_iter, job.model.config.num_tokens)
     if args.compile or args.cuda_graphs:
         compile_parts(job.model, args.cuda_graphs)
     return job

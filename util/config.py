@@ -1,4 +1,9 @@
-"""Command line > YAML file > parser default; a preset (`PresetAction`) right under where it is named.
+"""Where a flag's value comes from: command line > YAML file > parser default.
+
+A preset (`PresetAction`) stands for several flags. It is weaker than the other flags of the place that names it, the
+command line or the file, and stronger than everything below that place.
+
+Wherever a number comes from, it must lie in its flag's range (`util/ranges.py`).
 
 A config file is a flat mapping from argument names (as they appear in the parsed namespace: `batch_size`, not
 `--batch_size`) to values. It is checked against the parser as strictly as the command line is, and what `dump_yaml`
@@ -16,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from util.ranges import Range, check_ranges
 
 CONFIG_FLAG = "--config"
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
@@ -43,11 +50,22 @@ class PresetAction(argparse._StoreAction):
         self.expand = expand
 
 
+def parse_checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """`parser.parse_args`, for programs without --config. SystemExit with one line if a number is out of range."""
+    args = parser.parse_args(argv)
+    try:
+        check_ranges(parser._actions, vars(args))
+    except ValueError as error:
+        raise SystemExit(f"{parser.prog}: error: {error}") from error
+    return args
+
+
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses `argv` (default: sys.argv[1:]), taking defaults from the YAML file named by --config, if one is named.
 
     --config is added to the parser if it has none. The parser itself is left as it was. As for every other mistake on
-    the command line, a bad file ends the program with status 2 and one message (`parser.error`).
+    the command line, a bad file ends the program with status 2 and one message (`parser.error`). A number out of its
+    flag's range ends it with status 1 and one line.
     """
     parser = copy.deepcopy(parser)
     if CONFIG_FLAG not in parser._option_string_actions:
@@ -66,7 +84,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
             parser.error(str(error))
     for action in presets:
         _apply_preset(parser, action, found[action.dest], in_file)
-    return parser.parse_args(argv)
+    return parse_checked(parser, argv)
 
 
 def resolved_dict(args: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +186,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
 
 
 def _convert_scalar(action: argparse.Action, value: Any) -> Any:
-    converter: Any = action.type
+    converter: Any = action.type.kind if isinstance(action.type, Range) else action.type
     converted: Any
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"expected a {_type_name(converter)}, got {type(value).__name__}")

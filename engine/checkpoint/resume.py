@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from engine.checkpoint.identity import WeightsInfo
-from engine.train.loop import Learner, Position
 from engine.train.parallel import gathered
+from engine.train.state import Position, TrainState
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import LoadReport, is_mar_state, load_mar_weights, load_structmar_weights
 from util.checkpoint import LAST_NAME, load_plain, resolve_checkpoint, safetensors_metadata
@@ -223,7 +223,7 @@ def _describe(state: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def restore(learner: Learner, source: Source) -> None:
+def restore(learner: TrainState, source: Source) -> None:
     """Optimizer and EMA of a continued run (weights are loaded before sharding). Raises ValueError naming the file."""
     if source.kind != "continue":
         return
@@ -269,7 +269,7 @@ def log_changed_args(source: Source, args: Mapping[str, Any], ignored: tuple[str
 
 
 def checkpoint_content(
-    learner: Learner, position: Position, stage: str, identity: Identity, args: Mapping[str, Any], global_batch: int
+    learner: TrainState, position: Position, stage: str, identity: Identity, args: Mapping[str, Any], global_batch: int
 ) -> dict[str, Any]:
     """The checkpoint. Collective under FSDP: every process calls it, rank 0's is whole."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -1,7 +1,7 @@
 """Every command-line flag, in groups: the mains and the scripts pick the groups they need (stage 3's: arguments_rl.py).
 
 MAR's flags keep MAR's names. A size whose default reads "the preset's" is None until `build.py` asks the preset.
-Ranges are checked by `validate.py`, whether a value came from the command line or from a YAML file.
+A flag's `type` is its range (`util/ranges.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,16 @@ import math
 from engine.cli.speed import SPEEDS, speed_preset
 from models.sampling.orders import ORDERS
 from util.config import PresetAction
+from util.ranges import (
+    Range,
+    finite_float,
+    fraction,
+    fraction_below_one,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
 
 DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
@@ -46,29 +56,43 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     """What the network is. None stands for the preset's own value."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="mar_huge", help="preset: mar_mini, mar_base, mar_large or mar_huge")
-    group.add_argument("--img_size", type=int, default=None, help="side of the square images in pixels (the preset's)")
-    group.add_argument("--vae_embed_dim", type=int, default=None, help="latent channels of the VAE (the preset's)")
-    group.add_argument("--vae_stride", type=int, default=None, help="pixels per latent cell (the preset's)")
-    group.add_argument("--patch_size", type=int, default=None, help="latent cells per token side (the preset's)")
-    group.add_argument("--class_num", type=int, default=None, help="rows of MAR's class embedding (the preset's)")
     group.add_argument(
-        "--buffer_size", type=int, default=None, help="condition slots before the image tokens (the preset's)"
+        "--img_size", type=positive_int, default=None, help="side of the square images in pixels (the preset's)"
     )
-    group.add_argument("--diffloss_d", type=int, default=None, help="depth of the diffusion head (the preset's)")
-    group.add_argument("--diffloss_w", type=int, default=None, help="width of the diffusion head (the preset's)")
     group.add_argument(
-        "--max_objects", type=int, default=None, help="layout slots; at most --buffer_size (the preset's)"
+        "--vae_embed_dim", type=positive_int, default=None, help="latent channels of the VAE (the preset's)"
     )
-    group.add_argument("--diffusion_batch_mul", type=int, default=1, help="noise draws per masked token and step")
-    group.add_argument("--attn_dropout", type=float, default=0.0, help="dropout of attention weights")
-    group.add_argument("--proj_dropout", type=float, default=0.0, help="dropout of projections")
+    group.add_argument("--vae_stride", type=positive_int, default=None, help="pixels per latent cell (the preset's)")
+    group.add_argument(
+        "--patch_size", type=positive_int, default=None, help="latent cells per token side (the preset's)"
+    )
+    group.add_argument(
+        "--class_num", type=positive_int, default=None, help="rows of MAR's class embedding (the preset's)"
+    )
+    group.add_argument(
+        "--buffer_size", type=positive_int, default=None, help="condition slots before the image tokens (the preset's)"
+    )
+    group.add_argument(
+        "--diffloss_d", type=positive_int, default=None, help="depth of the diffusion head (the preset's)"
+    )
+    group.add_argument(
+        "--diffloss_w", type=positive_int, default=None, help="width of the diffusion head (the preset's)"
+    )
+    group.add_argument(
+        "--max_objects", type=positive_int, default=None, help="layout slots; at most --buffer_size (the preset's)"
+    )
+    group.add_argument(
+        "--diffusion_batch_mul", type=positive_int, default=1, help="noise draws per masked token and step"
+    )
+    group.add_argument("--attn_dropout", type=fraction_below_one, default=0.0, help="dropout of attention weights")
+    group.add_argument("--proj_dropout", type=fraction_below_one, default=0.0, help="dropout of projections")
     group.add_argument(
         "--grad_checkpointing", action=SWITCH, default=False, help="recompute blocks in backward: less memory"
     )
     group.add_argument("--rope_mode", default="gated", choices=["gated", "full", "off"],
                        help="2D RoPE with a learnable strength, at full strength, or not at all")  # fmt: skip
     group.add_argument("--no_learned_pos", action="store_true", help="leave out MAR's learned position embeddings")
-    group.add_argument("--layout_bias_value", type=float, default=math.inf,
+    group.add_argument("--layout_bias_value", type=Range(float, "must not be negative", 0, ends="[]"), default=math.inf,
                        help="subtracted from the logits of foreign layout tokens; inf forbids them")  # fmt: skip
     group.add_argument(
         "--layout_bias_encoder", action=SWITCH, default=True, help="the layout attention bias in the encoder's blocks"
@@ -79,7 +103,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--layout_fourier", action=SWITCH, default=True, help="boxes enter as Fourier features, else as four numbers"
     )
-    group.add_argument("--cross_attn_every", type=int, default=1,
+    group.add_argument("--cross_attn_every", type=nonnegative_int, default=1,
                        help="every k-th block attends to the caption; 0: none, the pooled text is left")  # fmt: skip
 
 
@@ -88,7 +112,10 @@ def add_frozen_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("frozen parts")
     group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint in the LDM layout")
     group.add_argument(
-        "--latent_scale", type=float, default=None, help="factor on the latents; None: the VAE file's, or MAR's 0.2325"
+        "--latent_scale",
+        type=positive_float,
+        default=None,
+        help="factor on the latents; None: the VAE file's, or MAR's 0.2325",
     )
     group.add_argument(
         "--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text encoder"
@@ -103,15 +130,17 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--caption_mode", default="random", choices=["random", "all"],
                        help="random: one caption per image and epoch; all: an epoch visits every caption")  # fmt: skip
     group.add_argument("--crop", default="center", choices=["center", "random"], help="how images become square")
-    group.add_argument("--hflip_prob", type=float, default=0.5, help="probability of mirroring image and boxes")
+    group.add_argument("--hflip_prob", type=fraction, default=0.5, help="probability of mirroring image and boxes")
     group.add_argument(
-        "--min_area", type=float, default=0.01, help="smallest box kept, as a fraction of the crop's area"
+        "--min_area", type=fraction, default=0.01, help="smallest box kept, as a fraction of the crop's area"
     )
-    group.add_argument("--min_visibility", type=float, default=0.2, help="smallest fraction of a box left by the crop")
+    group.add_argument(
+        "--min_visibility", type=fraction, default=0.2, help="smallest fraction of a box left by the crop"
+    )
     group.add_argument("--keep_crowd", action=SWITCH, default=False, help="keep boxes marked iscrowd")
     group.add_argument("--use_cached", action=SWITCH, default=False, help="train from the cache in --cached_path")
     group.add_argument("--cached_path", default="", help="folder written by scripts.cache_latents")
-    group.add_argument("--num_workers", type=int, default=4, help="data loading processes per GPU")
+    group.add_argument("--num_workers", type=nonnegative_int, default=4, help="data loading processes per GPU")
     group.add_argument("--pin_mem", action=SWITCH, default=True, help="pin batches for CUDA")
 
 
@@ -125,7 +154,9 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
              "backbone: full without the diffusion head",
     )  # fmt: skip
     add_length_args(group)
-    group.add_argument("--max_steps", type=int, default=None, help="stop after this many optimizer steps of this stage")
+    group.add_argument(
+        "--max_steps", type=positive_int, default=None, help="stop after this many optimizer steps of this stage"
+    )
     add_sft_args(group)
 
 
@@ -143,34 +174,45 @@ def add_length_args(group: argparse._ArgumentGroup) -> None:
                             "else the weights to start from (MAR's, or another stage's EMA weights)")  # fmt: skip
     group.add_argument("--no_auto_resume", action="store_true",
                        help="do not continue from a checkpoint-last.pth found in --output_dir: start over")  # fmt: skip
-    group.add_argument("--batch_size", type=int, default=64, help="images per process and forward pass")
-    group.add_argument("--accum_iter", type=int, default=1, help="forward passes per optimizer step")
-    group.add_argument("--epochs", type=int, default=20, help="epochs of this stage")
-    group.add_argument("--ema_rate", type=float, default=0.9999, help="decay of the average of what trains")
+    group.add_argument("--batch_size", type=positive_int, default=64, help="images per process and forward pass")
+    group.add_argument("--accum_iter", type=positive_int, default=1, help="forward passes per optimizer step")
+    group.add_argument("--epochs", type=positive_int, default=20, help="epochs of this stage")
+    group.add_argument("--ema_rate", type=fraction, default=0.9999, help="decay of the average of what trains")
 
 
 def add_sft_args(group: argparse._ArgumentGroup) -> None:
     """The diffusion loss on given images."""
     group.add_argument(
-        "--mask_ratio_min", type=float, default=0.7, help="smallest fraction of tokens masked in training"
+        "--mask_ratio_min",
+        type=Range(float, "must lie in (0, 1)", 0, 1, "()"),
+        default=0.7,
+        help="smallest fraction of tokens masked in training",
     )
     group.add_argument(
-        "--label_drop_prob", type=float, default=0.1, help="probability of dropping text and layout together"
+        "--label_drop_prob", type=fraction, default=0.1, help="probability of dropping text and layout together"
     )
-    group.add_argument("--text_drop_prob", type=float, default=0.0, help="probability of dropping the text alone")
-    group.add_argument("--layout_drop_prob", type=float, default=0.0, help="probability of dropping the layout alone")
+    group.add_argument("--text_drop_prob", type=fraction, default=0.0, help="probability of dropping the text alone")
+    group.add_argument(
+        "--layout_drop_prob", type=fraction, default=0.0, help="probability of dropping the layout alone"
+    )
 
 
 def add_optim_args(parser: argparse.ArgumentParser) -> None:
     """AdamW and its schedule."""
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--lr", type=float, default=None, help="learning rate; None: blr * images per step / 256")
-    group.add_argument("--blr", type=float, default=1e-4, help="learning rate per 256 images of a step")
-    group.add_argument("--min_lr", type=float, default=0.0, help="where the cosine schedule ends")
+    group.add_argument(
+        "--lr", type=positive_float, default=None, help="learning rate; None: blr * images per step / 256"
+    )
+    group.add_argument("--blr", type=nonnegative_float, default=1e-4, help="learning rate per 256 images of a step")
+    group.add_argument("--min_lr", type=nonnegative_float, default=0.0, help="where the cosine schedule ends")
     group.add_argument("--lr_schedule", default="constant", choices=["constant", "cosine"], help="after the warmup")
-    group.add_argument("--warmup_epochs", type=float, default=5.0, help="epochs of linear warmup")
-    group.add_argument("--weight_decay", type=float, default=0.02, help="not on biases, norms and the diffusion head")
-    group.add_argument("--grad_clip", type=float, default=3.0, help="largest gradient norm; 0 does not clip")
+    group.add_argument("--warmup_epochs", type=nonnegative_float, default=5.0, help="epochs of linear warmup")
+    group.add_argument(
+        "--weight_decay", type=nonnegative_float, default=0.02, help="not on biases, norms and the diffusion head"
+    )
+    group.add_argument(
+        "--grad_clip", type=nonnegative_float, default=3.0, help="largest gradient norm; 0 does not clip"
+    )
 
 
 def add_run_args(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +221,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", default="./output/stage1_align", help="run folder")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder; None: tensorboard/ in --output_dir")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
-    group.add_argument("--seed", type=int, default=1, help="every draw is derived from it")
+    group.add_argument("--seed", type=nonnegative_int, default=1, help="every draw is derived from it")
     group.add_argument(
         "--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast; weights stay fp32"
     )
@@ -187,50 +229,60 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fsdp", action=SWITCH, default=False, help="shard weights, gradients and optimizer over the processes"
     )
-    group.add_argument("--num_threads", type=int, default=None, help="CPU threads per process; None: PyTorch's choice")
-    group.add_argument("--log_freq", type=int, default=20, help="optimizer steps between log lines")
-    group.add_argument("--save_last_freq", type=int, default=5, help="epochs between saves of checkpoint-last.pth")
     group.add_argument(
-        "--save_freq_steps", type=int, default=0, help="optimizer steps between saves too; 0: epochs only"
+        "--num_threads", type=positive_int, default=None, help="CPU threads per process; None: PyTorch's choice"
+    )
+    group.add_argument("--log_freq", type=positive_int, default=20, help="optimizer steps between log lines")
+    group.add_argument(
+        "--save_last_freq", type=positive_int, default=5, help="epochs between saves of checkpoint-last.pth"
+    )
+    group.add_argument(
+        "--save_freq_steps", type=nonnegative_int, default=0, help="optimizer steps between saves too; 0: epochs only"
     )
 
 
 def add_sampling_args(parser: argparse.ArgumentParser) -> None:
     """How images are drawn from the model."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num_iter", type=int, default=64, help="autoregressive iterations per image")
-    group.add_argument("--num_sampling_steps", type=int, default=100, help="diffusion steps per token")
-    group.add_argument("--cfg", type=float, default=1.0, help="guidance scale of text and layout together; 1: none")
-    group.add_argument("--cfg_text", type=float, default=None, help="guidance scale of the text; None: --cfg")
-    group.add_argument("--cfg_layout", type=float, default=None, help="guidance scale of the layout; None: --cfg")
+    group.add_argument("--num_iter", type=positive_int, default=64, help="autoregressive iterations per image")
+    group.add_argument("--num_sampling_steps", type=positive_int, default=100, help="diffusion steps per token")
+    group.add_argument(
+        "--cfg", type=finite_float, default=1.0, help="guidance scale of text and layout together; 1: none"
+    )
+    group.add_argument("--cfg_text", type=finite_float, default=None, help="guidance scale of the text; None: --cfg")
+    group.add_argument(
+        "--cfg_layout", type=finite_float, default=None, help="guidance scale of the layout; None: --cfg"
+    )
     group.add_argument(
         "--cfg_schedule", default="linear", choices=["linear", "constant"], help="guidance over iterations"
     )
     group.add_argument(
-        "--temperature", type=float, default=1.0, help="factor on the noise of the reverse diffusion steps"
+        "--temperature", type=nonnegative_float, default=1.0, help="factor on the noise of the reverse diffusion steps"
     )
-    group.add_argument("--clip_x0", type=float, default=None, help="bound on predicted latents, in standard deviations")
     group.add_argument(
-        "--t_max", type=int, default=None,
+        "--clip_x0", type=positive_float, default=None, help="bound on predicted latents, in standard deviations"
+    )
+    group.add_argument(
+        "--t_max", type=nonnegative_int, default=None,
         help="first diffusion timestep of sampling; None: the last one, 999 (950 with --num_sampling_steps_last)"
     )  # fmt: skip
     group.add_argument(
-        "--num_sampling_steps_last", type=int, default=None,
+        "--num_sampling_steps_last", type=positive_int, default=None,
         help="diffusion steps per token in the last iteration, linear from --num_sampling_steps in the first; "
              "None: the same in all"
     )  # fmt: skip
     group.add_argument(
         "--order", default="random", choices=ORDERS,
-        help="in which tokens are uncovered: at random, one colour of a checkerboard first, or evenly spread"
+        help="in which tokens are unmasked: at random, one colour of a checkerboard first, or evenly spread"
     )  # fmt: skip
     group.add_argument(
-        "--guidance_interval", type=float, nargs=2, default=[0.0, 1.0],
-        help="guidance from and up to these shares of the iterations; outside, one branch runs"
+        "--guidance_interval", type=fraction, nargs=2, default=[0.0, 1.0],
+        help="guidance begins and ends at these shares of the iterations; before and after, there is none"
     )  # fmt: skip
     group.add_argument(
-        "--uncond_refresh", type=int, default=1,
-        help="guidance's other branches run in every so many-th iteration, their difference is reused in between; "
-             "1: they run in all"
+        "--uncond_refresh", type=positive_int, default=1,
+        help="guidance runs the branches without text or layout in every k-th iteration and reuses their result in "
+             "between; 1: in all"
     )  # fmt: skip
 
 
@@ -238,7 +290,7 @@ def add_speed_arg(group: argparse._ArgumentGroup) -> None:
     """For programs that sample and do not train: a preset sets --precision too."""
     group.add_argument(
         "--speed", action=PresetAction, expand=speed_preset, default="exact", choices=sorted(SPEEDS),
-        help="preset of sampling flags and --precision, which yields to flags given beside it; "
+        help="preset of sampling flags and --precision; a flag that is given too wins; "
              "fast: annealed diffusion steps, bf16; faster: fewer iterations and a condition cache too"
     )  # fmt: skip
 
@@ -250,10 +302,12 @@ def add_preview_args(parser: argparse.ArgumentParser) -> None:
         "--online_eval", action=SWITCH, default=False,
         help="sample a fixed set of layouts every --eval_freq epochs, and score them with --eval_detector"
     )  # fmt: skip
-    group.add_argument("--eval_freq", type=int, default=40, help="epochs between rounds of --online_eval")
+    group.add_argument("--eval_freq", type=positive_int, default=40, help="epochs between rounds of --online_eval")
     add_score_args(group)
-    group.add_argument("--sample_freq", type=int, default=0, help="optimizer steps between previews; 0: none")
-    group.add_argument("--num_preview", type=int, default=8, help="images in a preview")
+    group.add_argument(
+        "--sample_freq", type=nonnegative_int, default=0, help="optimizer steps between previews; 0: none"
+    )
+    group.add_argument("--num_preview", type=positive_int, default=8, help="images in a preview")
 
 
 def add_score_args(group: argparse._ArgumentGroup) -> None:
@@ -262,7 +316,7 @@ def add_score_args(group: argparse._ArgumentGroup) -> None:
         "--eval_detector", default="", help="detector that scores (Faster R-CNN or YOLOX .onnx); empty: pictures only"
     )
     group.add_argument("--eval_profile", default="structmar-256", help="protocol of the scores: name or yaml file")
-    group.add_argument("--eval_images", type=int, default=64, help="layouts scored: the profile's first ones")
+    group.add_argument("--eval_images", type=positive_int, default=64, help="layouts scored: the profile's first ones")
     group.add_argument("--eval_split", default="",
                        help="split of the layouts; empty: --coco_split (pictures), the profile's (scores)")  # fmt: skip
-    group.add_argument("--eval_bsz", type=int, default=8, help="images sampled at a time")
+    group.add_argument("--eval_bsz", type=positive_int, default=8, help="images sampled at a time")

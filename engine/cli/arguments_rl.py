@@ -22,6 +22,16 @@ from engine.rl.grpo import ADV_NORMS, KL_ESTIMATORS
 from engine.rl.guard import GUARD_MODES
 from engine.rl.rewards import RewardSettings, RewardWeights
 from engine.rl.step import MIXES
+from util.ranges import (
+    Range,
+    fraction,
+    fraction_below_one,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_fraction,
+    positive_int,
+)
 
 DEFAULT_DETECTOR = "./pretrained_models/fasterrcnn_resnet50_fpn_v2_coco.pth"
 ESTIMATORS = ("elbo", "trajectory")
@@ -69,15 +79,20 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
     """Rollouts and updates."""
     group = parser.add_argument_group("GRPO")
     add_length_args(group)
-    group.add_argument("--max_rl_steps", type=int, default=None, help="stop after this many updates of this stage")
+    group.add_argument(
+        "--max_rl_steps", type=positive_int, default=None, help="stop after this many updates of this stage"
+    )
     group.add_argument(
         "--num_train_samples",
-        type=int,
+        type=positive_int,
         default=None,
         help="prompts of an epoch: so many images, drawn once by the seed; None: all with boxes",
     )
     group.add_argument(
-        "--group_size", type=int, default=4, help="images sampled per prompt; --batch_size counts prompts"
+        "--group_size",
+        type=Range(int, "must be at least 2: advantages compare images of one prompt", 2),
+        default=4,
+        help="images sampled per prompt; --batch_size counts prompts",
     )
     group.add_argument(
         "--rl_estimator",
@@ -87,22 +102,22 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rl_masks",
-        type=int,
+        type=positive_int,
         default=None,
         help="sampling iterations scored per image; None: 4 (elbo), 16 (trajectory)",
     )
     group.add_argument(
         "--rl_draws",
-        type=int,
+        type=positive_int,
         default=None,
         help="noise draws per token (elbo; None: 8) or reverse steps scored (trajectory; None: all but 2 at each end)",
     )
-    group.add_argument("--inner_epochs", type=int, default=2, help="optimizer steps on each update's rollouts")
+    group.add_argument("--inner_epochs", type=positive_int, default=2, help="optimizer steps on each update's rollouts")
     group.add_argument(
-        "--clip_range", type=float, default=None, help="of the ratio; None: 0.05 (elbo), 0.2 (trajectory)"
+        "--clip_range", type=positive_float, default=None, help="of the ratio; None: 0.05 (elbo), 0.2 (trajectory)"
     )
     group.add_argument(
-        "--kl_coef", type=float, default=0.02, help="weight of the KL to the start; 0: no reference model"
+        "--kl_coef", type=nonnegative_float, default=0.02, help="weight of the KL to the start; 0: no reference model"
     )
     group.add_argument(
         "--kl_estimator",
@@ -115,7 +130,7 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rl_step_ratio",
-        type=float,
+        type=fraction,
         default=1.0,
         help="r of r * RL + (1 - r) * SFT; 1: pure RL, no image is read; 0: nothing is sampled",
     )
@@ -135,43 +150,57 @@ def add_reward_args(parser: argparse.ArgumentParser) -> None:
     weights, settings = RewardWeights(), RewardSettings()
     group = parser.add_argument_group("reward")
     group.add_argument("--detector_path", default=DEFAULT_DETECTOR, help="the frozen detector that rewards")
-    group.add_argument("--w_iou", type=float, default=weights.iou, help="weight of the IoU with the wanted boxes")
-    group.add_argument("--w_confidence", type=float, default=weights.confidence, help="weight of the detector's scores")
-    group.add_argument("--w_centroid", type=float, default=weights.centroid, help="weight of the nearness of centres")
-    group.add_argument("--w_miss", type=float, default=weights.miss, help="weight of missing objects, subtracted")
-    group.add_argument("--w_extra", type=float, default=weights.extra, help="weight of unwanted objects, subtracted")
-    group.add_argument("--w_quality", type=float, default=weights.quality, help="weight of the CLIP score")
+    group.add_argument(
+        "--w_iou", type=nonnegative_float, default=weights.iou, help="weight of the IoU with the wanted boxes"
+    )
+    group.add_argument(
+        "--w_confidence", type=nonnegative_float, default=weights.confidence, help="weight of the detector's scores"
+    )
+    group.add_argument(
+        "--w_centroid", type=nonnegative_float, default=weights.centroid, help="weight of the nearness of centres"
+    )
+    group.add_argument(
+        "--w_miss", type=nonnegative_float, default=weights.miss, help="weight of missing objects, subtracted"
+    )
+    group.add_argument(
+        "--w_extra", type=nonnegative_float, default=weights.extra, help="weight of unwanted objects, subtracted"
+    )
+    group.add_argument("--w_quality", type=nonnegative_float, default=weights.quality, help="weight of the CLIP score")
     group.add_argument("--quality_clip_path", default="", help="a whole CLIP for --w_quality; empty: no such term")
     group.add_argument(
-        "--reward_min_score", type=float, default=settings.min_score, help="weaker detections are ignored"
+        "--reward_min_score", type=fraction, default=settings.min_score, help="weaker detections are ignored"
     )
     group.add_argument(
         "--reward_full_score",
-        type=float,
+        type=positive_fraction,
         default=settings.full_credit_score,
         help="detections below it count in proportion to their score",
     )
     group.add_argument(
         "--reward_iou_floor",
-        type=float,
+        type=fraction_below_one,
         default=settings.iou_floor,
         help="a detection that overlaps less with a wanted box is not that object",
     )
-    group.add_argument("--reward_batch_size", type=int, default=16, help="images the detector sees at a time")
+    group.add_argument("--reward_batch_size", type=positive_int, default=16, help="images the detector sees at a time")
 
 
 def add_rl_preview_args(parser: argparse.ArgumentParser) -> None:
     """Rollout pictures, and the held-out evaluation with its guard."""
     group = parser.add_argument_group("pictures and held-out scores while training")
-    group.add_argument("--sample_freq", type=int, default=20, help="updates between pictures of rollouts; 0: none")
-    group.add_argument("--num_preview", type=int, default=4, help="prompts in such a picture, with all their images")
+    group.add_argument(
+        "--sample_freq", type=nonnegative_int, default=20, help="updates between pictures of rollouts; 0: none"
+    )
+    group.add_argument(
+        "--num_preview", type=positive_int, default=4, help="prompts in such a picture, with all their images"
+    )
     group.add_argument(
         "--online_eval",
         action=SWITCH,
         default=True,
         help="score a fixed set of layouts every --eval_freq updates, where --eval_detector is given",
     )
-    group.add_argument("--eval_freq", type=int, default=100, help="updates between held-out evaluations")
+    group.add_argument("--eval_freq", type=positive_int, default=100, help="updates between held-out evaluations")
     add_score_args(group)
     group.add_argument(
         "--guard",
@@ -180,6 +209,6 @@ def add_rl_preview_args(parser: argparse.ArgumentParser) -> None:
         help="what to do when the reward rises while the held-out AP50 falls",
     )
     group.add_argument(
-        "--guard_drop", type=float, default=0.02, help="fall of the held-out AP50 that counts, as a share"
+        "--guard_drop", type=fraction, default=0.02, help="fall of the held-out AP50 that counts, as a share"
     )
-    group.add_argument("--guard_patience", type=int, default=2, help="evaluations in a row below it")
+    group.add_argument("--guard_patience", type=positive_int, default=2, help="evaluations in a row below it")

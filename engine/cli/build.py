@@ -1,6 +1,11 @@
-"""From parsed arguments to ready objects: the only reader of `argparse.Namespace` below the mains.
+"""From parsed arguments to a ready run: what all three stages are built from, in the order in which it is built.
 
-Everything that can be wrong is found here, before the run writes its first byte: files, sizes, ids, categories.
+    read_parts          frozen parts, data, where the run starts; checked to fit together
+    build_train_state   the model with its weights, placed; optimizer and average, restored where a run continues
+    prepare_run         the loop's TrainingRun around the step, previews and evaluation that a stage hands in
+
+build_train.py hands in what stages 1 and 2 need, build_rl.py what stage 3 needs. These three files alone read
+`argparse.Namespace` below the mains. Everything that can be wrong is found here, before the run writes its first byte.
 """
 
 from __future__ import annotations
@@ -8,7 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +35,21 @@ from engine.checkpoint.resume import (
 from engine.data.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler
 from engine.data.inputs import CocoInputs, DropRates
-from engine.data.loader import CocoBatches, coco_batches
-from engine.data.scenes import Scene, scenes_from_dataset
+from engine.data.loader import coco_batches
 from engine.eval.judge import Judge
 from engine.eval.online import OnlineEvaluation
-from engine.eval.previews import Preview
 from engine.eval.profiles import load_profile
 from engine.eval.targets import EvalSet, load_eval_set
-from engine.sample.pipeline import require_same_categories
-from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig, TrainingRun
+from engine.sample.pipeline import StructMARPipeline, require_same_categories
+from engine.train.loop import Step, TrainConfig, TrainingRun
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import compile_parts, shard, wrap
+from engine.train.state import Position, TrainState
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
-from models.masking import cosine_masked_counts
+from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable, summarize_trainable
@@ -54,6 +58,7 @@ from util.coco import CocoIndex
 from util.config import resolved_dict
 from util.distributed import DistInfo, barrier
 from util.ema import Ema
+from util.logging import MetricWriter
 from util.rng import derive_seed
 from util.types import Category
 
@@ -61,8 +66,9 @@ logger = logging.getLogger(__name__)
 
 PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
                  "diffloss_w", "max_objects")  # fmt: skip
-NOT_TRAINING = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_workers", "pin_mem", "log_freq", "max_steps",
-                "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "eval_freq")  # fmt: skip
+FREE_FLAGS = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_workers", "pin_mem", "log_freq",
+              "save_last_freq", "save_freq_steps", "num_threads", "sample_freq")  # fmt: skip
+"""A continued run may change these without a word: they do not change what it learns."""
 
 
 def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -> StructMARConfig:
@@ -86,14 +92,6 @@ def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -
         cross_attn_every=args.cross_attn_every,
         **chosen,
     )
-
-
-def require_launched(args: argparse.Namespace, program: str) -> None:
-    """Raises ValueError if --fsdp has no processes to shard over."""
-    if args.fsdp and not torch.distributed.is_initialized():
-        raise ValueError(
-            f"--fsdp shards over the processes of torchrun: start with torchrun --nproc_per_node N {program} ..."
-        )
 
 
 def data_config(args: argparse.Namespace, img_size: int, max_objects: int) -> DataConfig:
@@ -126,23 +124,6 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
         order=args.order,
         guidance_interval=tuple(args.guidance_interval),
         uncond_refresh=args.uncond_refresh,
-    )
-
-
-def train_config(args: argparse.Namespace) -> TrainConfig:
-    return TrainConfig(
-        seed=args.seed,
-        epochs=args.epochs,
-        max_steps=args.max_steps,
-        accum_iter=args.accum_iter,
-        precision=args.precision,
-        grad_clip=args.grad_clip,
-        mask_ratio_min=args.mask_ratio_min,
-        log_freq=args.log_freq,
-        save_epochs=args.save_last_freq,
-        save_steps=args.save_freq_steps,
-        preview_epochs=args.eval_freq if args.online_eval else 0,
-        preview_steps=args.sample_freq,
     )
 
 
@@ -203,16 +184,6 @@ def build_sampler(args: argparse.Namespace, dataset: CocoLayoutDataset, dist: Di
     return sampler
 
 
-def build_scenes(args: argparse.Namespace, training: CocoLayoutDataset) -> Sequence[Scene]:
-    """The captions and boxes of the previews: of --eval_split, or of the training split."""
-    split, index = args.eval_split or args.coco_split, training.index
-    if split != index.split:
-        index = replace(training.config, split=split).load_index()
-        if index.categories != training.index.categories:
-            raise ValueError(f"--eval_split {split} has other categories than --coco_split {training.index.split}")
-    return scenes_from_dataset(index, training.config.img_size, args.num_preview)
-
-
 def build_online_targets(
     args: argparse.Namespace, config: StructMARConfig, categories: Sequence[Category], device: torch.device
 ) -> tuple[EvalSet, Judge] | None:
@@ -231,53 +202,125 @@ def build_online_targets(
     return eval_set, Judge.of(load_detector(args.eval_detector, device, settings), eval_set.categories)
 
 
-def build_model(args: argparse.Namespace, config: StructMARConfig, source: Source, stage: str) -> StructMAR:
-    """A model with the source's weights, on the CPU."""
+BuildData = Callable[[argparse.Namespace, StructMARConfig, Frozen], CocoLayoutDataset]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What `read_parts` must know of a stage. name: in checkpoints. has_pictures: whether it samples while it trains.
+
+    free_flags: those of its own flags that a continued run may change without a word, see FREE_FLAGS.
+    """
+
+    name: str
+    build_data: BuildData
+    has_pictures: bool
+    free_flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every stage is made of, read and checked to fit together: no model is built and nothing is written yet.
+
+    identity: what the weights are made for. source: where the run starts. scored: what is scored while it trains and
+    what by, None without that. flags: every argument by name, as a checkpoint keeps them.
+    """
+
+    stage: Stage
+    dist: DistInfo
+    sampling: SamplingConfig
+    frozen: Frozen
+    dataset: CocoLayoutDataset
+    sampler: ResumableSampler
+    identity: Identity
+    source: Source
+    scored: tuple[EvalSet, Judge] | None
+    flags: dict[str, Any]
+
+    @property
+    def config(self) -> StructMARConfig:
+        return self.identity.config
+
+
+def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
+    """Raises ValueError or FileNotFoundError, naming what is missing or does not fit."""
+    sampling = sampling_config(args)
+    sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
+    if stage.has_pictures:
+        require_fitting_iterations(sampling.num_iter, sizes.num_tokens)
+    frozen = build_frozen(args, dist.device)
+    require_fitting_vae(sizes, frozen.codec, args.vae_path)
+    dataset = stage.build_data(args, sizes, frozen)
+    categories = dataset.index.categories
+    config = model_config(args, len(categories), frozen.text_encoder.dim)
+    sampler = build_sampler(args, dataset, dist)
+    scored = build_online_targets(args, config, categories, dist.device)
+    source = find_source(args.output_dir, args.resume, not args.no_auto_resume, stage.name)
+    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
+    check_identity(source, identity)
+    flags = resolved_dict(args)
+    return Parts(stage, dist, sampling, frozen, dataset, sampler, identity, source, scored, flags)
+
+
+def build_train_state(
+    args: argparse.Namespace,
+    parts: Parts,
+    mode: str,
+    as_module: Callable[[StructMAR], nn.Module] = lambda model: model,
+) -> TrainState:
+    """The model with the source's weights, what `mode` trains selected, placed and wrapped; optimizer and average,
+    restored where the run continues. as_module: the module that a step calls, with the model inside."""
+    log_changed_args(parts.source, parts.flags, FREE_FLAGS + parts.stage.free_flags)
     torch.manual_seed(derive_seed(args.seed, "init"))  # modules are initialised from the global generator
-    model = StructMAR(config)
-    load_weights(model, source, stage)
-    return model
+    model = StructMAR(parts.config)
+    load_weights(model, parts.source, parts.stage.name)
+    select_trainable(model, mode)
+    for part, total, trained in summarize_trainable(model):
+        logger.info("  %-10s %13s parameters, %13s train", part, f"{total:,}", f"{trained:,}")
+    place_model(args, model, parts.dist)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    schedule_lr = absolute_lr(args.lr, args.blr, args.batch_size * args.accum_iter * parts.dist.world_size)
+    optimizer = build_optimizer(trainable, schedule_lr, args.weight_decay)
+    called = as_module(model)
+    wrapped = called if isinstance(model, FSDPModule) else wrap(called, parts.dist.device, parts.dist.world_size)
+    state = TrainState(model, wrapped, trainable, optimizer, Ema(trainable, args.ema_rate))
+    restore(state, parts.source)
+    return state
 
 
-def place_model(args: argparse.Namespace, model: StructMAR, dist: DistInfo) -> StructMAR:
-    """The same model on its device, compiled and sharded if asked for. What trains is selected before."""
+def place_model(args: argparse.Namespace, model: StructMAR, dist: DistInfo) -> None:
+    """Moves the model to its device, compiles and shards it if asked for. What trains is selected before."""
     model.to(dist.device)
     units = model.fsdp_units()
     if args.compile or args.cuda_graphs:
         compile_parts(model, args.cuda_graphs)
     if args.fsdp:
         shard(model, units, dist.device, dist.world_size)
-    return model
 
 
-def build_learner(
-    args: argparse.Namespace,
-    model: StructMAR,
-    mode: str,
-    source: Source,
-    dist: DistInfo,
-    as_module: Callable[[StructMAR], nn.Module] = lambda model: model,
-) -> Learner:
-    """What trains selected, the model placed and wrapped; optimizer and EMA, restored if continued.
+def coco_inputs(args: argparse.Namespace, parts: Parts) -> CocoInputs:
+    rates = DropRates(args.label_drop_prob, args.text_drop_prob, args.layout_drop_prob)
+    return CocoInputs(parts.frozen.codec, parts.frozen.text_encoder, rates, args.seed, parts.dist.device)
 
-    as_module: the module that a step calls, with the model inside.
-    """
-    select_trainable(model, mode)
-    for part, total, trained in summarize_trainable(model):
-        logger.info("  %-10s %13s parameters, %13s train", part, f"{total:,}", f"{trained:,}")
-    place_model(args, model, dist)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    schedule_lr = absolute_lr(args.lr, args.blr, args.batch_size * args.accum_iter * dist.world_size)
-    optimizer = build_optimizer(trainable, schedule_lr, args.weight_decay)
-    called = as_module(model)
-    wrapped = called if isinstance(model, FSDPModule) else wrap(called, dist.device, dist.world_size)
-    learner = Learner(model, wrapped, trainable, optimizer, Ema(trainable, args.ema_rate))
-    restore(learner, source)
-    return learner
+
+def build_pipeline(parts: Parts, state: TrainState) -> StructMARPipeline:
+    """What draws the run's images: the weights as they are in each moment."""
+    return StructMARPipeline.from_parts(state.model, parts.frozen.codec, parts.frozen.text_encoder, parts.identity)
+
+
+def build_online_evaluation(
+    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema
+) -> OnlineEvaluation | None:
+    """None where nothing is scored."""
+    if parts.scored is None:
+        return None
+    return OnlineEvaluation(
+        pipeline, ema, *parts.scored, parts.sampling, args.seed, args.eval_bsz, args.precision, parts.dist
+    )
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """A run that has checked everything and written nothing. notes: what the log says first."""
 
     run: TrainingRun
@@ -287,83 +330,43 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
-    """Everything main_mar.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
-    require_launched(args, "main_mar.py")
-    sampling = sampling_config(args)
-    sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
-    frozen = build_frozen(args, dist.device)
-    require_fitting_vae(sizes, frozen.codec, args.vae_path)
-    data = data_config(args, sizes.img_size, sizes.max_objects)
-    dataset = build_dataset(args, data, data.load_index(), frozen)
-    categories = dataset.index.categories
-    config = model_config(args, len(categories), frozen.text_encoder.dim)
-    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
-    sampler = build_sampler(args, dataset, dist)
-    has_previews = args.online_eval or args.sample_freq > 0
-    if has_previews:
-        cosine_masked_counts(config.num_tokens, sampling.num_iter)  # raises if num_iter does not fit
-    scenes = build_scenes(args, dataset) if has_previews else []
-    scored = build_online_targets(args, config, categories, dist.device)
-    source = find_source(args.output_dir, args.resume, not args.no_auto_resume, args.train_mode)
-    check_identity(source, identity)
-
-    values = resolved_dict(args)
-    log_changed_args(source, values, NOT_TRAINING)
-    model = build_model(args, config, source, args.train_mode)
-    learner = build_learner(args, model, args.train_mode, source, dist)
-    batches = coco_batches(
-        dataset, sampler, config.max_objects, args.num_workers, args.pin_mem and dist.device.type == "cuda"
-    )
+def prepare_run(
+    args: argparse.Namespace,
+    parts: Parts,
+    state: TrainState,
+    config: TrainConfig,
+    step: Step,
+    preview: Callable[[int, MetricWriter], None] | None,
+    evaluate: Callable[[int, MetricWriter], str | None] | None,
+    extra: Callable[[], dict[str, Any]] = dict,
+    notes: Sequence[str] = (),
+) -> PreparedRun:
+    """The run around a stage's step. extra: what its checkpoints hold besides. notes: what its log says besides."""
+    dist, stage = parts.dist, parts.stage.name
+    pin_memory = args.pin_mem and dist.device.type == "cuda"
+    batches = coco_batches(parts.dataset, parts.sampler, parts.config.max_objects, args.num_workers, pin_memory)
     global_batch = args.batch_size * dist.world_size
-    start = resumed_position(source, global_batch, args.accum_iter, len(batches) // args.accum_iter)
-    output_dir = Path(args.output_dir)
-    preview = Preview(
-        learner, frozen.codec, frozen.text_encoder, scenes, sampling, args.seed, args.eval_bsz, args.precision, dist,
-        output_dir / "samples",
-    )  # fmt: skip
-    evaluation = None
-    if scored is not None:
-        evaluation = OnlineEvaluation(
-            learner,
-            frozen.codec,
-            frozen.text_encoder,
-            *scored,
-            sampling,
-            args.seed,
-            args.eval_bsz,
-            args.precision,
-            dist,
-        )
-    settings = train_config(args)
     run = TrainingRun(
-        config=settings,
-        learner=learner,
+        config=config,
+        state=state,
         schedule=lr_schedule(args, dist.world_size),
         batches=batches,
-        step=SupervisedStep(settings, learner, coco_inputs(args, frozen, dist.device), dist),
+        step=step,
         dist=dist,
-        save=saver(learner, output_dir, args.train_mode, identity, values, global_batch, dist),
-        preview=preview if has_previews else None,
-        evaluate=evaluation,
+        save=saver(state, Path(args.output_dir), stage, parts.identity, parts.flags, global_batch, dist, extra),
+        preview=preview,
+        evaluate=evaluate,
     )
-    return Prepared(run, start, args.train_mode, values, (describe_size(run, batches, dist),))
-
-
-def coco_inputs(args: argparse.Namespace, frozen: Frozen, device: torch.device) -> CocoInputs:
-    rates = DropRates(args.label_drop_prob, args.text_drop_prob, args.layout_drop_prob)
-    return CocoInputs(frozen.codec, frozen.text_encoder, rates, args.seed, device)
-
-
-def describe_size(run: TrainingRun, batches: CocoBatches, dist: DistInfo) -> str:
-    return (
-        f"{len(batches.dataset)} images, {run.steps_per_epoch} steps per epoch, {run.total_steps} steps in all, "
+    size = (
+        f"{len(parts.dataset)} images, {run.steps_per_epoch} steps per epoch, {run.total_steps} steps in all, "
         f"{dist.world_size} processes on {dist.device}"
     )
+    start = resumed_position(parts.source, global_batch, args.accum_iter, run.steps_per_epoch)
+    return PreparedRun(run, start, stage, parts.flags, (size, *notes))
 
 
 def saver(
-    learner: Learner,
+    state: TrainState,
     output_dir: Path,
     stage: str,
     identity: Identity,
@@ -375,7 +378,7 @@ def saver(
     """Writes checkpoint-last.pth, atomically, on rank 0. extra: what this stage keeps besides (every process calls)."""
 
     def save(position: Position) -> None:
-        content = checkpoint_content(learner, position, stage, identity, args, global_batch) | extra()
+        content = checkpoint_content(state, position, stage, identity, args, global_batch) | extra()
         if dist.is_main:
             save_atomic(content, output_dir / LAST_NAME)
             logger.info("saved %s at epoch %d, step %d", output_dir / LAST_NAME, position.epoch, position.step)

@@ -1,4 +1,4 @@
-"""From parsed arguments to a ready stage 3. What it shares with stages 1 and 2 is in engine/cli/build.py.
+"""What stage 3 hands in: prompts with boxes, the reward, rollouts, the policy's update, the held-out evaluation.
 
 The policy and the reference start as the same weights: the averaged ones of the checkpoint that --resume names. Where a
 run continues, the reference is the one that was written into its checkpoint.
@@ -17,161 +17,123 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from engine.checkpoint.resume import (
-    Identity,
-    Source,
-    check_identity,
-    find_source,
-    is_backbone,
-    log_changed_args,
-    resumed_position,
-)
+from engine.checkpoint.resume import Source, is_backbone
 from engine.cli.arguments_rl import RL_TRAIN_MODES
 from engine.cli.build import (
     Frozen,
-    Prepared,
+    Parts,
+    PreparedRun,
+    Stage,
     build_dataset,
-    build_frozen,
-    build_learner,
-    build_model,
-    build_online_targets,
-    build_sampler,
+    build_online_evaluation,
+    build_pipeline,
+    build_train_state,
     coco_inputs,
     data_config,
-    describe_size,
-    lr_schedule,
-    model_config,
     place_model,
-    require_fitting_vae,
-    require_launched,
+    prepare_run,
+    read_parts,
     sampling_config,
-    saver,
 )
 from engine.data.coco import CocoLayoutDataset
-from engine.data.loader import coco_batches
 from engine.eval.judge import Judge, unknown_categories
-from engine.eval.online import OnlineEvaluation
-from engine.eval.targets import EvalSet
 from engine.rl.cost import estimate_cost
 from engine.rl.guard import OverOptimisationGuard
 from engine.rl.held_out import HeldOutEvaluation, RolloutPreview
 from engine.rl.rewards import LayoutReward, Quality, RewardSettings, RewardWeights, clip_quality
 from engine.rl.rollout import RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
-from engine.train.loop import Learner, TrainConfig, TrainingRun
+from engine.sample.pipeline import StructMARPipeline
+from engine.train.loop import TrainConfig
 from engine.train.parallel import gathered
+from engine.train.state import TrainState
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.features import load_clip
-from models.masking import cosine_masked_counts
 from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import load_structmar_weights
 from util.coco import CocoIndex
-from util.config import resolved_dict
 from util.distributed import DistInfo
+from util.ema import Ema
 from util.rng import generator
 from util.types import Category
 
 logger = logging.getLogger(__name__)
 
-STAGE = "grpo"
-NOT_TRAINING = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_workers", "pin_mem", "log_freq",
-                "max_rl_steps", "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "num_preview",
-                "reward_batch_size")  # fmt: skip
 
-
-def build_rl(args: argparse.Namespace, dist: DistInfo) -> Prepared:
+def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     """Everything main_rl.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
-    require_launched(args, "main_rl.py")
-    sampling = sampling_config(args)
-    sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
-    cosine_masked_counts(sizes.num_tokens, sampling.num_iter)  # raises if num_iter does not fit
-    estimator = build_estimator(args, sampling)
-    frozen = build_frozen(args, dist.device)
-    require_fitting_vae(sizes, frozen.codec, args.vae_path)
-    dataset = build_prompts(args, sizes, frozen)
-    categories = dataset.index.categories
-    reward = build_reward(args, categories, dist.device)
-    config = model_config(args, len(categories), frozen.text_encoder.dim)
-    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
-    sampler = build_sampler(args, dataset, dist)
-    scored = build_online_targets(args, config, categories, dist.device)
-    if scored is not None and scored[1].detector.id == reward.detector_id:
-        raise ValueError(
-            f"--eval_detector {args.eval_detector} is the detector that rewards (--detector_path): a held-out score "
-            "needs another one; --no-online_eval does without"
-        )
-    source = find_source(args.output_dir, args.resume, not args.no_auto_resume, STAGE)
-    check_start(source, reward)
-    check_identity(source, identity)
-
-    values = resolved_dict(args)
-    log_changed_args(source, values, NOT_TRAINING)
-    reference = build_reference(args, config, source, dist)
-    model = build_model(args, config, source, STAGE)
-    mode = RL_TRAIN_MODES[args.rl_train]
-    learner = build_learner(args, model, mode, source, dist, lambda model: as_policy(model, estimator))
-    pins = args.pin_mem and dist.device.type == "cuda"
-    batches = coco_batches(dataset, sampler, config.max_objects, args.num_workers, pins)
-    steps_per_epoch = len(batches) // args.accum_iter
-    total = min(args.epochs * steps_per_epoch, args.max_rl_steps or args.epochs * steps_per_epoch)
+    estimator = build_estimator(args, sampling_config(args))
+    free_flags = ("max_rl_steps", "num_preview", "reward_batch_size")
+    parts = read_parts(args, dist, Stage("grpo", build_prompts, has_pictures=True, free_flags=free_flags))
+    reward = build_reward(args, parts.identity.categories, dist.device)
+    require_other_judge(args, parts, reward)
+    require_fitting_start(parts.source, reward)
+    reference = build_reference(args, parts)
+    state = build_train_state(args, parts, RL_TRAIN_MODES[args.rl_train], lambda model: as_policy(model, estimator))
+    pipeline = build_pipeline(parts, state)
     worker = RolloutWorker(
-        model, frozen.codec, frozen.text_encoder, reward, sampling, args.group_size, estimator.needs_trace,
-        args.precision, args.seed, dist.device,
-    )  # fmt: skip
-    make_inputs = coco_inputs(args, frozen, dist.device) if args.rl_step_ratio < 1 else None
-    step = GrpoStep(grpo_config(args, total), learner, worker, estimator, reference, make_inputs, dist)
-    held_out = build_held_out(args, frozen, scored, step, dist)
-    if held_out is not None and source.kind == "continue":
-        held_out.restore(source.state["held_out"])
-
-    output_dir, global_batch = Path(args.output_dir), args.batch_size * dist.world_size
-    extra = extra_content(reward, reference, held_out, learner)
-    run = TrainingRun(
-        config=train_config(args),
-        learner=learner,
-        schedule=lr_schedule(args, dist.world_size),
-        batches=batches,
-        step=step,
-        dist=dist,
-        save=saver(learner, output_dir, STAGE, identity, values, global_batch, dist, extra),
-        preview=RolloutPreview(step, categories, args.num_preview, args.reward_min_score, dist, output_dir),
-        evaluate=held_out,
+        pipeline, reward, parts.sampling, args.group_size, estimator.needs_trace, args.precision, args.seed
     )
-    notes = (describe_size(run, batches, dist), *describe_cost(args, config, sampling, estimator, total, frozen))
-    return Prepared(run, resumed_position(source, global_batch, args.accum_iter, steps_per_epoch), STAGE, values, notes)
+    updates = num_updates(args, parts)
+    make_inputs = coco_inputs(args, parts) if args.rl_step_ratio < 1 else None
+    held_out = build_held_out(args, parts, pipeline, state.ema)
+    output_dir = Path(args.output_dir)
+    preview = RolloutPreview(parts.identity.categories, args.num_preview, args.reward_min_score, dist, output_dir)
+    observers = [preview.note] if held_out is None else [preview.note, held_out.note]
+    config = grpo_config(args, updates)
+    step = GrpoStep(config, state, worker, estimator, reference, make_inputs, dist, observers)
+    return prepare_run(
+        args,
+        parts,
+        state,
+        rl_train_config(args),
+        step,
+        preview,
+        evaluate=held_out,
+        extra=extra_content(reward, reference, held_out, state),
+        notes=describe_cost(args, parts, estimator, updates),
+    )
+
+
+def num_updates(args: argparse.Namespace, parts: Parts) -> int:
+    """Of the whole run."""
+    updates: int = args.epochs * (parts.sampler.num_batches // args.accum_iter)
+    return updates if args.max_rl_steps is None else min(updates, args.max_rl_steps)
 
 
 def build_held_out(
-    args: argparse.Namespace, frozen: Frozen, scored: tuple[EvalSet, Judge] | None, step: GrpoStep, dist: DistInfo
+    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema
 ) -> HeldOutEvaluation | None:
-    if scored is None:
+    """As it was when the run stopped, if it continues. None without a detector that judges."""
+    online = build_online_evaluation(args, parts, pipeline, ema)
+    if online is None:
         logger.warning("no --eval_detector: nothing here will notice a reward that is being fooled")
         return None
-    online = OnlineEvaluation(
-        step.learner, frozen.codec, frozen.text_encoder, *scored, sampling_config(args), args.seed, args.eval_bsz,
-        args.precision, dist,
-    )  # fmt: skip
-    return HeldOutEvaluation(online, OverOptimisationGuard(args.guard, args.guard_drop, args.guard_patience), step)
+    guard = OverOptimisationGuard(args.guard, args.guard_drop, args.guard_patience)
+    held_out = HeldOutEvaluation(online, guard)
+    if parts.source.kind == "continue":
+        held_out.restore(parts.source.state["held_out"])
+    return held_out
 
 
 def extra_content(
-    reward: LayoutReward, reference: StructMAR | None, held_out: HeldOutEvaluation | None, learner: Learner
+    reward: LayoutReward, reference: StructMAR | None, held_out: HeldOutEvaluation | None, state: TrainState
 ) -> Callable[[], dict[str, Any]]:
     """What a checkpoint of this stage holds besides. The reference is stored as far as the policy can leave it."""
     start = {} if reference is None else dict(reference.named_parameters())
-    kept = {name: parameter.detach() for name, parameter in start.items() if name in learner.trainable}
+    kept = {name: parameter.detach() for name, parameter in start.items() if name in state.trainable}
 
     def extra() -> dict[str, Any]:
-        state = None if held_out is None else held_out.state()
-        return {"reward_detector": reward.detector_id, "reference": gathered(kept), "held_out": state}
+        heard = None if held_out is None else held_out.state()
+        return {"reward_detector": reward.detector_id, "reference": gathered(kept), "held_out": heard}
 
     return extra
 
 
-def train_config(args: argparse.Namespace) -> TrainConfig:
+def rl_train_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig(
         seed=args.seed,
         epochs=args.epochs,
@@ -251,7 +213,16 @@ def build_reward(args: argparse.Namespace, categories: tuple[Category, ...], dev
     return LayoutReward(judge, categories, weights, settings, args.reward_batch_size, quality)
 
 
-def check_start(source: Source, reward: LayoutReward) -> None:
+def require_other_judge(args: argparse.Namespace, parts: Parts, reward: LayoutReward) -> None:
+    """Raises ValueError if the detector that rewards is to judge too."""
+    if parts.scored is not None and parts.scored[1].detector.id == reward.detector_id:
+        raise ValueError(
+            f"--eval_detector {args.eval_detector} is the detector that rewards (--detector_path): a held-out score "
+            "needs another one; --no-online_eval does without"
+        )
+
+
+def require_fitting_start(source: Source, reward: LayoutReward) -> None:
     """Stage 3 starts from a model that knows captions and boxes; a continued run keeps its detector."""
     if source.kind == "scratch" or is_backbone(source):
         raise ValueError(
@@ -264,20 +235,19 @@ def check_start(source: Source, reward: LayoutReward) -> None:
         )
 
 
-def build_reference(
-    args: argparse.Namespace, config: StructMARConfig, source: Source, dist: DistInfo
-) -> StructMAR | None:
+def build_reference(args: argparse.Namespace, parts: Parts) -> StructMAR | None:
     """The frozen start of the stage, which the KL holds on to; None at --kl_coef 0."""
     if args.kl_coef == 0:
         return None
+    source = parts.source
     kept: dict[str, Tensor] = source.state["reference" if source.kind == "continue" else "model_ema"]
     if source.kind == "continue" and not kept:
         raise ValueError(
             f"{source.path} has no reference, it was written with --kl_coef 0; this run has {args.kl_coef}"
         )
-    reference = StructMAR(config)
+    reference = StructMAR(parts.config)
     load_structmar_weights(reference, {**source.state["model"], **kept}, str(source.path))
-    place_model(args, reference.requires_grad_(False).eval(), dist)
+    place_model(args, reference.requires_grad_(False).eval(), parts.dist)
     open_denoise(reference)
     return reference
 
@@ -293,18 +263,11 @@ def open_denoise(model: StructMAR) -> None:
         register_fsdp_forward_method(model, "denoise")
 
 
-def describe_cost(
-    args: argparse.Namespace,
-    config: StructMARConfig,
-    sampling: SamplingConfig,
-    estimator: Estimator,
-    updates: int,
-    frozen: Frozen,
-) -> list[str]:
+def describe_cost(args: argparse.Namespace, parts: Parts, estimator: Estimator, updates: int) -> list[str]:
     """What the command implies, before anything is done."""
     cost = estimate_cost(
-        config,
-        sampling,
+        parts.config,
+        parts.sampling,
         args.batch_size,
         args.group_size,
         args.rl_estimator,
@@ -312,7 +275,7 @@ def describe_cost(
         estimator.num_draws,
         args.inner_epochs,
         args.kl_coef > 0,
-        frozen.text_encoder.max_tokens,
+        parts.frozen.text_encoder.max_tokens,
         updates,
         args.accum_iter,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine.cli.build import Prepared
+from engine.cli.build import PreparedRun
 from engine.train.loop import train
 from util.config import dump_yaml, parse_args
 from util.distributed import DistInfo, init_distributed, shutdown
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def run_main(
     parser: argparse.ArgumentParser,
     validate: Callable[[argparse.Namespace], None],
-    build: Callable[[argparse.Namespace, DistInfo], Prepared],
+    build: Callable[[argparse.Namespace, DistInfo], PreparedRun],
     argv: Sequence[str] | None,
 ) -> int:
     """Returns the exit code: 0, or 128 + the number of the signal that stopped the run (after saving).
@@ -35,6 +35,9 @@ def run_main(
     try:
         validate(args)
         dist = init_distributed(args.device)
+        if args.fsdp and not torch.distributed.is_initialized():
+            start = f"start with torchrun --nproc_per_node N {parser.prog} ..."
+            raise ValueError(f"--fsdp shards over the processes of torchrun: {start}")
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{parser.prog}: error: {error}") from error
     try:
@@ -44,7 +47,7 @@ def run_main(
 
 
 def _run_stage(
-    program: str, args: argparse.Namespace, build: Callable[[argparse.Namespace, DistInfo], Prepared], dist: DistInfo
+    program: str, args: argparse.Namespace, build: Callable[[argparse.Namespace, DistInfo], PreparedRun], dist: DistInfo
 ) -> int:
     setup_logging(None, dist.rank)
     if args.num_threads is not None:
@@ -59,7 +62,7 @@ def _run_stage(
     return 0 if signum is None else 128 + signum
 
 
-def _open_run_folder(args: argparse.Namespace, prepared: Prepared, dist: DistInfo) -> MetricWriter:
+def _open_run_folder(args: argparse.Namespace, prepared: PreparedRun, dist: DistInfo) -> MetricWriter:
     """What it takes to repeat the run goes there first."""
     folder = Path(args.output_dir)
     setup_logging(folder, dist.rank)

@@ -1,8 +1,9 @@
 """`--speed`: named sets of sampling options, for people who do not want to choose them one by one.
 
-A preset stands right under what it is given beside: on the command line it yields to the flags there and wins over the
-YAML file, in the file it yields to the file's other keys. It lowers numbers of iterations and steps and never raises
-them. Its cost in quality is measured by `scripts.evaluate_layout` and `scripts.compare_heads` (README).
+A preset on the command line wins over the YAML file, but every other flag on the command line wins over the preset.
+A preset in the YAML file loses to every other key of that file. A preset lowers numbers of iterations and steps; where
+the number is lower already, it stays. What a preset costs in quality is measured by `scripts.evaluate_layout` and
+`scripts.compare_heads` (README).
 """
 
 from __future__ import annotations
@@ -16,6 +17,6 @@ LOWERED = ("num_sampling_steps", "num_iter")
 
 
 def speed_preset(name: str, current: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a preset, given the values that stand now (which it needs for those that it only lowers)."""
+    """The options of a preset. current: the values without it; of LOWERED, a smaller number stays."""
     preset = SPEEDS[name]
     return {key: min(value, current[key]) if key in LOWERED else value for key, value in preset.items()}

@@ -14,13 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from engine.eval.judge import Judge, Row, Scorer, detect
 from engine.eval.targets import EvalSet, Target
-from engine.sample.generate import generate_images
-from engine.train.loop import Learner
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import unsharded
-from models.frozen.text import TextEncoder
-from models.frozen.vae import LatentCodec
 from models.sampling.config import SamplingConfig
 from util.distributed import DistInfo, gather_objects
+from util.ema import Ema
 from util.images import Picture
 from util.logging import MetricWriter
 from util.rng import derive_seed
@@ -40,9 +38,8 @@ SHOWN = (
 class OnlineEvaluation:
     """Called by the loop on every process; rank 0 writes eval/AP50, eval/mIoU and so on to the run's metrics."""
 
-    learner: Learner
-    codec: LatentCodec
-    text_encoder: TextEncoder
+    pipeline: StructMARPipeline
+    ema: Ema
     eval_set: EvalSet
     judge: Judge
     config: SamplingConfig
@@ -75,12 +72,12 @@ class OnlineEvaluation:
 
     def sample(self) -> dict[int, Picture]:
         """Pictures by image id. Processes share the work, except where a sharded model needs all in every batch."""
-        is_sharded = isinstance(self.learner.model, FSDPModule)
+        is_sharded = isinstance(self.pipeline.model, FSDPModule)
         rank, world_size = (0, 1) if is_sharded else (self.dist.rank, self.dist.world_size)
         targets = self.eval_set.targets
         batches = [targets[start : start + self.batch_size] for start in range(0, len(targets), self.batch_size)]
         own: dict[int, Picture] = {}
-        with self.learner.ema.applied(), unsharded(self.learner.model):
+        with self.ema.applied(), unsharded(self.pipeline.model):
             for batch in batches[rank::world_size]:
                 own |= self._sample_batch(batch)
         if is_sharded:
@@ -88,15 +85,7 @@ class OnlineEvaluation:
         return {image_id: picture for part in gather_objects(own) for image_id, picture in part.items()}
 
     def _sample_batch(self, batch: Sequence[Target]) -> dict[int, Picture]:
-        pictures = generate_images(
-            self.learner.model,
-            self.codec,
-            self.text_encoder,
-            [target.scene for target in batch],
-            self.config,
-            [derive_seed(self.seed, "online evaluation", target.image_id) for target in batch],
-            self.batch_size,
-            self.dist.device,
-            self.precision,
-        )
+        scenes = [target.scene for target in batch]
+        seeds = [derive_seed(self.seed, "online evaluation", target.image_id) for target in batch]
+        pictures = self.pipeline.draw(scenes, self.config, seeds, self.batch_size, self.precision)
         return {target.image_id: picture for target, picture in zip(batch, pictures, strict=True)}

@@ -10,13 +10,12 @@ from pathlib import Path
 from torch.distributed.fsdp import FSDPModule
 
 from engine.data.scenes import Scene
-from engine.sample.generate import generate_images, scene_grid
-from engine.train.loop import Learner
+from engine.sample.generate import scene_grid
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import unsharded
-from models.frozen.text import TextEncoder
-from models.frozen.vae import LatentCodec
 from models.sampling.config import SamplingConfig
 from util.distributed import DistInfo
+from util.ema import Ema
 from util.images import save_png
 from util.logging import MetricWriter
 from util.rng import derive_seed
@@ -28,9 +27,8 @@ logger = logging.getLogger(__name__)
 class Preview:
     """Called by the loop on every process (a sharded model needs all of them); rank 0 writes samples/step-N.png."""
 
-    learner: Learner
-    codec: LatentCodec
-    text_encoder: TextEncoder
+    pipeline: StructMARPipeline
+    ema: Ema
     scenes: Sequence[Scene]
     config: SamplingConfig
     seed: int
@@ -40,21 +38,11 @@ class Preview:
     folder: Path
 
     def __call__(self, step: int, writer: MetricWriter) -> None:
-        if not self.dist.is_main and not isinstance(self.learner.model, FSDPModule):
+        if not self.dist.is_main and not isinstance(self.pipeline.model, FSDPModule):
             return
         seeds = [derive_seed(self.seed, "preview", index) for index in range(len(self.scenes))]
-        with self.learner.ema.applied(), unsharded(self.learner.model):
-            images = generate_images(
-                self.learner.model,
-                self.codec,
-                self.text_encoder,
-                self.scenes,
-                self.config,
-                seeds,
-                self.batch_size,
-                self.dist.device,
-                self.precision,
-            )
+        with self.ema.applied(), unsharded(self.pipeline.model):
+            images = self.pipeline.draw(self.scenes, self.config, seeds, self.batch_size, self.precision)
         if not self.dist.is_main:
             return
         grid = scene_grid(images, self.scenes)

@@ -106,7 +106,7 @@ def round_trip(codec: LatentCodec, eval_set: EvalSet) -> PictureOf:
 def run_evaluation(run: EvaluationRun) -> str:
     """Does it all and returns the table as text. Raises ValueError or FileNotFoundError before anything is written."""
     if run.generation is not None:
-        check_identity(run)
+        require_same_generation(run)
         generate(run)
     barrier()
     rows = picture_rows(run)
@@ -135,7 +135,7 @@ def generation_identity(run: EvaluationRun) -> Json:
     }
 
 
-def check_identity(run: EvaluationRun) -> None:
+def require_same_generation(run: EvaluationRun) -> None:
     """Writes generation.json, or compares with the one that is there; ValueError names field and both values."""
     path, identity = run.output_dir / IDENTITY_FILE, generation_identity(run)
     if path.is_file():

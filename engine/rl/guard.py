@@ -17,8 +17,8 @@ ROUNDING = 1e-9  # .60 - .58 is a little more than .02
 
 @dataclass(frozen=True)
 class GuardState:
-    """What the guard remembers, plain values. best_reward: the mean reward that belongs to the best evaluation; None as
-    long as there is none, which is so before the first update. num_bad: bad evaluations in a row, up to now."""
+    """What the guard remembers, plain values. best_reward: the mean reward that belongs to the best evaluation, None
+    until the first update. num_bad: bad evaluations in a row, up to now."""
 
     best_step: int | None = None
     best_ap50: float | None = None
@@ -27,19 +27,10 @@ class GuardState:
 
 
 class OverOptimisationGuard:
-    """mode: `off` never speaks, `warn` and `stop` do; to stop is up to the caller (see `stops`). drop: in AP50 as a
-    share, .02 is two points. patience: bad evaluations in a row.
-
-    Raises ValueError on values outside their ranges.
-    """
+    """mode: one of GUARD_MODES. `off` never speaks, `warn` and `stop` do; to stop is up to the caller (see `stops`).
+    drop: in AP50 as a share in [0, 1], .02 is two points. patience: bad evaluations in a row, at least 1."""
 
     def __init__(self, mode: str, drop: float = 0.02, patience: int = 2) -> None:
-        if mode not in GUARD_MODES:
-            raise ValueError(f"guard must be one of {GUARD_MODES}, got {mode!r}")
-        if not 0 <= drop <= 1:
-            raise ValueError(f"guard_drop must lie within 0 and 1 (a share of AP50), got {drop}")
-        if patience < 1:
-            raise ValueError(f"guard_patience must be at least 1, got {patience}")
         self.mode = mode
         self.drop = drop
         self.patience = patience
@@ -53,9 +44,10 @@ class OverOptimisationGuard:
     def update(self, step: int, mean_reward: float | None, ap50: float) -> str | None:
         """Takes one held-out evaluation; returns a message for the user, or None while all is well.
 
-        mean_reward: of the rollouts since the evaluation before, None if there were none: before the first update. Then
-        the first reward that comes is taken for this evaluation's too: its rollouts start from the same weights.
-        ap50: share in [0, 1]. Raises ValueError if a number is not finite or ap50 not in its range.
+        mean_reward: of the rollouts since the previous evaluation. It is None before the first update, where there are
+        no rollouts yet; the first mean reward that follows then stands for this evaluation too, because those rollouts
+        were sampled from the same weights. ap50: share in [0, 1].
+        Raises ValueError if mean_reward is not finite or ap50 not in [0, 1].
         """
         if not 0 <= ap50 <= 1:  # also refuses NaN
             raise ValueError(f"step {step}: the held-out AP50 must lie within 0 and 1, got {ap50}")

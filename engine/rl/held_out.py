@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from engine.eval.online import OnlineEvaluation
 from engine.rl.guard import OverOptimisationGuard
 from engine.rl.rollout import Rollout
 from engine.rl.rollout_grid import rollout_grid
-from engine.rl.step import GrpoStep
 from util.distributed import DistInfo
 from util.images import save_png
 from util.logging import MetricWriter
@@ -24,18 +23,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOutEvaluation:
-    """Called by the loop on every process; the guard hears the held-out AP50 and the rewards since the last round."""
+    """Called by the loop on every process. The guard is told the held-out AP50 and the mean reward of the updates since
+    the last evaluation, which `note` (a `RolloutObserver`) collects. rewards: one per update."""
 
     online: OnlineEvaluation
     guard: OverOptimisationGuard
-    step: GrpoStep
+    rewards: list[float] = field(default_factory=list)
+
+    def note(self, _rollouts: Sequence[Rollout], mean_reward: float) -> None:
+        self.rewards.append(mean_reward)
 
     def __call__(self, step: int, writer: MetricWriter) -> str | None:
         """The reason to end the run, if the guard has one and may stop it."""
         scores = self.online.score(step, writer)
-        rewards = self.step.rewards_since_evaluation
-        message = self.guard.update(step, sum(rewards) / len(rewards) if rewards else None, scores["AP50"])
-        rewards.clear()
+        mean_reward = sum(self.rewards) / len(self.rewards) if self.rewards else None
+        message = self.guard.update(step, mean_reward, scores["AP50"])
+        self.rewards.clear()
         if message is None:
             return None
         logger.warning("%s", message)
@@ -43,31 +46,35 @@ class HeldOutEvaluation:
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"guard": self.guard.state(), "rewards": list(self.step.rewards_since_evaluation)}
+        return {"guard": self.guard.state(), "rewards": list(self.rewards)}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Goes on from `state()`; None: a run that just starts."""
         if state is not None:
             self.guard.restore(state["guard"])
-            self.step.rewards_since_evaluation[:] = state["rewards"]
+            self.rewards[:] = state["rewards"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RolloutPreview:
     """Called by the loop on every process; rank 0 writes rollouts/step-N.png and shows it in TensorBoard.
 
     num_prompts: of the last rollout, each with all its images. min_score: detections below it are not drawn.
+    last: the last rollout, which `note` (a `RolloutObserver`) keeps; None before the first.
     """
 
-    step: GrpoStep
     categories: Sequence[Category]
     num_prompts: int
     min_score: float
     dist: DistInfo
     output_dir: Path
+    last: Rollout | None = None
+
+    def note(self, rollouts: Sequence[Rollout], _mean_reward: float) -> None:
+        self.last = rollouts[-1]
 
     def __call__(self, step: int, writer: MetricWriter) -> None:
-        rollout = self.step.last_rollout
+        rollout = self.last
         if rollout is None or not self.dist.is_main:
             return
         count = min(len(rollout), self.num_prompts * rollout.group_size)

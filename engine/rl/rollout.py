@@ -10,7 +10,7 @@ C token channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +20,11 @@ from torch import Tensor
 from engine.data.coco import Batch
 from engine.rl.rewards import LayoutReward, RewardBatch
 from engine.sample.generate import sampling_dtype
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import unsharded
-from models.frozen.text import TextEncoder
-from models.frozen.vae import LatentCodec
 from models.policy import Samples, collect_samples
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
-from models.structmar import StructMAR
 from util.images import Picture, to_picture
 from util.rng import generator
 
@@ -49,38 +47,40 @@ class Rollout:
         return self.rewards.total.view(-1, self.group_size)
 
 
+RolloutObserver = Callable[[Sequence[Rollout], float], None]
+"""(the rollouts of one update on this process, their mean reward over all processes); called before the update."""
+
+
 @dataclass(frozen=True)
 class RolloutWorker:
     """Samples and rewards batches of prompts with the model as it is. needs_trace: record the reverse processes."""
 
-    model: StructMAR
-    codec: LatentCodec
-    text_encoder: TextEncoder
+    pipeline: StructMARPipeline
     reward: LayoutReward
     config: SamplingConfig
     group_size: int
     needs_trace: bool
     precision: str
     seed: int
-    device: torch.device
 
     @torch.no_grad()
     def collect(self, batch: Batch, key: Sequence[int]) -> Rollout:
         """key: what makes this batch's draws its own: step, pass, rank."""
-        self.model.eval()
-        text = self.text_encoder.context(batch.captions) if batch.text is None else batch.text
-        text = text.to(self.device).repeated(self.group_size)
-        layout = batch.layout.to(self.device).repeated(self.group_size)
+        model, codec = self.pipeline.model, self.pipeline.codec
+        model.eval()
+        text = self.pipeline.caption_encoder.context(batch.captions) if batch.text is None else batch.text
+        text = text.to(codec.device).repeated(self.group_size)
+        layout = batch.layout.to(codec.device).repeated(self.group_size)
         generators = [generator(self.seed, "rollout", *key, image) for image in range(len(layout))]
         dtype = sampling_dtype(self.precision)
-        with unsharded(self.model):
+        with unsharded(model):
             drawn = sample(
-                self.model, self.config, generators, text=text, layout=layout, record=self.needs_trace, dtype=dtype
+                model, self.config, generators, text=text, layout=layout, record=self.needs_trace, dtype=dtype
             )
         samples = collect_samples(drawn, text, layout)
-        pictures = [to_picture(pixels) for pixels in self.codec.decode(drawn.latents.float())]
+        pictures = [to_picture(pixels) for pixels in codec.decode(drawn.latents.float())]
         prompts = [caption for caption in batch.captions for _ in range(self.group_size)]
-        rewards = self.reward(to_images(pictures, self.device), layout, prompts)
+        rewards = self.reward(to_images(pictures, codec.device), layout, prompts)
         return Rollout(batch.captions, samples, pictures, rewards, self.group_size)
 
 

@@ -33,10 +33,10 @@ from torch.distributed.fsdp import FSDPModule
 from engine.data.inputs import MakeInputs
 from engine.rl.cost import describe_time_left
 from engine.rl.grpo import clipped_surrogate, group_advantages, kl_penalty, zero_std_share
-from engine.rl.rollout import Rollout, RolloutWorker
-from engine.train.loop import Learner, Position
+from engine.rl.rollout import Rollout, RolloutObserver, RolloutWorker
 from engine.train.optim import clip_gradients
 from engine.train.parallel import gradient_sync
+from engine.train.state import Position, TrainState
 from models.policy import Draws, Estimator, LossInputs, Policy, PolicyOutput, Samples
 from models.structmar import StructMAR
 from util.distributed import DistInfo, any_rank, reduce_mean
@@ -69,7 +69,7 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True)
-class Pass:
+class ScoredPass:
     """One pass of the backbone over a rollout, and what was found there before the update."""
 
     samples: Samples
@@ -82,7 +82,7 @@ class Pass:
 class GrpoStep:
     """A `Step` of engine/train/loop.py. reference: the frozen policy of the KL; None without one (kl_coef 0).
 
-    make_inputs: for L_SFT; None where rl_step_ratio is 1. last_rollout: for pictures.
+    make_inputs: for L_SFT; None where rl_step_ratio is 1. observers: are handed the rollouts of every update.
     """
 
     shown = ("reward", "reward_std", "loss", "grad_norm")
@@ -90,20 +90,19 @@ class GrpoStep:
     def __init__(
         self,
         config: GrpoConfig,
-        learner: Learner,
+        state: TrainState,
         worker: RolloutWorker,
         estimator: Estimator,
         reference: StructMAR | None,
         make_inputs: MakeInputs | None,
         dist: DistInfo,
+        observers: Sequence[RolloutObserver] = (),
     ) -> None:
         assert (reference is None) == (config.kl_coef == 0), "a reference belongs to a KL"
         assert (make_inputs is None) == (config.rl_step_ratio == 1), "images belong to the SFT part"
-        self.config, self.learner, self.worker, self.estimator, self.dist = config, learner, worker, estimator, dist
+        self.config, self.state, self.worker, self.estimator, self.dist = config, state, worker, estimator, dist
         self.reference = None if reference is None else Policy(reference.eval(), estimator)
-        self.make_inputs = make_inputs
-        self.last_rollout: Rollout | None = None
-        self.rewards_since_evaluation: list[float] = []
+        self.make_inputs, self.observers = make_inputs, observers
         self.skipped_in_a_row = 0
         self.is_first = True
         self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -117,7 +116,7 @@ class GrpoStep:
         rollouts = []
         if rl_share > 0:
             rollouts = [self.worker.collect(batch, (step, k, self.dist.rank)) for k, batch in enumerate(batches)]
-            self._note_rollouts(rollouts)
+            self._show(rollouts)
         rolled_out = time.perf_counter()
         passes = [each for k, rollout in enumerate(rollouts) for each in self.score(rollout, step, k)]
         for inner in range(self.config.inner_epochs if rollouts else 1):
@@ -140,7 +139,7 @@ class GrpoStep:
 
     # --- the update ------------------------------------------------------------------------------------------------
 
-    def score(self, rollout: Rollout, step: int, micro: int) -> list[Pass]:
+    def score(self, rollout: Rollout, step: int, micro: int) -> list[ScoredPass]:
         """Draws the passes of a rollout and computes what does not change in the update."""
         advantages = self._advantages(rollout.grouped_rewards()).flatten().to(self.dist.device)  # [n]
         self._note({"advantage_abs": advantages.abs().mean()})
@@ -148,27 +147,27 @@ class GrpoStep:
             rollout.samples, generator(self.config.seed, "estimator", step, micro, self.dist.rank)
         )
         passes = []
-        self.learner.model.eval()
+        self.state.model.eval()
         with torch.no_grad():
             for draws in draws_of_passes:
-                old = self._outputs(self.learner.wrapped, rollout.samples, draws)
+                old = self._outputs(self.state.wrapped, rollout.samples, draws)
                 reference = None if self.reference is None else self._outputs(self.reference, rollout.samples, draws)
-                passes.append(Pass(rollout.samples, advantages, draws, old, reference))
+                passes.append(ScoredPass(rollout.samples, advantages, draws, old, reference))
                 self._note_replay(rollout.samples, draws, old)
         return passes
 
     def optimizer_step(
-        self, passes: Sequence[Pass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
+        self, passes: Sequence[ScoredPass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
     ) -> None:
         """One step on the passes (weight rl_share) and the batches' own images (the rest)."""
-        learner, num_terms = self.learner, len(passes) + len(batches)
+        state, num_terms = self.state, len(passes) + len(batches)
         for index, each in enumerate(passes):
             self.rl_backward(each, rl_share / len(passes), is_last=index + 1 == num_terms)
         for index, batch in enumerate(batches):
             key = (position.step, inner, index, self.dist.rank)
             is_last = len(passes) + index + 1 == num_terms
             self.sft_backward(batch, (1 - rl_share) / len(batches), position.epoch, key, is_last)
-        norm = clip_gradients(learner.trainable.values(), self.config.grad_clip)
+        norm = clip_gradients(state.trainable.values(), self.config.grad_clip)
         is_bad = any_rank(not bool(torch.isfinite(norm)))
         self._note({"skipped": float(is_bad)})
         if is_bad:
@@ -176,15 +175,15 @@ class GrpoStep:
         else:
             self._note({"grad_norm": norm})
             self.skipped_in_a_row = 0
-            learner.optimizer.step()
-            learner.ema.update()
-        learner.optimizer.zero_grad(set_to_none=True)
+            state.optimizer.step()
+            state.ema.update()
+        state.optimizer.zero_grad(set_to_none=True)
 
-    def rl_backward(self, scored: Pass, weight: float, is_last: bool) -> None:
+    def rl_backward(self, scored: ScoredPass, weight: float, is_last: bool) -> None:
         """Adds weight * (L_pg + kl_coef * KL) of one pass to the gradients."""
         config = self.config
         with gradient_sync(self._synced(), is_last):
-            current = self._outputs(self.learner.wrapped, scored.samples, scored.draws)
+            current = self._outputs(self.state.wrapped, scored.samples, scored.draws)
             surrogate = clipped_surrogate(
                 current.log_prob, scored.old.log_prob, scored.advantages, config.clip_range, config.dual_clip
             )
@@ -200,7 +199,7 @@ class GrpoStep:
     def sft_backward(self, batch: Any, weight: float, epoch: int, key: Sequence[int], is_last: bool) -> None:
         """Adds weight * L_SFT, stage 2's loss on the batch's images, to the gradients."""
         assert self.make_inputs is not None
-        model, seed = self.learner.model, self.config.seed
+        model, seed = self.state.model, self.config.seed
         draws = generator(seed, "sft", *key)
         inputs = self.make_inputs(batch, epoch, draws)
         noise = model.sample_training_noise(
@@ -211,7 +210,7 @@ class GrpoStep:
         model.train()
         with gradient_sync(self._synced(), is_last):
             with self._autocast():
-                loss = self.learner.wrapped(
+                loss = self.state.wrapped(
                     LossInputs(inputs.latents, noise.to(device), inputs.labels, inputs.text, inputs.layout)
                 )
             (weight * loss).backward()
@@ -238,7 +237,7 @@ class GrpoStep:
 
     def _synced(self) -> nn.Module:
         """Whose gradients are exchanged: the sharded model's, or those of DDP around the policy."""
-        return self.learner.model if isinstance(self.learner.model, FSDPModule) else self.learner.wrapped
+        return self.state.model if isinstance(self.state.model, FSDPModule) else self.state.wrapped
 
     def _advantages(self, rewards: Tensor) -> Tensor:
         """rewards: [B, G] -> [B, G]."""
@@ -263,8 +262,8 @@ class GrpoStep:
         for name, value in values.items():
             self._values[name].append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
 
-    def _note_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        self.last_rollout = rollouts[-1]
+    def _show(self, rollouts: Sequence[Rollout]) -> None:
+        """To the log and to the observers."""
         totals = torch.cat([rollout.rewards.total for rollout in rollouts])  # [n of all]
         self._note({"reward": totals.mean(), "reward_std": totals.std(correction=0)})
         for name in rollouts[0].rewards.parts:
@@ -274,7 +273,9 @@ class GrpoStep:
             rewards = rollout.grouped_rewards()
             self._note({"zero_std_share": zero_std_share(rewards), "token_std": rollout.samples.tokens.std()})
             self._note({"group_std": rewards.std(1, correction=0).mean()})
-        self.rewards_since_evaluation.append(reduce_mean({"reward": float(totals.mean())})["reward"])
+        mean_reward = reduce_mean({"reward": float(totals.mean())})["reward"]
+        for observer in self.observers:
+            observer(rollouts, mean_reward)
 
     def _note_replay(self, samples: Samples, draws: Draws, old: PolicyOutput) -> None:
         """How far the old log-probabilities are from those recorded while sampling: a mismatch would show here."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,44 @@ import torch
 
 from engine.checkpoint.identity import WeightsInfo
 from engine.checkpoint.load import load_for_sampling, require_same_frozen
+from engine.checkpoint.resume import Identity
+from engine.data.scenes import Scene
+from engine.sample.generate import generate_images
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
+from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR
+from util.images import Picture
 from util.types import Category
+
+
+@dataclass(frozen=True)
+class StructMARPipeline:
+    """A model and the frozen parts around it, on one device. identity: what the model's weights are made for."""
+
+    model: StructMAR
+    codec: LatentCodec
+    caption_encoder: TextEncoder
+    identity: Identity | None = None
+
+    @staticmethod
+    def from_parts(
+        model: StructMAR, codec: LatentCodec, caption_encoder: TextEncoder, identity: Identity | None = None
+    ) -> StructMARPipeline:
+        return StructMARPipeline(model, codec, caption_encoder, identity)
+
+    def draw(
+        self,
+        scenes: Sequence[Scene],
+        config: SamplingConfig,
+        seeds: Sequence[int],
+        batch_size: int,
+        precision: str,
+        progress: Callable[[], None] | None = None,
+    ) -> list[Picture]:
+        """One picture per scene and seed, see `generate_images`."""
+        parts = (self.model, self.codec, self.caption_encoder)
+        return generate_images(*parts, scenes, config, seeds, batch_size, self.codec.device, precision, progress)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from engine.data.inputs import MakeInputs, StepInputs
 from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, clip_gradients, set_lr
 from engine.train.parallel import gradient_sync
-from models.structmar import StructMAR, TrainingNoise
+from engine.train.state import Position, TrainState
+from models.structmar import TrainingNoise
 from util.distributed import DistInfo, any_rank, reduce_mean
-from util.ema import Ema
 from util.logging import MetricWriter, progress
 from util.rng import derive_seed, generator
 
@@ -55,15 +55,6 @@ class TrainConfig:
     signal_steps: int = 10
 
 
-@dataclass(frozen=True)
-class Position:
-    """How far a stage has come. step: optimizer steps done. batch: batches of `epoch` done, on every process."""
-
-    epoch: int = 0
-    step: int = 0
-    batch: int = 0
-
-
 class Batches(Protocol):
     """Batches of one process. The same number on every process, the same ones for the same epoch."""
 
@@ -77,17 +68,6 @@ class StopFlag(Protocol):
 
     @property
     def signum(self) -> int | None: ...
-
-
-@dataclass(frozen=True)
-class Learner:
-    """What a step changes. model: as built (perhaps sharded). wrapped: what is called, DDP around it or itself."""
-
-    model: StructMAR
-    wrapped: nn.Module
-    trainable: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    ema: Ema
 
 
 class Step(Protocol):
@@ -113,7 +93,7 @@ class TrainingRun:
     a reason to end the run (every process calls all three)."""
 
     config: TrainConfig
-    learner: Learner
+    state: TrainState
     schedule: LrSchedule
     batches: Batches
     step: Step
@@ -184,9 +164,9 @@ class _Loop:
             micro_batches = islice(batches, config.accum_iter)
             step_of_epoch = self.position.batch // config.accum_iter
             end_of_step = epoch + (step_of_epoch + 1) / self.run.steps_per_epoch
-            set_lr(self.run.learner.optimizer, self.run.schedule.at(end_of_step))
+            set_lr(self.run.state.optimizer, self.run.schedule.at(end_of_step))
             self.num_images += self.run.step.take(self.position, micro_batches)
-            self.position = advance(self.position, config.accum_iter, self.run.steps_per_epoch)
+            self.position = next_position(self.position, config.accum_iter, self.run.steps_per_epoch)
             bar.update(1)
             self.after_step(is_epoch_end=self.position.epoch != epoch)
             if (signum := self.asked_to_stop()) is not None:
@@ -229,7 +209,7 @@ class _Loop:
         rate = self.num_images * self.run.dist.world_size / max(now - self.clock, 1e-9)
         self.clock, self.num_images = now, 0
         means = reduce_mean(own)
-        position, lr = self.position, self.run.learner.optimizer.param_groups[0]["lr"]
+        position, lr = self.position, self.run.state.optimizer.param_groups[0]["lr"]
         epoch = position.epoch + position.batch / (self.run.steps_per_epoch * self.run.config.accum_iter)
         self.writer.scalars(position.step, {**means, "lr": lr, "epoch": epoch, "images_per_second": rate})
         shown = "  ".join(
@@ -251,33 +231,33 @@ class SupervisedStep:
 
     shown = ("loss", "grad_norm")
 
-    def __init__(self, config: TrainConfig, learner: Learner, make_inputs: MakeInputs, dist: DistInfo) -> None:
-        self.config, self.learner, self.make_inputs, self.dist = config, learner, make_inputs, dist
+    def __init__(self, config: TrainConfig, state: TrainState, make_inputs: MakeInputs, dist: DistInfo) -> None:
+        self.config, self.state, self.make_inputs, self.dist = config, state, make_inputs, dist
         self.meter = Meter(dist.device, dist.rank)
 
     def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
-        config, learner, meter, rank = self.config, self.learner, self.meter, self.dist.rank
-        learner.model.train()
+        config, state, meter, rank = self.config, self.state, self.meter, self.dist.rank
+        state.model.train()
         num_images = 0
         for micro, batch in enumerate(micro_batches):
             draws = generator(config.seed, "train", position.step, micro, rank)
             inputs = self.make_inputs(batch, position.epoch, draws)
-            noise = learner.model.sample_training_noise(
-                len(inputs), draws, config.mask_ratio_min, learner.model.grid_of(inputs.latents)
+            noise = state.model.sample_training_noise(
+                len(inputs), draws, config.mask_ratio_min, state.model.grid_of(inputs.latents)
             )
             torch.manual_seed(derive_seed(config.seed, "dropout", position.step, micro, rank))
             is_last = micro + 1 == config.accum_iter
-            loss = backward_pass(learner.wrapped, inputs, noise, config.precision, config.accum_iter, is_last)
+            loss = backward_pass(state.wrapped, inputs, noise, config.precision, config.accum_iter, is_last)
             meter.watch("latents", inputs.latents, position.step)
             if inputs.text is not None:
                 meter.watch("text", inputs.text.pooled, position.step)
             meter.add_loss(loss, position.step)
             num_images += len(inputs)
         assert micro + 1 == config.accum_iter, "an epoch's batches ended in the middle of a step"
-        meter.add_norm(clip_gradients(learner.trainable.values(), config.grad_clip), position.step)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad(set_to_none=True)
-        learner.ema.update()
+        meter.add_norm(clip_gradients(state.trainable.values(), config.grad_clip), position.step)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update()
         return num_images
 
     def check(self) -> None:
@@ -311,7 +291,7 @@ def backward_pass(
     return loss.detach()
 
 
-def advance(position: Position, accum_iter: int, steps_per_epoch: int) -> Position:
+def next_position(position: Position, accum_iter: int, steps_per_epoch: int) -> Position:
     """The position after one more step: the next epoch's start once the epoch's steps are done."""
     batch = position.batch + accum_iter
     if batch >= steps_per_epoch * accum_iter:

@@ -35,7 +35,9 @@ from scripts.benchmark.table import Case, Row, label, line, measure
 from scripts.benchmark.timing import Ceilings, measure_ceilings
 from scripts.benchmark.training import TRAINING_CASES
 from scripts.benchmark.world import Models, available_models, build_world
+from util.config import parse_checked
 from util.images import save_png
+from util.ranges import positive_int
 
 CASES: dict[str, Sequence[Case]] = {
     "sampling": SAMPLING_CASES,
@@ -58,12 +60,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", help="of the timed cases, those that begin so: 'StructMAR', 'MAR mar_mini, batch 4'"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each contender")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=positive_int, default=5, help="counted runs of each contender")
+    parser.add_argument("--threads", type=positive_int, default=1)
     parser.add_argument("--output_dir", type=Path, help="folder for benchmark.json, benchmark.md, benchmark.png")
-    args = parser.parse_args(argv)
-    if args.repeats < 1 or args.threads < 1:
-        parser.error(f"--repeats and --threads must be at least 1, got {args.repeats} and {args.threads}")
+    args = parse_checked(parser, argv)
     for name, path in (("weights", args.weights), ("mar_weights", args.mar_weights)):
         if path is not None and not path.exists():
             parser.error(f"--{name} {path} does not exist")

@@ -17,9 +17,9 @@ from torch import Tensor
 from engine.rl.cost import scoring_flops
 from engine.rl.rewards import RewardBatch
 from engine.rl.rollout import Rollout, RolloutWorker
-from engine.rl.step import GrpoConfig, GrpoStep, Pass
-from engine.train.loop import Learner, Position
+from engine.rl.step import GrpoConfig, GrpoStep, ScoredPass
 from engine.train.optim import build_optimizer
+from engine.train.state import Position, TrainState
 from models.policy import ElboEstimator, Policy, Samples
 from models.weights import select_trainable
 from scripts.benchmark.table import OURS, Contender
@@ -46,8 +46,8 @@ class UpdateCase:
         model = copy.deepcopy(world.model)
         trainable = select_trainable(model, "full")
         policy = Policy(model, self.estimator)
-        learner = Learner(model, policy, trainable, build_optimizer(trainable, LR, 0.0), Ema(trainable, EMA_RATE))
-        return [_contender(self, world, learner, precision) for precision in self.precisions]
+        state = TrainState(model, policy, trainable, build_optimizer(trainable, LR, 0.0), Ema(trainable, EMA_RATE))
+        return [_contender(self, world, state, precision) for precision in self.precisions]
 
 
 UPDATE_CASES = (
@@ -58,11 +58,11 @@ UPDATE_CASES = (
 )
 
 
-def _contender(case: UpdateCase, world: World, learner: Learner, precision: str) -> Contender:
+def _contender(case: UpdateCase, world: World, state: TrainState, precision: str) -> Contender:
     config = GrpoConfig(1, 1, inner_epochs=case.inner_epochs, precision=precision)
     reference, worker = world.model.requires_grad_(False), cast(RolloutWorker, None)  # nothing is sampled
     dist = DistInfo(0, 1, 0, torch.device("cpu"))
-    step = GrpoStep(config, learner, worker, case.estimator, reference, None, dist)
+    step = GrpoStep(config, state, worker, case.estimator, reference, None, dist)
     rollout = _rollout(world, case.group_size)
 
     def run() -> Tensor:
@@ -87,7 +87,7 @@ def _rollout(world: World, group_size: int) -> Rollout:
     return Rollout([], samples, [], rewards, group_size)
 
 
-def _formula(case: UpdateCase, world: World, scored: Pass) -> float:
+def _formula(case: UpdateCase, world: World, scored: ScoredPass) -> float:
     """Of one pass: old and reference policy, then forward and backward of every inner epoch."""
     num_masked = scored.draws.token_ids.shape[1]
     cost = scoring_flops(world.model.config, num_masked, num_masked * case.estimator.num_draws, NUM_TEXT)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from engine.data.inputs import StepInputs
 from engine.rl.cost import scoring_flops
-from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig
+from engine.train.loop import SupervisedStep, TrainConfig
 from engine.train.optim import build_optimizer, parameter_groups
+from engine.train.state import Position, TrainState
 from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask
 from models.structmar import StructMAR, TrainingNoise
@@ -59,20 +60,20 @@ class TrainingCase:
         )
         noise = model.sample_training_noise(len(world), generator(SEED, "train", 0, 0, 0), MASK_RATIO_MIN)
         batch = _Batch(StepInputs(latents, world.labels, world.text, world.layout), noise)
-        learners: dict[str, Any] = {}  # of both precisions: the weights' values do not matter to the time
+        states: dict[str, Any] = {}  # of both precisions: the weights' values do not matter to the time
         contenders = []
         chosen = [(who, precision) for who, precision in self.entries if who != PUBLIC or public is not None]
         compared = _compared_names(model, [MODES[who] for who, _ in chosen if who in MODES])
         for who, precision in chosen:
             if who == PUBLIC:
                 assert public is not None
-                if who not in learners:
-                    learners[who] = build_baseline(public, model, share=False).train()
-                contenders.append(_public_step(learners[who], precision, batch, compared))
+                if who not in states:
+                    states[who] = build_baseline(public, model, share=False).train()
+                contenders.append(_public_step(states[who], precision, batch, compared))
             else:
-                if who not in learners:
-                    learners[who] = build_learner(model, MODES[who])
-                contenders.append(_our_step(who, learners[who], precision, batch, compared))
+                if who not in states:
+                    states[who] = build_train_state(model, MODES[who])
+                contenders.append(_our_step(who, states[who], precision, batch, compared))
         return contenders
 
 
@@ -102,17 +103,17 @@ class _Batch:
         return self.noise.head
 
 
-def build_learner(model: StructMAR, mode: str) -> Learner:
+def build_train_state(model: StructMAR, mode: str) -> TrainState:
     """On a copy of the model, as `engine/cli/build.py` does."""
     own = copy.deepcopy(model).train()
     trainable = select_trainable(own, mode)
-    return Learner(own, own, trainable, build_optimizer(trainable, LR, WEIGHT_DECAY), Ema(trainable, EMA_RATE))
+    return TrainState(own, own, trainable, build_optimizer(trainable, LR, WEIGHT_DECAY), Ema(trainable, EMA_RATE))
 
 
-def _our_step(who: str, learner: Learner, precision: str, batch: _Batch, compared: list[str]) -> Contender:
+def _our_step(who: str, state: TrainState, precision: str, batch: _Batch, compared: list[str]) -> Contender:
     config = TrainConfig(SEED, 1, precision=precision, grad_clip=GRAD_CLIP, mask_ratio_min=MASK_RATIO_MIN)
-    step = SupervisedStep(config, learner, lambda inputs, *_: inputs, DistInfo(0, 1, 0, torch.device("cpu")))
-    inputs, model = batch.inputs, learner.model
+    step = SupervisedStep(config, state, lambda inputs, *_: inputs, DistInfo(0, 1, 0, torch.device("cpu")))
+    inputs, model = batch.inputs, state.model
 
     def run() -> Tensor:
         step.take(Position(), iter([inputs]))

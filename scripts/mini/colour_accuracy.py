@@ -35,7 +35,9 @@ from pycocotools import mask as coco_mask
 
 from engine.eval.bootstrap import Interval, bootstrap_weights, interval
 from scripts.mini.drawing import CLASS_BY_ID, COLOURS
+from util.config import parse_checked
 from util.images import Picture, load_image
+from util.ranges import positive_int
 
 FORMAT = "structmar-colour-1"
 NONE = "none"  # the verdict where no pixel votes
@@ -309,9 +311,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="val2017", help="split that the pictures were made for")
     parser.add_argument("--images", type=Path, nargs="*", default=[], help="folders of pictures, one for each seed")
     parser.add_argument("--output", type=Path, default=None, help="json file of the results (None: not written)")
-    parser.add_argument("--max_images", type=int, default=None, help="only the first images of the split")
-    parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap resamples of the 95 %% intervals")
-    return parser.parse_args(argv)
+    parser.add_argument("--max_images", type=positive_int, default=None, help="only the first images of the split")
+    parser.add_argument(
+        "--num_resamples", type=positive_int, default=1000, help="bootstrap resamples of the 95 %% intervals"
+    )
+    return parse_checked(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import Scene, render_scene, render_single
+from util.config import parse_checked
+from util.ranges import nonnegative_int, positive_int
 
 _CAPTION_HEIGHT = 34
 
@@ -41,14 +43,14 @@ def draw_cell(scene: Scene, cell: int, show_boxes: bool) -> NDArray[np.uint8]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--size", type=int, default=64, help="resolution at which scenes are drawn")
-    parser.add_argument("--cell", type=int, default=256, help="pixels of one cell of the sheet")
-    parser.add_argument("--num_scenes", type=int, default=24, help="number of scenes")
-    parser.add_argument("--columns", type=int, default=6, help="cells in a row")
+    parser.add_argument("--size", type=positive_int, default=64, help="resolution at which scenes are drawn")
+    parser.add_argument("--cell", type=positive_int, default=256, help="pixels of one cell of the sheet")
+    parser.add_argument("--num_scenes", type=positive_int, default=24, help="number of scenes")
+    parser.add_argument("--columns", type=positive_int, default=6, help="cells in a row")
     parser.add_argument("--single", action="store_true", help="single objects, class by class, in place of scenes")
     parser.add_argument("--no_boxes", action="store_true", help="leave the boxes out")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first scene")
-    args = parser.parse_args()
+    parser.add_argument("--seed", type=nonnegative_int, default=0, help="seed of the first scene")
+    args = parse_checked(parser)
     scenes = []
     for index in range(args.num_scenes):
         rng = np.random.default_rng((args.seed, index))

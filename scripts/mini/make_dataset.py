@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import Scene, render_scene
+from util.config import parse_checked
+from util.ranges import nonnegative_int, positive_int
 
 FORMAT_VERSION = 1  # raise it when the drawing changes: an older dataset in the folder is then an error
 SETTINGS_FILE = "settings.json"
@@ -146,12 +148,12 @@ def make_dataset(folder: Path, settings: DatasetSettings, num_workers: int = 1) 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("data/mini_coco"), help="folder of the dataset")
-    parser.add_argument("--num_train", type=int, default=6000, help="images in train2017")
-    parser.add_argument("--num_val", type=int, default=500, help="images in val2017")
-    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the whole dataset")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that draw")
-    return parser.parse_args(argv)
+    parser.add_argument("--num_train", type=positive_int, default=6000, help="images in train2017")
+    parser.add_argument("--num_val", type=positive_int, default=500, help="images in val2017")
+    parser.add_argument("--size", type=positive_int, default=64, help="side of the images in pixels")
+    parser.add_argument("--seed", type=nonnegative_int, default=0, help="seed of the whole dataset")
+    parser.add_argument("--num_workers", type=nonnegative_int, default=2, help="processes that draw")
+    return parse_checked(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,14 +24,13 @@ from typing import Any
 from torch import Tensor
 
 from engine.cli.arguments_rl import rl_parser
-from engine.cli.build import Prepared
+from engine.cli.build import PreparedRun
 from engine.cli.build_rl import build_rl
 from engine.cli.main import run_main
 from engine.cli.validate import validate_rl_args
-from engine.rl.held_out import HeldOutEvaluation, RolloutPreview
-from engine.rl.step import GrpoStep, Pass
-from engine.train.loop import Position
+from engine.rl.step import GrpoStep, ScoredPass
 from engine.train.parallel import gradient_sync
+from engine.train.state import Position
 from models.policy import ElboEstimator
 from util.distributed import DistInfo
 from util.rng import generator
@@ -53,42 +52,34 @@ class PaperStep(GrpoStep):
                 "the released loss is for --kl_coef 0 and --rl_step_ratio 1, "
                 f"got {step.config.kl_coef} and {step.config.rl_step_ratio}"
             )
-        super().__init__(step.config, step.learner, step.worker, step.estimator, None, None, step.dist)
+        super().__init__(step.config, step.state, step.worker, step.estimator, None, None, step.dist, step.observers)
         self.one_mask = replace(step.estimator, num_masks=1)
 
     def optimizer_step(
-        self, passes: Sequence[Pass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
+        self, passes: Sequence[ScoredPass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
     ) -> None:
         """As in GRPO, but every inner step has draws of its own."""
         fresh = [self._redrawn(each, (position.step, inner, index)) for index, each in enumerate(passes)]
         super().optimizer_step(fresh, batches, rl_share, position, inner)
 
-    def rl_backward(self, scored: Pass, weight: float, is_last: bool) -> None:
+    def rl_backward(self, scored: ScoredPass, weight: float, is_last: bool) -> None:
         with gradient_sync(self._synced(), is_last):
-            current = self._outputs(self.learner.wrapped, scored.samples, scored.draws)
+            current = self._outputs(self.state.wrapped, scored.samples, scored.draws)
             loss = weighted_error(current.log_prob, scored.advantages)
             (weight * loss).backward()
         self._note({"policy_loss": loss, "loss": loss})
 
-    def _redrawn(self, scored: Pass, key: Sequence[int]) -> Pass:
+    def _redrawn(self, scored: ScoredPass, key: Sequence[int]) -> ScoredPass:
         draws = generator(self.config.seed, "released loss", *key, self.dist.rank)
         (fresh,) = self.one_mask.draw(scored.samples, draws)
         return replace(scored, draws=fresh)
 
 
-def build(args: argparse.Namespace, dist: DistInfo) -> Prepared:
-    """main_rl.py's stage 3 with a `PaperStep`, which pictures and evaluation then look at."""
+def build(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
+    """main_rl.py's stage 3 with a `PaperStep`."""
     prepared = build_rl(args, dist)
-    run = prepared.run
-    assert isinstance(run.step, GrpoStep)
-    step = PaperStep(run.step)
-    preview, evaluate = run.preview, run.evaluate
-    if isinstance(preview, RolloutPreview):
-        preview = replace(preview, step=step)
-    if isinstance(evaluate, HeldOutEvaluation):
-        step.rewards_since_evaluation = evaluate.step.rewards_since_evaluation  # as restored; checkpoints write it
-        evaluate = replace(evaluate, step=step)
-    return replace(prepared, run=replace(run, step=step, preview=preview, evaluate=evaluate))
+    assert isinstance(prepared.run.step, GrpoStep)
+    return replace(prepared, run=replace(prepared.run, step=PaperStep(prepared.run.step)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

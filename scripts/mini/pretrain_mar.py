@@ -24,18 +24,21 @@ from engine.checkpoint.resume import Identity, check_identity, find_source, load
 from engine.cli.build import saver
 from engine.data.inputs import ClassBatch, ClassInputs
 from engine.sample.generate import generate_class_images
-from engine.train.loop import Learner, SupervisedStep, TrainConfig, TrainingRun, train
+from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
+from engine.train.state import TrainState
 from models.frozen.vae import LatentCodec
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import render_single
+from util.config import parse_checked
 from util.distributed import DistInfo, init_distributed
 from util.ema import Ema
 from util.images import make_grid, save_png, to_model_range
 from util.logging import MetricWriter, progress, setup_logging
+from util.ranges import fraction, nonnegative_int, positive_float, positive_int
 from util.rng import derive_seed, generator
 from util.signals import StopRequest
 
@@ -50,15 +53,15 @@ def parser() -> argparse.ArgumentParser:
     add("--vae_path", default="pretrained_models/mini/vae/kl8_mini.ckpt", help="the mini VAE (LDM layout)")
     add("--output", default="pretrained_models/mini/mar_mini.safetensors", help="where the weights go (float16)")
     add("--work_dir", default="output/mini_pretrain", help="run folder: log, metrics, state to continue from, samples")
-    add("--num_images", type=int, default=6000, help="images drawn, the same number of each class")
-    add("--steps", type=int, default=1500, help="optimizer steps")
-    add("--batch_size", type=int, default=48)
-    add("--lr", type=float, default=1e-3, help="peak rate; warmup over 2 epochs, then half a cosine")
-    add("--ema_rate", type=float, default=0.998)
-    add("--diffusion_batch_mul", type=int, default=4, help="timesteps per token and image")
+    add("--num_images", type=positive_int, default=6000, help="images drawn, the same number of each class")
+    add("--steps", type=positive_int, default=1500, help="optimizer steps")
+    add("--batch_size", type=positive_int, default=48)
+    add("--lr", type=positive_float, default=1e-3, help="peak rate; warmup over 2 epochs, then half a cosine")
+    add("--ema_rate", type=fraction, default=0.998)
+    add("--diffusion_batch_mul", type=positive_int, default=4, help="timesteps per token and image")
     add("--precision", choices=["fp32", "bf16"], default="bf16")
-    add("--num_threads", type=int, default=2)
-    add("--seed", type=int, default=0)
+    add("--num_threads", type=positive_int, default=2)
+    add("--seed", type=nonnegative_int, default=0)
     add("--device", default="cpu")
     return result
 
@@ -99,12 +102,12 @@ def draw(index: int, size: int, seed: int) -> np.ndarray:
     return render_single(rng, CLASSES[index % len(CLASSES)].id, size).image
 
 
-def build_learner(args: argparse.Namespace, config: StructMARConfig, dist: DistInfo) -> Learner:
+def build_train_state(args: argparse.Namespace, config: StructMARConfig, dist: DistInfo) -> TrainState:
     torch.manual_seed(derive_seed(args.seed, "init"))
     model = StructMAR(config).to(dist.device)
     trainable = select_trainable(model, STAGE)
     optimizer = build_optimizer(trainable, args.lr, weight_decay=0.02)
-    return Learner(model, model, trainable, optimizer, Ema(trainable, args.ema_rate))
+    return TrainState(model, model, trainable, optimizer, Ema(trainable, args.ema_rate))
 
 
 def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
@@ -114,9 +117,9 @@ def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     identity = Identity(config, codec.id, codec.latent_scale, "", ())
     source = find_source(args.work_dir, "", auto_resume=True, stage=STAGE)
     check_identity(source, identity)
-    learner = build_learner(args, config, dist)
-    load_weights(learner.model, source, STAGE)
-    restore(learner, source)
+    state = build_train_state(args, config, dist)
+    load_weights(state.model, source, STAGE)
+    restore(state, source)
     moments, labels = draw_and_encode(codec, args.num_images, config.img_size, args.seed)
     logger.info("standard deviation of the scaled latents: %.3f", float(codec.mode(moments).std()))
     batches = SingleObjects(moments, labels, args.batch_size, args.seed)
@@ -126,20 +129,20 @@ def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     )
     run = TrainingRun(
         config=settings,
-        learner=learner,
+        state=state,
         schedule=LrSchedule(args.lr, args.lr / 50, 2, args.steps / len(batches), "cosine"),
         batches=batches,
-        step=SupervisedStep(settings, learner, ClassInputs(codec, 0.1, args.seed, dist.device), dist),
+        step=SupervisedStep(settings, state, ClassInputs(codec, 0.1, args.seed, dist.device), dist),
         dist=dist,
-        save=saver(learner, Path(args.work_dir), STAGE, identity, vars(args), args.batch_size, dist),
+        save=saver(state, Path(args.work_dir), STAGE, identity, vars(args), args.batch_size, dist),
     )
     start = resumed_position(source, args.batch_size, 1, len(batches))
     with StopRequest() as stop, MetricWriter(Path(args.work_dir), dist.rank, start.step) as writer:
         signum = train(run, start, writer, stop)
     if signum is None:
-        with learner.ema.applied():
-            write_weights(learner.model, Path(args.output))
-            write_samples(learner.model, codec, Path(args.work_dir) / "samples.png", args.seed)
+        with state.ema.applied():
+            write_weights(state.model, Path(args.output))
+            write_samples(state.model, codec, Path(args.work_dir) / "samples.png", args.seed)
     return signum
 
 
@@ -161,7 +164,7 @@ def write_samples(model: StructMAR, codec: LatentCodec, path: Path, seed: int) -
 
 
 def main() -> int:
-    args = parser().parse_args()
+    args = parse_checked(parser())
     torch.set_num_threads(args.num_threads)
     dist = init_distributed(args.device)
     setup_logging(Path(args.work_dir), dist.rank)

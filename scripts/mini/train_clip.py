@@ -32,6 +32,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from models.frozen.text import TextEncoder
 from scripts.mini.tokenizer import build_tokenizer, save_tokenizer
 from scripts.mini.training import batch_indices, learning_rate, load_images, load_state, save_state, to_float
+from util.config import parse_checked
+from util.ranges import nonnegative_float, nonnegative_int, positive_float, positive_int
 from util.rng import derive_seed, generator
 
 MAX_TOKENS = 77
@@ -57,19 +59,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/mini_coco"), help="COCO folder of the mini world")
     parser.add_argument("--output", type=Path, default=Path("pretrained_models/mini/clip-text-mini"))
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--warmup", type=int, default=60, help="steps of linear warmup")
-    parser.add_argument("--width", type=int, default=64, help="width of text encoder and image tower")
-    parser.add_argument("--depth", type=int, default=2, help="layers of the text encoder")
-    parser.add_argument("--word_weight", type=float, default=0.2, help="weight of each word prediction loss")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save_freq", type=int, default=200, help="steps between saved states")
-    parser.add_argument("--log_freq", type=int, default=50)
-    parser.add_argument("--max_images", type=int, default=None, help="use the first images only")
+    parser.add_argument("--steps", type=positive_int, default=1200)
+    parser.add_argument("--batch_size", type=positive_int, default=64)
+    parser.add_argument("--lr", type=positive_float, default=1.5e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--warmup", type=nonnegative_int, default=60, help="steps of linear warmup")
+    parser.add_argument("--width", type=positive_int, default=64, help="width of text encoder and image tower")
+    parser.add_argument("--depth", type=positive_int, default=2, help="layers of the text encoder")
+    parser.add_argument(
+        "--word_weight", type=nonnegative_float, default=0.2, help="weight of each word prediction loss"
+    )
+    parser.add_argument("--seed", type=nonnegative_int, default=0)
+    parser.add_argument("--save_freq", type=positive_int, default=200, help="steps between saved states")
+    parser.add_argument("--log_freq", type=positive_int, default=50)
+    parser.add_argument("--max_images", type=positive_int, default=None, help="use the first images only")
     parser.add_argument("--overwrite", action="store_true", help="train again although the output is there")
-    return parser.parse_args(argv)
+    return parse_checked(parser, argv)
 
 
 def load_captioned(root: Path, split: str, max_images: int | None) -> Captioned:

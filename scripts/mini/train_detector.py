@@ -48,6 +48,8 @@ from models.frozen.faster_rcnn import (
 )
 from scripts.mini.training import batch_indices, learning_rate, load_images, load_state, save_state
 from util.checkpoint import save_atomic
+from util.config import parse_checked
+from util.ranges import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from util.rng import derive_seed, generator
 from util.types import Category
 
@@ -69,18 +71,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/mini_coco"), help="COCO folder of make_dataset")
     parser.add_argument("--output", type=Path, default=Path(f"pretrained_models/mini/{SMALL}.pth"))
     parser.add_argument("--arch", choices=(SMALL, SMALL_FPN), default=SMALL)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--warmup", type=int, default=100, help="steps of linear warmup")
-    parser.add_argument("--weight_decay", type=float, default=1e-3)
-    parser.add_argument("--soften_prob", type=float, default=0.4, help="share of images made soft or noisy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save_freq", type=int, default=250, help="steps between saved states")
-    parser.add_argument("--log_freq", type=int, default=50)
-    parser.add_argument("--max_images", type=int, default=None, help="use the first images of each split only")
+    parser.add_argument("--steps", type=positive_int, default=1200)
+    parser.add_argument("--batch_size", type=positive_int, default=16)
+    parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--warmup", type=nonnegative_int, default=100, help="steps of linear warmup")
+    parser.add_argument("--weight_decay", type=nonnegative_float, default=1e-3)
+    parser.add_argument("--soften_prob", type=fraction, default=0.4, help="share of images made soft or noisy")
+    parser.add_argument("--seed", type=nonnegative_int, default=0)
+    parser.add_argument("--save_freq", type=positive_int, default=250, help="steps between saved states")
+    parser.add_argument("--log_freq", type=positive_int, default=50)
+    parser.add_argument("--max_images", type=positive_int, default=None, help="use the first images of each split only")
     parser.add_argument("--overwrite", action="store_true", help="train again although the output is there")
-    return parser.parse_args(argv)
+    return parse_checked(parser, argv)
 
 
 def load_split(folder: Path, split: str, max_images: int | None) -> Boxes:

@@ -45,6 +45,8 @@ from scripts.mini.training import (
     to_float,
 )
 from util.checkpoint import save_atomic
+from util.config import parse_checked
+from util.ranges import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
 from util.rng import derive_seed, generator
 
 
@@ -52,26 +54,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/mini_coco"), help="folder with train2017 and val2017")
     parser.add_argument("--output", type=Path, default=Path("pretrained_models/mini/vae/kl8_mini.ckpt"))
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--warmup", type=int, default=100, help="steps of linear warmup")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 48, 56, 56], help="channels per level")
-    parser.add_argument("--groups", type=int, default=8, help="GroupNorm groups")
-    parser.add_argument("--latent_channels", type=int, default=16)
-    parser.add_argument("--kl_weight", type=float, default=1e-3)
-    parser.add_argument("--mse_weight", type=float, default=4.0)
-    parser.add_argument("--edge_weight", type=float, default=0.25)
-    parser.add_argument("--latent_noise", type=float, default=0.15, help="largest extra noise, in stds of the latents")
-    parser.add_argument("--ema_rate", type=float, default=0.998)
+    parser.add_argument("--steps", type=positive_int, default=2200)
+    parser.add_argument("--batch_size", type=positive_int, default=16)
+    parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--warmup", type=nonnegative_int, default=100, help="steps of linear warmup")
+    parser.add_argument("--widths", type=positive_int, nargs="+", default=[32, 48, 56, 56], help="channels per level")
+    parser.add_argument("--groups", type=positive_int, default=8, help="GroupNorm groups")
+    parser.add_argument("--latent_channels", type=positive_int, default=16)
+    parser.add_argument("--kl_weight", type=nonnegative_float, default=1e-3)
+    parser.add_argument("--mse_weight", type=nonnegative_float, default=4.0)
+    parser.add_argument("--edge_weight", type=nonnegative_float, default=0.25)
+    parser.add_argument(
+        "--latent_noise", type=nonnegative_float, default=0.15, help="largest extra noise, in stds of the latents"
+    )
+    parser.add_argument("--ema_rate", type=fraction, default=0.998)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of the forward pass")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=nonnegative_int, default=0)
     parser.add_argument("--init", type=Path, default=None, help="start from the weights of this VAE file")
-    parser.add_argument("--save_freq", type=int, default=250, help="steps between saved states")
-    parser.add_argument("--log_freq", type=int, default=50)
-    parser.add_argument("--max_images", type=int, default=None, help="use the first images only")
+    parser.add_argument("--save_freq", type=positive_int, default=250, help="steps between saved states")
+    parser.add_argument("--log_freq", type=positive_int, default=50)
+    parser.add_argument("--max_images", type=positive_int, default=None, help="use the first images only")
     parser.add_argument("--overwrite", action="store_true", help="train again although the output is there")
-    return parser.parse_args(argv)
+    return parse_checked(parser, argv)
 
 
 def edges(images: Tensor) -> tuple[Tensor, Tensor]:

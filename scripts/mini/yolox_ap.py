@@ -20,6 +20,8 @@ from models.frozen.faster_rcnn import BoxDetector, DetectorSettings, load_detect
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import Scene, render_scene
 from util.boxes import xyxy_to_xywh
+from util.config import parse_checked
+from util.ranges import nonnegative_int, positive_int
 
 SETTINGS = DetectorSettings(min_score=0.01, nms_iou=0.45)
 
@@ -52,10 +54,10 @@ def ground_truth(scenes: Sequence[Scene]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", type=Path, required=True, help="YOLOX ONNX file")
-    parser.add_argument("--num_scenes", type=int, default=150, help="number of scenes")
-    parser.add_argument("--size", type=int, default=256, help="resolution at which scenes are drawn")
-    parser.add_argument("--seed", type=int, default=1000, help="seed of the scenes")
-    args = parser.parse_args()
+    parser.add_argument("--num_scenes", type=positive_int, default=150, help="number of scenes")
+    parser.add_argument("--size", type=positive_int, default=256, help="resolution at which scenes are drawn")
+    parser.add_argument("--seed", type=nonnegative_int, default=1000, help="seed of the scenes")
+    args = parse_checked(parser)
     detector = load_detector(args.detector, settings=SETTINGS)
     scenes = [render_scene(np.random.default_rng((args.seed, index)), args.size) for index in range(args.num_scenes)]
     truth = ground_truth(scenes)

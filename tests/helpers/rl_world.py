@@ -17,9 +17,9 @@ from engine.data.inputs import StepInputs
 from engine.rl.rewards import RewardBatch
 from engine.rl.rollout import Rollout, RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
-from engine.train.loop import Learner, Position
 from engine.train.optim import build_optimizer
 from engine.train.parallel import wrap
+from engine.train.state import Position, TrainState
 from models.frozen.detections import Detections
 from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator, collect_samples
 from models.sampling.config import SamplingConfig
@@ -79,6 +79,18 @@ class TokenWorker:
         )
 
 
+@dataclass
+class Seen:
+    """A `RolloutObserver` that keeps everything."""
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+    def __call__(self, rollouts: Sequence[Rollout], mean_reward: float) -> None:
+        self.rollouts += rollouts
+        self.rewards.append(mean_reward)
+
+
 def variant(mode: str = "full", **overrides: Any) -> StructMAR:
     """tests/engine/train/test_loop.py's model, the same weights in another configuration."""
     model = StructMAR(replace(tiny_model().config, **overrides))
@@ -87,13 +99,13 @@ def variant(mode: str = "full", **overrides: Any) -> StructMAR:
     return model.eval()
 
 
-def learner_of(model: StructMAR, estimator: Estimator, dist: DistInfo = CPU, lr: float = 1e-3) -> Learner:
+def train_state_of(model: StructMAR, estimator: Estimator, dist: DistInfo = CPU, lr: float = 1e-3) -> TrainState:
     """As engine/cli/build.py's; --ema_rate .9. dist: with more than one process, DDP if they have joined a group."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     world_size = dist.world_size if torch.distributed.is_initialized() else 1
     called = Policy(model, estimator)
     wrapped = called if isinstance(model, FSDPModule) else wrap(called, dist.device, world_size)
-    return Learner(model, wrapped, trainable, build_optimizer(trainable, lr, 0.0), Ema(trainable, 0.9))
+    return TrainState(model, wrapped, trainable, build_optimizer(trainable, lr, 0.0), Ema(trainable, 0.9))
 
 
 def frozen_copy(model: StructMAR) -> StructMAR:
@@ -106,16 +118,18 @@ def grpo_step(
     reward: TokenReward = brightness,
     dist: DistInfo = CPU,
     lr: float = 1e-3,
+    seen: Seen | None = None,
     **settings: Any,
 ) -> GrpoStep:
-    """A step on `model` (None: a new one) with a reference of equal weights, unless kl_coef is 0."""
+    """A step on `model` (None: a new one) with a reference of equal weights, unless kl_coef is 0. seen: observes it."""
     model = variant() if model is None else model
     chosen = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
     config = replace(SETTINGS, **settings)
     worker = cast(RolloutWorker, TokenWorker(model, reward, needs_trace=chosen.needs_trace))
     reference = None if config.kl_coef == 0 else frozen_copy(model)
     make_inputs = None if config.rl_step_ratio == 1 else lambda batch, epoch, draws: batch
-    return GrpoStep(config, learner_of(model, chosen, dist, lr), worker, chosen, reference, make_inputs, dist)
+    state, observers = train_state_of(model, chosen, dist, lr), [] if seen is None else [seen]
+    return GrpoStep(config, state, worker, chosen, reference, make_inputs, dist, observers)
 
 
 def worker_of(step: GrpoStep) -> TokenWorker:
@@ -139,10 +153,10 @@ def recorded_gradients(step: GrpoStep) -> Iterator[list[dict[str, Tensor]]]:
     seen: list[dict[str, Tensor]] = []
 
     def note(*_: Any) -> None:
-        given = {name: parameter.grad for name, parameter in step.learner.trainable.items()}
+        given = {name: parameter.grad for name, parameter in step.state.trainable.items()}
         seen.append({name: gradient.detach().clone() for name, gradient in given.items() if gradient is not None})
 
-    handle = step.learner.optimizer.register_step_pre_hook(note)
+    handle = step.state.optimizer.register_step_pre_hook(note)
     try:
         yield seen
     finally:
@@ -163,4 +177,4 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def poison(step: GrpoStep, name: str = "decoder_embed.weight") -> torch.utils.hooks.RemovableHandle:
     """From now on one gradient is NaN."""
-    return step.learner.trainable[name].register_hook(lambda gradient: gradient * torch.nan)
+    return step.state.trainable[name].register_hook(lambda gradient: gradient * torch.nan)

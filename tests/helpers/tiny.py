@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from engine.checkpoint.resume import Identity, checkpoint_content
-from engine.train.loop import Learner, Position
+from engine.train.state import Position, TrainState
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec, VaeConfig, build_autoencoder, ldm_checkpoint
 from models.structmar import StructMAR, StructMARConfig
@@ -113,5 +113,5 @@ def write_checkpoint(world: World, path: Path, config: StructMARConfig = CONFIG,
     categories = CATEGORIES[: config.num_categories]
     text_id = TextEncoder.load(world.clip).id if config.text_dim else ""
     identity = Identity(config, LatentCodec.load(world.vae).id, 0.5, text_id, categories)
-    learner = Learner(model, model, trainable, optimizer, ema)
-    save_atomic(checkpoint_content(learner, Position(2, 7, 0), stage, identity, {}, 4), path)
+    state = TrainState(model, model, trainable, optimizer, ema)
+    save_atomic(checkpoint_content(state, Position(2, 7, 0), stage, identity, {}, 4), path)

@@ -69,12 +69,6 @@ def test_a_restored_guard_goes_on_as_if_never_interrupted(cut):
 
 
 def test_bad_values_are_refused():
-    with pytest.raises(ValueError, match="'shout'"):
-        OverOptimisationGuard("shout")
-    with pytest.raises(ValueError, match="guard_drop .* 2"):
-        OverOptimisationGuard("warn", drop=2)
-    with pytest.raises(ValueError, match="guard_patience .* 0"):
-        OverOptimisationGuard("warn", patience=0)
     guard = OverOptimisationGuard("warn")
     with pytest.raises(ValueError, match="AP50 .* nan"):
         guard.update(1, 0.5, float("nan"))

@@ -188,8 +188,6 @@ def test_construction_refuses() -> None:
     judge, settings = colour_judge(), RewardSettings()
     with pytest.raises(ValueError, match="quality is 0.5, but there is no quality function"):
         LayoutReward(judge, CATEGORIES, RewardWeights(quality=0.5), settings, 2)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        LayoutReward(judge, CATEGORIES, RewardWeights(), settings, 0)
     more = [*CATEGORIES, Category(40, "unicorn")]
     blind = Judge.of(ColourDetector(), more, skipped=["unicorn"])
     with pytest.raises(ValueError, match=r"\(colours\) cannot reward unicorn"):

@@ -11,12 +11,13 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from engine.rl.step import GrpoStep
-from engine.train.loop import Position
 from engine.train.parallel import gathered, shard
+from engine.train.state import Position
 from tests.engine.train.test_loop import tiny_inputs
 from tests.engine.train.test_parallel import assert_close, in_two_processes
 from tests.helpers.rl_world import (
     ESTIMATORS,
+    Seen,
     TokenReward,
     brightness,
     grpo_step,
@@ -45,7 +46,7 @@ def update(rank: int, estimator: str, reward: TokenReward, **settings: Any) -> d
         take_own(step)
         take_own(step, 1)
     assert len(seen) == 2
-    return {**seen[0], **{f"weight {name}": tensor for name, tensor in weights(step.learner.model).items()}}
+    return {**seen[0], **{f"weight {name}": tensor for name, tensor in weights(step.state.model).items()}}
 
 
 def gradients_of(found: dict[str, Any]) -> dict[str, Any]:
@@ -102,10 +103,10 @@ def test_a_process_whose_groups_teach_nothing_takes_part() -> None:
 def test_nan_on_one_process_skips_on_both() -> None:
     def run(rank: int) -> dict[str, Any]:
         step = grpo_step(None, "elbo", dist=info(rank))
-        before = weights(step.learner.model)
+        before = weights(step.state.model)
         poisoned = poison(step) if rank == 1 else None
         skipped = take_own(step)["skipped"]
-        is_unchanged = all(torch.equal(before[name], each) for name, each in step.learner.model.state_dict().items())
+        is_unchanged = all(torch.equal(before[name], each) for name, each in step.state.model.state_dict().items())
         if poisoned is not None:
             poisoned.remove()
         return {"skipped": [skipped, take_own(step, 1)["skipped"]], "is_unchanged": is_unchanged}
@@ -119,8 +120,8 @@ def test_the_norm_is_judged_on_all_processes() -> None:
 
     def run(rank: int) -> dict[str, Any]:
         step = grpo_step(None, "elbo", dist=info(rank))
-        step.learner.optimizer.zero_grad()
-        for parameter in step.learner.trainable.values():
+        step.state.optimizer.zero_grad()
+        for parameter in step.state.trainable.values():
             parameter.grad = torch.full_like(parameter, torch.inf if rank == 1 else 1.0)
         step.optimizer_step([], [], 1.0, Position(), 0)
         return step.read()
@@ -132,20 +133,21 @@ def test_processes_sample_and_draw_their_own_noise_and_share_the_statistics() ->
     """The same prompts on both: other images, other estimator draws; the batch's std and the guard's reward are one."""
 
     def run(rank: int) -> dict[str, Any]:
-        step = grpo_step(None, "elbo", dist=info(rank), adv_norm="batch")
+        seen = Seen()
+        step = grpo_step(None, "elbo", dist=info(rank), adv_norm="batch", seen=seen)
         batch = cast(Any, tiny_inputs(2))
         step.take(Position(), iter([batch]))
-        assert step.last_rollout is not None
-        passes = step.score(step.last_rollout, 0, 0)
-        noise, rewards = passes[0].draws.noise, step.last_rollout.grouped_rewards()
+        (rollout,) = seen.rollouts
+        passes = step.score(rollout, 0, 0)
+        noise, rewards = passes[0].draws.noise, rollout.grouped_rewards()
         assert noise is not None
         return {
-            "tokens": step.last_rollout.samples.tokens,
-            "orders": step.last_rollout.samples.orders,
+            "tokens": rollout.samples.tokens,
+            "orders": rollout.samples.orders,
             "noise": noise.flatten()[:64],
             "rewards": rewards,
             "advantages": passes[0].advantages.view_as(rewards),
-            "heard": step.rewards_since_evaluation[0],
+            "heard": seen.rewards[0],
         }
 
     first, second = in_two_processes(run)

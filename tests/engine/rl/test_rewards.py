@@ -198,36 +198,9 @@ def test_total_is_the_weighted_sum() -> None:
     np.testing.assert_allclose(total_reward(with_quality, weights), [expected + 1, 2])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"miss": -0.1}, "miss .* got -0.1"), ({"iou": math.nan}, "iou .* got nan"), ({"quality": math.inf}, "quality")],
-)
-def test_weights_refuse(changes: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RewardWeights(**changes)
-
-
 def test_weights_that_are_all_zero_teach_nothing() -> None:
     with pytest.raises(ValueError, match="all reward weights are 0"):
         RewardWeights(0, 0, 0, 0, 0, 0)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"min_score": -0.1},
-        {"min_score": 1.1},
-        {"full_credit_score": 0.0},
-        {"full_credit_score": 1.5},
-        {"iou_floor": 1.0},
-        {"iou_floor": -0.1},
-        {"iou_floor": math.nan},
-    ],
-)
-def test_settings_refuse(changes: dict[str, float]) -> None:
-    ((name, value),) = changes.items()
-    with pytest.raises(ValueError, match=f"{name} .* got {value}"):
-        RewardSettings(**changes)
 
 
 def test_parts_refuse() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from engine.eval.online import OnlineEvaluation
 from engine.rl.guard import OverOptimisationGuard
 from engine.rl.held_out import HeldOutEvaluation
-from engine.rl.step import MAX_SKIPPED, GrpoStep
-from engine.train.loop import Position
+from engine.rl.step import MAX_SKIPPED
+from engine.train.state import Position
 from tests.helpers.rl_world import (
     ESTIMATORS,
+    Seen,
     batches,
     gradient_of_update,
     grpo_step,
@@ -115,7 +115,7 @@ def test_the_update_raises_log_probabilities_of_the_better_images() -> None:
     gains = []
     for each in passes:
         with torch.no_grad():
-            log_prob = step.estimator.log_probs(step.learner.model, each.samples, each.draws).log_prob
+            log_prob = step.estimator.log_probs(step.state.model, each.samples, each.draws).log_prob
         gains.append((each.advantages * (log_prob - each.old.log_prob).mean((1, 2))).mean())
     assert min(gains) > 0
 
@@ -125,7 +125,7 @@ def test_the_update_raises_log_probabilities_of_the_better_images() -> None:
 
 def test_at_ratio_one_no_image_is_read() -> None:
     step = grpo_step(rl_step_ratio=1.0)
-    losses = count_calls(step.learner.model)
+    losses = count_calls(step.state.model)
     assert step.make_inputs is None
     values = take(step)
     assert not losses and len(worker_of(step).keys) == 1
@@ -134,15 +134,16 @@ def test_at_ratio_one_no_image_is_read() -> None:
 
 @pytest.mark.parametrize("mix", ["loss", "step"])
 def test_at_ratio_zero_nothing_is_sampled(mix: str) -> None:
-    step = grpo_step(rl_step_ratio=0.0, mix=mix, inner_epochs=3)
-    losses = count_calls(step.learner.model)
-    before = weights(step.learner.model)
+    seen = Seen()
+    step = grpo_step(rl_step_ratio=0.0, mix=mix, inner_epochs=3, seen=seen)
+    losses = count_calls(step.state.model)
+    before = weights(step.state.model)
     assert step.take(Position(), batches(2)) == 4  # images
     values = step.read()
-    assert not worker_of(step).keys and step.last_rollout is None and not step.rewards_since_evaluation
+    assert not worker_of(step).keys and not seen.rollouts and not seen.rewards
     assert len(losses) == 2  # one per batch: there are no inner epochs without a rollout
     assert math.isnan(values["reward"]) and math.isfinite(values["sft_loss"])
-    assert not torch.equal(before["decoder_embed.weight"], step.learner.model.decoder_embed.weight)
+    assert not torch.equal(before["decoder_embed.weight"], step.state.model.decoder_embed.weight)
 
 
 @both_estimators
@@ -156,7 +157,7 @@ def test_mixed_losses_have_mixed_gradients(estimator: str) -> None:
 
 def test_mixed_steps_are_of_one_kind_each() -> None:
     step = grpo_step(rl_step_ratio=0.5, mix="step")
-    losses, kinds = count_calls(step.learner.model), []
+    losses, kinds = count_calls(step.state.model), []
     for number in range(8):
         num_rollouts, num_losses = len(worker_of(step).keys), len(losses)
         values = take(step, number)
@@ -213,17 +214,17 @@ def test_dropout_is_off_but_for_the_sft_part(estimator: str, checkpointing: bool
 def test_reference_and_frozen_head_stay_and_the_average_follows(estimator: str) -> None:
     step = grpo_step(variant("backbone"), estimator, inner_epochs=2)
     assert step.reference is not None
-    start, held = weights(step.learner.model), weights(step.reference)
-    averages = {name: tensor.clone() for name, tensor in step.learner.ema.state_dict().items()}
+    start, held = weights(step.state.model), weights(step.reference)
+    averages = {name: tensor.clone() for name, tensor in step.state.ema.state_dict().items()}
     assert not any(name.startswith(HEAD) for name in averages)
     for number in range(2):
         take(step, number)
     assert_same(weights(step.reference), held)
-    for name, tensor in step.learner.model.state_dict().items():
+    for name, tensor in step.state.model.state_dict().items():
         if name.startswith(HEAD):
             assert torch.equal(tensor, start[name]), name
-    moved = step.learner.trainable["decoder_embed.weight"].detach() - start["decoder_embed.weight"]
-    followed = step.learner.ema.state_dict()["decoder_embed.weight"] - averages["decoder_embed.weight"]
+    moved = step.state.trainable["decoder_embed.weight"].detach() - start["decoder_embed.weight"]
+    followed = step.state.ema.state_dict()["decoder_embed.weight"] - averages["decoder_embed.weight"]
     assert 0 < float(followed.norm()) < float(moved.norm())
     assert float((followed * moved).sum()) > 0
 
@@ -253,22 +254,22 @@ def test_no_inference_tensor_and_no_old_gradient_reaches_the_update(estimator: s
 
 def test_a_step_without_a_finite_gradient_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     step = grpo_step()
-    before, averages = weights(step.learner.model), dict(step.learner.ema.state_dict())
+    before, averages = weights(step.state.model), dict(step.state.ema.state_dict())
     averages = {name: tensor.clone() for name, tensor in averages.items()}
     poisoned = poison(step)
     with caplog.at_level(logging.WARNING):
         values = take(step, 3)
     assert values["skipped"] == 1.0 and "grad_norm" in values and math.isnan(values["grad_norm"])
     assert "step 3: the gradient is not finite" in caplog.text
-    assert_same(weights(step.learner.model), before)
-    assert_same(step.learner.ema.state_dict(), averages)
-    assert not step.learner.optimizer.state
-    assert all(parameter.grad is None for parameter in step.learner.trainable.values())
+    assert_same(weights(step.state.model), before)
+    assert_same(step.state.ema.state_dict(), averages)
+    assert not step.state.optimizer.state
+    assert all(parameter.grad is None for parameter in step.state.trainable.values())
 
     poisoned.remove()
     values = take(step, 4)
     assert values["skipped"] == 0.0 and step.skipped_in_a_row == 0 and values["grad_norm"] > 0
-    assert not torch.equal(before["decoder_embed.weight"], step.learner.model.decoder_embed.weight)
+    assert not torch.equal(before["decoder_embed.weight"], step.state.model.decoder_embed.weight)
 
 
 def test_too_many_in_a_row_end_the_run() -> None:
@@ -300,20 +301,22 @@ class Scores:
 
 
 def held_out(mode: str, ap50: list[float]) -> HeldOutEvaluation:
-    step = cast(GrpoStep, SimpleNamespace(rewards_since_evaluation=[]))
-    return HeldOutEvaluation(cast(OnlineEvaluation, Scores(ap50)), OverOptimisationGuard(mode, patience=1), step)
+    return HeldOutEvaluation(cast(OnlineEvaluation, Scores(ap50)), OverOptimisationGuard(mode, patience=1))
 
 
 def hear(evaluation: HeldOutEvaluation, step: int, rewards: list[float]) -> str | None:
-    evaluation.step.rewards_since_evaluation.extend(rewards)
+    for reward in rewards:
+        evaluation.note([], reward)
     with MetricWriter(None) as writer:
         return evaluation(step, writer)
 
 
-def test_updates_note_their_mean_reward_for_the_guard() -> None:
-    step = grpo_step()
+def test_updates_hand_rollouts_and_their_mean_reward_to_observers() -> None:
+    seen = Seen()
+    step = grpo_step(seen=seen)
     logged = [take(step, number, count=2)["reward"] for number in range(2)]
-    assert step.rewards_since_evaluation == pytest.approx(logged)
+    assert seen.rewards == pytest.approx(logged)
+    assert [len(rollout) for rollout in seen.rollouts] == [2 * worker_of(step).group_size] * 4
 
 
 def test_rewards_are_handed_over_once() -> None:
@@ -321,7 +324,7 @@ def test_rewards_are_handed_over_once() -> None:
     assert hear(evaluation, 0, []) is None  # before the first update
     assert evaluation.guard.state()["best_reward"] is None
     assert hear(evaluation, 10, [1.0, 2.0]) is None
-    assert evaluation.guard.state()["best_reward"] == 1.5 and evaluation.step.rewards_since_evaluation == []
+    assert evaluation.guard.state()["best_reward"] == 1.5 and evaluation.rewards == []
     assert cast(Scores, evaluation.online).steps == [0, 10]
 
 
@@ -338,18 +341,17 @@ def test_only_the_guard_that_stops_ends_the_run(mode: str, caplog: pytest.LogCap
 def test_a_continued_run_hears_what_one_without_a_break_does() -> None:
     first = held_out("stop", [0.6, 0.5])
     hear(first, 10, [0.4])
-    first.step.rewards_since_evaluation.append(0.3)
+    first.note([], 0.3)
     state = first.state()
     assert state == {"guard": first.guard.state(), "rewards": [0.3]}
 
     second = held_out("stop", [0.5])
-    rewards = second.step.rewards_since_evaluation
     second.restore(None)
-    assert not rewards and second.guard.state()["best_ap50"] is None
+    assert not second.rewards and second.guard.state()["best_ap50"] is None
     second.restore(state)
-    assert second.step.rewards_since_evaluation is rewards and second.state() == state
-    rewards.append(0.9)
+    assert second.state() == state
+    second.note([], 0.9)
     state["rewards"].append(5.0)  # the checkpoint's own list
     assert second.state()["rewards"] == [0.3, 0.9]
-    first.step.rewards_since_evaluation.append(0.9)
+    first.note([], 0.9)
     assert hear(second, 20, []) == hear(first, 20, []) is not None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.data.inputs import StepInputs
-from engine.train.loop import Position
 from engine.train.optim import build_optimizer
+from engine.train.state import Position
 from models.policy import ElboEstimator, Estimator, TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig

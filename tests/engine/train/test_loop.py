@@ -12,9 +12,10 @@ import torch
 
 import engine.train.loop
 from engine.data.inputs import StepInputs
-from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig, TrainingRun, advance, backward_pass, train
+from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, backward_pass, next_position, train
 from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer, clip_gradients, parameter_groups
+from engine.train.state import Position, TrainState
 from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask
 from models.structmar import StructMAR, TrainingNoise, preset_config
@@ -115,15 +116,15 @@ class Tiny:
 def tiny_run(mode: str = "full", num_batches: int = 4, lr: float = 1e-3, **config: Any) -> Tiny:
     model = tiny_model(mode)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    learner = Learner(model, model, trainable, build_optimizer(trainable, lr, 0.02), Ema(trainable, 0.9))
+    state = TrainState(model, model, trainable, build_optimizer(trainable, lr, 0.02), Ema(trainable, 0.9))
     settings = TrainConfig(**({"seed": 1, "epochs": 2, "log_freq": 1, "save_epochs": 1} | config))
     tiny = Tiny(
         TrainingRun(
             settings,
-            learner,
+            state,
             LrSchedule(lr, 0.0, 0.0, settings.epochs, "constant"),
             FakeBatches([tiny_inputs(4, seed) for seed in range(num_batches)]),
-            SupervisedStep(settings, learner, lambda batch, epoch, draws: batch, CPU),
+            SupervisedStep(settings, state, lambda batch, epoch, draws: batch, CPU),
             CPU,
             lambda position: None,
         )
@@ -221,16 +222,16 @@ def test_bf16_keeps_weights_and_gradients_in_fp32():
 # --- the loop ------------------------------------------------------------------------------------------------------
 
 
-def test_advance_ends_epochs_at_whole_steps():
+def test_epochs_end_at_whole_steps():
     position = Position()
     for _ in range(3):
-        position = advance(position, accum_iter=2, steps_per_epoch=2)
+        position = next_position(position, accum_iter=2, steps_per_epoch=2)
     assert position == Position(epoch=1, step=3, batch=2)
 
 
 def test_loss_falls():
     tiny = tiny_run(num_batches=1, epochs=30, lr=5e-3, save_epochs=0, log_freq=30)
-    model, inputs = tiny.run.learner.model, tiny_inputs(4, 0)
+    model, inputs = tiny.run.state.model, tiny_inputs(4, 0)
     noise = model.sample_training_noise(4, torch.Generator().manual_seed(9), 0.7)
 
     def loss() -> float:
@@ -273,9 +274,9 @@ def test_an_epoch_without_a_step_is_an_error():
 
 def test_a_finished_run_stays_as_it_is():
     tiny = tiny_run()
-    before = {name: p.clone() for name, p in tiny.run.learner.trainable.items()}
+    before = {name: p.clone() for name, p in tiny.run.state.trainable.items()}
     assert tiny.train(Position(2, 8, 0)) is None
-    assert all(torch.equal(p, before[name]) for name, p in tiny.run.learner.trainable.items())
+    assert all(torch.equal(p, before[name]) for name, p in tiny.run.state.trainable.items())
 
 
 def test_a_signal_saves_in_the_middle_of_an_epoch():
@@ -283,7 +284,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch():
     take = tiny.run.step.make_inputs
 
     def count(batch: Any, epoch: int, draws: torch.Generator) -> StepInputs:
-        stop.signum = 15 if tiny.run.learner.optimizer.state else None  # from the second step on
+        stop.signum = 15 if tiny.run.state.optimizer.state else None  # from the second step on
         return take(batch, epoch, draws)
 
     tiny.run.step.make_inputs = count
@@ -293,11 +294,11 @@ def test_a_signal_saves_in_the_middle_of_an_epoch():
 
 def test_only_what_trains_changes():
     tiny = tiny_run(mode="text_layout", max_steps=2)
-    before = {name: p.clone() for name, p in tiny.run.learner.model.named_parameters()}
+    before = {name: p.clone() for name, p in tiny.run.state.model.named_parameters()}
     tiny.train()
-    changed = {name for name, p in tiny.run.learner.model.named_parameters() if not torch.equal(p, before[name])}
+    changed = {name for name, p in tiny.run.state.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed
-    assert changed <= set(tiny.run.learner.trainable) == set(tiny.run.learner.ema.state_dict())
+    assert changed <= set(tiny.run.state.trainable) == set(tiny.run.state.ema.state_dict())
 
 
 def test_a_step_reads_nothing_back(monkeypatch):
@@ -336,7 +337,7 @@ def test_a_loss_that_is_not_finite_raises(monkeypatch):
 
     def broken(*args: Any) -> torch.Tensor:
         loss = backward_pass(*args)
-        return loss * math.inf if tiny.run.learner.optimizer.state else loss
+        return loss * math.inf if tiny.run.state.optimizer.state else loss
 
     monkeypatch.setattr(engine.train.loop, "backward_pass", broken)
     with pytest.raises(FloatingPointError, match="loss is not finite at step 1 on rank 0"):

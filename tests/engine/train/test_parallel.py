@@ -19,13 +19,21 @@ from torch.distributed.tensor import DTensor
 import main_mar
 from engine.checkpoint.resume import Identity, Source, checkpoint_content, restore
 from engine.data.inputs import StepInputs
-from engine.train.loop import Learner, Position, backward_pass
+from engine.train.loop import backward_pass
 from engine.train.optim import build_optimizer, clip_gradients
 from engine.train.parallel import gathered, shard, unsharded, wrap
+from engine.train.state import Position, TrainState
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
 from models.structmar import StructMAR, TrainingNoise
-from tests.engine.train.test_loop import CONFIG, gradients, rows_of, rows_of_noise, tiny_inputs, tiny_model
+from tests.engine.train.test_loop import (
+    CONFIG,
+    gradients,
+    rows_of,
+    rows_of_noise,
+    tiny_inputs,
+    tiny_model,
+)
 from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
 from util.ema import Ema
 
@@ -116,31 +124,31 @@ def test_one_process_is_not_wrapped():
 # --- FSDP ----------------------------------------------------------------------------------------------------------
 
 
-def learner_of(model: StructMAR, world_size: int) -> Learner:
+def train_state_of(model: StructMAR, world_size: int) -> TrainState:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(trainable, 1e-3, 0.02)
-    return Learner(model, wrap(model, CPU, world_size), trainable, optimizer, Ema(trainable, 0.9))
+    return TrainState(model, wrap(model, CPU, world_size), trainable, optimizer, Ema(trainable, 0.9))
 
 
-def steps_of(learner: Learner, rows: slice, num_steps: int, first: int = 0) -> list[torch.Tensor]:
+def steps_of(state: TrainState, rows: slice, num_steps: int, first: int = 0) -> list[torch.Tensor]:
     """Steps on rows of made-up batches of four; returns the gradient norms."""
     norms = []
     for number in range(first, first + num_steps):
         inputs = tiny_inputs(4, seed=number)
-        noise = learner.model.sample_training_noise(4, torch.Generator().manual_seed(number), 0.7)
+        noise = state.model.sample_training_noise(4, torch.Generator().manual_seed(number), 0.7)
         noise = rows_of_noise(noise, rows)
-        backward_pass(learner.wrapped, rows_of(inputs, rows), noise, "fp32", 1, True)
-        norms.append(clip_gradients(learner.trainable.values(), 0.5))
-        learner.optimizer.step()
-        learner.optimizer.zero_grad(set_to_none=True)
-        learner.ema.update()
+        backward_pass(state.wrapped, rows_of(inputs, rows), noise, "fp32", 1, True)
+        norms.append(clip_gradients(state.trainable.values(), 0.5))
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update()
     return norms
 
 
 @pytest.mark.parametrize("mode", ["full", "text_layout"])
 def test_sharded_steps_and_checkpoints_are_those_of_one_process(mode):
     """Clipping by the global norm, AdamW and EMA on shards; the file continues in any number of processes."""
-    whole = learner_of(tiny_model(mode), 1)
+    whole = train_state_of(tiny_model(mode), 1)
     norms = steps_of(whole, slice(0, 4), 2)
     expected = checkpoint_content(whole, Position(0, 2, 2), mode, IDENTITY, {}, 4)
     expected = {name: {key: t.clone() for key, t in expected[name].items()} for name in ("model", "model_ema")}
@@ -150,18 +158,18 @@ def test_sharded_steps_and_checkpoints_are_those_of_one_process(mode):
         rows = slice(2 * rank, 2 * rank + 2)
         model = tiny_model(mode)
         shard(model, model.fsdp_units(), CPU, 2)
-        learner = learner_of(model, 2)
-        assert isinstance(learner.wrapped, FSDPModule)
+        state = train_state_of(model, 2)
+        assert isinstance(state.wrapped, FSDPModule)
         assert all(isinstance(p, DTensor) for p in model.parameters())
-        found_norms = steps_of(learner, rows, 2)
-        content = checkpoint_content(learner, Position(0, 2, 2), mode, IDENTITY, {}, 4)
+        found_norms = steps_of(state, rows, 2)
+        content = checkpoint_content(state, Position(0, 2, 2), mode, IDENTITY, {}, 4)
         everywhere = [content]
         dist.broadcast_object_list(everywhere)
 
         resumed_model = tiny_model(mode)
         resumed_model.load_state_dict(everywhere[0]["model"])
         shard(resumed_model, resumed_model.fsdp_units(), CPU, 2)
-        resumed = learner_of(resumed_model, 2)
+        resumed = train_state_of(resumed_model, 2)
         restore(resumed, Source("continue", Path("sharded.pth"), everywhere[0]))
         steps_of(resumed, rows, 1, first=2)
         return {

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.checkpoint.load import load_for_sampling
 from engine.data.inputs import StepInputs
-from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig, backward_pass
+from engine.train.loop import SupervisedStep, TrainConfig, backward_pass
 from engine.train.optim import build_optimizer
+from engine.train.state import Position, TrainState
 from models.blocks import attention
 from models.heads.diffloss import DiffusionNoise
 from models.heads.diffusion import add_noise, hybrid_loss
@@ -149,12 +150,12 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_waits_for_nothing(model: StructMAR, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    learner = Learner(model, model, trainable, build_optimizer(trainable, 0.0, 0.0), Ema(trainable, 0.9))
+    state = TrainState(model, model, trainable, build_optimizer(trainable, 0.0, 0.0), Ema(trainable, 0.9))
     drawn = model.sample_training_noise(BATCH, generator(7), 0.7)  # on the host
     monkeypatch.setattr(model, "sample_training_noise", lambda *_: drawn)
     config = TrainConfig(seed=1, epochs=1, precision=precision)
     dist = DistInfo(0, 1, 0, torch.device("cpu"))
-    step = SupervisedStep(config, learner, lambda batch, epoch, draws: batch, dist)
+    step = SupervisedStep(config, state, lambda batch, epoch, draws: batch, dist)
     batches = iter([inputs_of(model)])
     with Operations() as operations:
         step.take(Position(), batches)

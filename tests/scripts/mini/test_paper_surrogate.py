@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.rl.step import GrpoConfig, GrpoStep, Pass
-from engine.train.loop import Learner
+from engine.rl.step import GrpoConfig, GrpoStep, ScoredPass
+from engine.train.state import TrainState
 from models.policy import Draws, ElboEstimator, PolicyOutput, Samples, TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from scripts.mini.paper_surrogate import PaperStep
@@ -32,16 +32,16 @@ class OneWeight(torch.nn.Module):
 def grpo_step(policy: torch.nn.Module, estimator: Any, **changes: Any) -> GrpoStep:
     config = GrpoConfig(seed=1, total_updates=1, **({"kl_coef": 0.0} | changes))
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    learner: Any = Learner(policy, policy, dict(policy.named_parameters()), optimizer, None)  # type: ignore[arg-type]
+    state: Any = TrainState(policy, policy, dict(policy.named_parameters()), optimizer, None)  # type: ignore[arg-type]
     worker: Any = None
-    return GrpoStep(config, learner, worker, estimator, None, None, DistInfo(0, 1, 0, torch.device("cpu")))
+    return GrpoStep(config, state, worker, estimator, None, None, DistInfo(0, 1, 0, torch.device("cpu")))
 
 
-def scored() -> Pass:
+def scored() -> ScoredPass:
     orders = torch.stack([torch.arange(16), torch.arange(15, -1, -1)])
     samples = Samples(torch.zeros(2, 16, 4), orders, (4, 4), None, None)
     empty = torch.zeros(2, 0, dtype=torch.int64)
-    return Pass(samples, ADVANTAGES, Draws(empty, empty, empty, None, None, 0), PolicyOutput(empty, empty), None)
+    return ScoredPass(samples, ADVANTAGES, Draws(empty, empty, empty, None, None, 0), PolicyOutput(empty, empty), None)
 
 
 def test_the_released_loss_by_hand() -> None:

@@ -1,0 +1,85 @@
+"""What stages 1 and 2 hand in: all images of the split, the diffusion loss, previews and scores by epoch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engine.cli.build import (
+    Frozen,
+    PreparedRun,
+    Stage,
+    build_dataset,
+    build_online_evaluation,
+    build_pipeline,
+    build_train_state,
+    coco_inputs,
+    data_config,
+    prepare_run,
+    read_parts,
+)
+from engine.data.coco import CocoLayoutDataset
+from engine.data.scenes import Scene, scenes_from_dataset
+from engine.eval.previews import Preview
+from engine.train.loop import SupervisedStep, TrainConfig
+from models.structmar import StructMARConfig
+from util.distributed import DistInfo
+
+
+def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
+    """Everything main_mar.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
+    has_previews = args.online_eval or args.sample_freq > 0
+    stage = Stage(args.train_mode, build_images, has_previews, free_flags=("max_steps", "eval_freq"))
+    parts = read_parts(args, dist, stage)
+    scenes = build_scenes(args, parts.dataset) if has_previews else []
+    state = build_train_state(args, parts, args.train_mode)
+    pipeline = build_pipeline(parts, state)
+    preview = Preview(
+        pipeline, state.ema, scenes, parts.sampling, args.seed, args.eval_bsz, args.precision, dist,
+        Path(args.output_dir) / "samples",
+    )  # fmt: skip
+    config = train_config(args)
+    return prepare_run(
+        args,
+        parts,
+        state,
+        config,
+        step=SupervisedStep(config, state, coco_inputs(args, parts), dist),
+        preview=preview if has_previews else None,
+        evaluate=build_online_evaluation(args, parts, pipeline, state.ema),
+    )
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(
+        seed=args.seed,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        accum_iter=args.accum_iter,
+        precision=args.precision,
+        grad_clip=args.grad_clip,
+        mask_ratio_min=args.mask_ratio_min,
+        log_freq=args.log_freq,
+        save_epochs=args.save_last_freq,
+        save_steps=args.save_freq_steps,
+        preview_epochs=args.eval_freq if args.online_eval else 0,
+        preview_steps=args.sample_freq,
+    )
+
+
+def build_images(args: argparse.Namespace, sizes: StructMARConfig, frozen: Frozen) -> CocoLayoutDataset:
+    """All images of the split, with their captions and boxes."""
+    data = data_config(args, sizes.img_size, sizes.max_objects)
+    return build_dataset(args, data, data.load_index(), frozen)
+
+
+def build_scenes(args: argparse.Namespace, training: CocoLayoutDataset) -> Sequence[Scene]:
+    """The captions and boxes of the previews: of --eval_split, or of the training split."""
+    split, index = args.eval_split or args.coco_split, training.index
+    if split != index.split:
+        index = replace(training.config, split=split).load_index()
+        if index.categories != training.index.categories:
+            raise ValueError(f"--eval_split {split} has other categories than --coco_split {training.index.split}")
+    return scenes_from_dataset(index, training.config.img_size, args.num_preview)

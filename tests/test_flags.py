@@ -1,0 +1,138 @@
+"""Every number that a program takes has a range, beside its flag, and none outside gets past the parser."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from util.config import CONFIG_FLAG
+from util.ranges import Range
+
+IS_PROGRAM = 'if __name__ == "__main__":'
+FILES = [*ROOT.glob("main_*.py"), *(ROOT / "scripts").rglob("*.py")]
+PROGRAMS = [
+    *sorted(
+        path.relative_to(ROOT).as_posix().removesuffix(".py").replace("/", ".")
+        for path in FILES
+        if IS_PROGRAM in path.read_text(encoding="utf-8")
+    ),
+    "scripts.benchmark.cli",  # started by its package's __main__.py
+]
+
+every_program = pytest.mark.parametrize("module", PROGRAMS)
+Run = Callable[..., None]
+
+
+class Caught(Exception):
+    """Ends a program where it parses its command line."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Calls a program's `main` with these words."""
+
+    def call(module: str, *argv: str) -> None:
+        monkeypatch.setattr("sys.argv", [module, *argv])
+        importlib.import_module(module).main()
+
+    return call
+
+
+@pytest.fixture
+def parser_of(run: Run) -> Callable[[str], argparse.ArgumentParser]:
+    """The parser that a program uses."""
+
+    def catch(module: str) -> argparse.ArgumentParser:
+        def refuse(self: argparse.ArgumentParser, *_: Any) -> None:
+            raise Caught(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", refuse)
+            with pytest.raises(Caught) as caught:
+                run(module)
+        return caught.value.parser
+
+    return catch
+
+
+def ranged(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Action, Range]]:
+    """By flag."""
+    return {each.option_strings[0]: (each, each.type) for each in parser._actions if isinstance(each.type, Range)}
+
+
+def just_outside(numbers: Range) -> list[float]:
+    """Below the low end and above the high one, where anything lies there."""
+    step = 1 if numbers.kind is int else 1e-6
+    below = numbers.low if numbers.ends[0] == "(" else numbers.low - step
+    above = numbers.high if numbers.ends[1] == ")" else numbers.high + step
+    return [value for value in (below, above) if not numbers.holds(value) and (step != 1 or math.isfinite(value))]
+
+
+def required_words(parser: argparse.ArgumentParser) -> list[str]:
+    return [word for each in parser._actions if each.required for word in (each.option_strings[0], "x")]
+
+
+def with_outsider(action: argparse.Action, value: float) -> Any:
+    """As in a YAML file: `value`, or a list of which it is the last entry."""
+    if action.nargs is None:
+        return value
+    return [*([action.default[0]] if action.nargs == 2 else []), value]
+
+
+def spelled(flag: str, value: Any) -> list[str]:
+    """As on the command line, where -1 and -0.5 are values, but -inf and -1e-6 are taken for flags."""
+    if not isinstance(value, list):
+        return [f"{flag}={value}"]
+    return [flag, *(f"{each:f}" if isinstance(each, float) else str(each) for each in value)]
+
+
+def test_there_is_something_to_check(parser_of: Callable[[str], argparse.ArgumentParser]) -> None:
+    assert {"main_mar", "main_rl", "scripts.sample", "scripts.cache_latents", "scripts.mini.train_vae"} <= {*PROGRAMS}
+    assert len(ranged(parser_of("main_mar"))) > 40
+
+
+@every_program
+def test_every_number_has_a_range_and_its_default_lies_inside(
+    parser_of: Callable[[str], argparse.ArgumentParser], module: str
+) -> None:
+    parser = parser_of(module)
+    assert [each.dest for each in parser._actions if each.type in (int, float)] == []
+    for flag, (action, numbers) in ranged(parser).items():
+        default = parser.get_default(action.dest)
+        values = [] if default is None else default if isinstance(default, list) else [default]
+        assert all(numbers.holds(value) for value in values), flag
+
+
+@every_program
+def test_numbers_just_outside_are_refused(
+    parser_of: Callable[[str], argparse.ArgumentParser], run: Run, module: str, tmp_path: Path
+) -> None:
+    """On the command line and, where a program reads one, from a YAML file."""
+    parser, config = parser_of(module), tmp_path / "config.yaml"
+    needed = required_words(parser)
+    for flag, (action, numbers) in ranged(parser).items():
+        outsiders = just_outside(numbers)
+        assert outsiders, flag
+        for value in outsiders:
+            given = with_outsider(action, numbers.kind(value))
+            ways = [spelled(flag, given)]
+            if CONFIG_FLAG in parser._option_string_actions:
+                config.write_text(yaml.safe_dump({action.dest: given}))
+                ways.append([CONFIG_FLAG, str(config)])
+            for words in ways:
+                with pytest.raises(SystemExit) as caught:
+                    run(module, *needed, *words)
+                message = f"{parser.prog}: error: {flag} {numbers.says}, got {numbers.kind(value)}"
+                assert caught.value.code == message
