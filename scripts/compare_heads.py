@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> list[HeadComparison]:
     index = CocoIndex.load(
         args.coco_root, args.coco_split, BoxFilters(max_objects=model.config.max_objects), model.config.img_size
     )
-    require_same_categories(index.categories, parts.info.categories, f"{args.coco_root} {args.coco_split}")
+    require_same_categories(index.categories, parts.identity.categories, f"{args.coco_root} {args.coco_split}")
     scenes = scenes_from_dataset(index, model.config.img_size, args.num_images)
     text = encode_prompts(parts.text_encoder, [scene.prompt for scene in scenes]).to(device)
     layout = LayoutBatch.collate([scene.layout for scene in scenes], model.config.max_objects).to(device)

@@ -162,8 +162,8 @@ def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
         require_photos(eval_set)
     generation = plan_generation(args, eval_set, dist) if args.resume else None
     reward_ids = {reward_id(each) for each in args.reward_detector}
-    if generation is not None and generation.pipeline.info.reward_detector_id is not None:
-        reward_ids.add(generation.pipeline.info.reward_detector_id)
+    if generation is not None and generation.pipeline.identity.reward_detector_id is not None:
+        reward_ids.add(generation.pipeline.identity.reward_detector_id)
     run = EvaluationRun(
         eval_set=eval_set,
         judge=judge,
@@ -214,20 +214,20 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
     pipeline = load_pipeline(
         args.resume, args.vae_path, args.clip_path, dist.device, not args.no_ema, args.allow_other_frozen
     )  # fmt: skip
-    require_same_categories(eval_set.categories, pipeline.info.categories, f"{args.coco_root} {eval_set.split}")
-    size = pipeline.info.config.img_size
+    require_same_categories(eval_set.categories, pipeline.identity.categories, f"{args.coco_root} {eval_set.split}")
+    size = pipeline.identity.config.img_size
     if profile.resolution != size:
         asked = f"pictures of {profile.resolution} px" if profile.resolution else "photographs at their own sizes"
         raise ValueError(f"profile {profile.name} asks for {asked}, the checkpoint makes {size} px")
-    if profile.max_objects > pipeline.info.config.max_objects:
+    if profile.max_objects > pipeline.identity.config.max_objects:
         raise ValueError(
             f"profile {profile.name} places up to {profile.max_objects} objects, "
-            f"the checkpoint at most {pipeline.info.config.max_objects}"
+            f"the checkpoint at most {pipeline.identity.config.max_objects}"
         )
     config = sampling_config(args)
-    if config.num_iter > pipeline.info.config.num_tokens:
+    if config.num_iter > pipeline.identity.config.num_tokens:
         raise ValueError(
-            f"--num_iter {config.num_iter} exceeds the {pipeline.info.config.num_tokens} tokens of an image"
+            f"--num_iter {config.num_iter} exceeds the {pipeline.identity.config.num_tokens} tokens of an image"
         )
     if args.compile or args.cuda_graphs:
         compile_parts(pipeline.model, args.cuda_graphs)
@@ -273,7 +273,7 @@ def row_name(args: argparse.Namespace, generation: Generation | None) -> str:
         return str(args.name)
     if generation is None:
         return Path(args.images).resolve().name
-    return f"StructMAR, {generation.pipeline.info.stage}"
+    return f"StructMAR, {generation.pipeline.identity.stage}"
 
 
 def reward_id(path_or_id: str) -> str:

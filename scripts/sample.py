@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint.identity import WeightsInfo
+from engine.checkpoint.identity import Identity
 from engine.checkpoint.load import load_mar_for_sampling
 from engine.cli.arguments import (
     DEFAULT_CLIP,
@@ -192,7 +192,7 @@ def prepare_scenes(args: argparse.Namespace, config: SamplingConfig, device: tor
     parts = load_pipeline(
         args.resume, args.vae_path, args.clip_path, device, not args.no_ema, args.allow_other_frozen
     )  # fmt: skip
-    scenes = read_scenes(args, parts.info)
+    scenes = read_scenes(args, parts.identity)
     seeds = [args.seed + index for index in range(len(scenes))]
     return Job(parts.model, parts.codec, parts.text_encoder, scenes, None, seeds, config, device, parts.describe())
 
@@ -215,17 +215,17 @@ def prepare_classes(args: argparse.Namespace, config: SamplingConfig, device: to
     return Job(model, codec, None, scenes, labels, seeds, config, device, checkpoint)
 
 
-def read_scenes(args: argparse.Namespace, info: WeightsInfo) -> list[Scene]:
+def read_scenes(args: argparse.Namespace, identity: Identity) -> list[Scene]:
     """One scene per image: each scene of a layout file `--num_images` times, a dataset's scenes once."""
     if args.coco_root:
-        filters = BoxFilters(max_objects=info.config.max_objects)
-        index = CocoIndex.load(args.coco_root, args.coco_split, filters, info.config.img_size)
-        require_same_categories(index.categories, info.categories, f"{args.coco_root} {args.coco_split}")
-        return scenes_from_dataset(index, info.config.img_size, args.num_images)
+        filters = BoxFilters(max_objects=identity.config.max_objects)
+        index = CocoIndex.load(args.coco_root, args.coco_split, filters, identity.config.img_size)
+        require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
+        return scenes_from_dataset(index, identity.config.img_size, args.num_images)
     if not args.layout:
         scenes = [text_scene(args.prompt)]
     else:
-        scenes = read_layout_file(args.layout, info.categories, info.config.max_objects, args.prompt)
+        scenes = read_layout_file(args.layout, identity.categories, identity.config.max_objects, args.prompt)
     return [scene for scene in scenes for _ in range(args.num_images)]
 
 

@@ -61,7 +61,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     in_file: Mapping[str, Any] = {}
     if found["config"] is not None:
         try:
-            in_file = _set_defaults(parser, found["config"])
+            in_file = set_defaults_from_yaml(parser, found["config"])
         except ConfigError as error:
             parser.error(str(error))
     for action in presets:
@@ -126,10 +126,10 @@ def _apply_preset(
     parser.set_defaults(**{key: value for key, value in values.items() if key not in kept})
 
 
-def _set_defaults(parser: argparse.ArgumentParser, path: str) -> Mapping[str, Any]:
-    """Makes the file's values the parser's defaults, and gives the file's content."""
+def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: str) -> Mapping[str, Any]:
+    """Makes the file's values the parser's defaults, and gives the file's content. Raises ConfigError."""
     actions = {action.dest: action for action in parser._actions if action.option_strings}
-    del actions["config"]
+    actions.pop("config", None)
     actions.pop("help", None)
     values = load_yaml(path)
     for key, value in values.items():

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import (
-    Identity,
     Source,
     check_identity,
     checkpoint_content,
@@ -41,6 +41,7 @@ from engine.sample.pipeline import require_same_categories
 from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig, TrainingRun
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import compile_parts, shard, wrap
+from models.build import build_model
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import TextEncoder
@@ -231,10 +232,10 @@ def build_online_targets(
     return eval_set, Judge.of(load_detector(args.eval_detector, device, settings), eval_set.categories)
 
 
-def build_model(args: argparse.Namespace, config: StructMARConfig, source: Source, stage: str) -> StructMAR:
+def initial_model(args: argparse.Namespace, config: StructMARConfig, source: Source, stage: str) -> StructMAR:
     """A model with the source's weights, on the CPU."""
     torch.manual_seed(derive_seed(args.seed, "init"))  # modules are initialised from the global generator
-    model = StructMAR(config)
+    model = build_model(config)
     load_weights(model, source, stage)
     return model
 
@@ -298,7 +299,9 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
     dataset = build_dataset(args, data, data.load_index(), frozen)
     categories = dataset.index.categories
     config = model_config(args, len(categories), frozen.text_encoder.dim)
-    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
+    identity = Identity(
+        config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories, sampling=sampling
+    )
     sampler = build_sampler(args, dataset, dist)
     has_previews = args.online_eval or args.sample_freq > 0
     if has_previews:
@@ -310,7 +313,7 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> Prepared:
 
     values = resolved_dict(args)
     log_changed_args(source, values, NOT_TRAINING)
-    model = build_model(args, config, source, args.train_mode)
+    model = initial_model(args, config, source, args.train_mode)
     learner = build_learner(args, model, args.train_mode, source, dist)
     batches = coco_batches(
         dataset, sampler, config.max_objects, args.num_workers, args.pin_mem and dist.device.type == "cuda"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import (
-    Identity,
     Source,
     check_identity,
     find_source,
@@ -33,12 +33,12 @@ from engine.cli.build import (
     build_dataset,
     build_frozen,
     build_learner,
-    build_model,
     build_online_targets,
     build_sampler,
     coco_inputs,
     data_config,
     describe_size,
+    initial_model,
     lr_schedule,
     model_config,
     place_model,
@@ -60,6 +60,7 @@ from engine.rl.rollout import RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
 from engine.train.loop import Learner, TrainConfig, TrainingRun
 from engine.train.parallel import gathered
+from models.build import build_model
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.features import load_clip
@@ -95,7 +96,6 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> Prepared:
     categories = dataset.index.categories
     reward = build_reward(args, categories, dist.device)
     config = model_config(args, len(categories), frozen.text_encoder.dim)
-    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
     sampler = build_sampler(args, dataset, dist)
     scored = build_online_targets(args, config, categories, dist.device)
     if scored is not None and scored[1].detector.id == reward.detector_id:
@@ -105,12 +105,18 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> Prepared:
         )
     source = find_source(args.output_dir, args.resume, not args.no_auto_resume, STAGE)
     check_start(source, reward)
+    started_from = source.identity
+    kept = None if started_from is None else started_from.sampling  # not the rollouts' options, where the weights say
+    identity = Identity(
+        config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories,
+        sampling=kept or sampling,
+    )  # fmt: skip
     check_identity(source, identity)
 
     values = resolved_dict(args)
     log_changed_args(source, values, NOT_TRAINING)
     reference = build_reference(args, config, source, dist)
-    model = build_model(args, config, source, STAGE)
+    model = initial_model(args, config, source, STAGE)
     mode = RL_TRAIN_MODES[args.rl_train]
     learner = build_learner(args, model, mode, source, dist, lambda model: as_policy(model, estimator))
     pins = args.pin_mem and dist.device.type == "cuda"
@@ -275,7 +281,7 @@ def build_reference(
         raise ValueError(
             f"{source.path} has no reference, it was written with --kl_coef 0; this run has {args.kl_coef}"
         )
-    reference = StructMAR(config)
+    reference = build_model(config)
     load_structmar_weights(reference, {**source.state["model"], **kept}, str(source.path))
     place_model(args, reference.requires_grad_(False).eval(), dist)
     open_denoise(reference)

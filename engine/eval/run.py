@@ -31,7 +31,7 @@ from engine.eval.generation import (
 )
 from engine.eval.judge import Json, Judge, Row, Scorer, add_percent_of_bound, detect, shuffle_layouts, without_nan
 from engine.eval.quality import QualityMetrics
-from engine.eval.report.page import FORMAT, format_table, write_report
+from engine.eval.report.page import RESULTS_FORMAT, format_table, write_report
 from engine.eval.targets import EvalSet, Target
 from engine.sample.pipeline import Pipeline
 from models.frozen.vae import LatentCodec
@@ -274,7 +274,7 @@ def describe(run: EvaluationRun) -> Json:
     if run.generation is not None:
         source = {"kind": "checkpoint", **generation_identity(run)}
     return {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "profile": {**words, "hash": profile.hash, "settings": settings},
         "dataset": {
             "split": eval_set.split,

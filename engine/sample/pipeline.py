@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.identity import WeightsInfo
+from engine.checkpoint.identity import Identity
 from engine.checkpoint.load import load_for_sampling, require_same_frozen
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
@@ -23,15 +23,15 @@ class Pipeline:
 
     source: str
     model: StructMAR
-    info: WeightsInfo
+    identity: Identity
     codec: LatentCodec
     text_encoder: TextEncoder
 
     def describe(self) -> dict[str, Any]:
         """Which weights these are, for what is written beside images."""
-        checkpoint = {"path": self.source, "stage": self.info.stage, "step": self.info.step}
+        checkpoint = {"path": self.source, "stage": self.identity.stage, "step": self.identity.step}
         frozen = {"vae": self.codec.id, "latent_scale": self.codec.latent_scale, "text_encoder": self.text_encoder.id}
-        return {**checkpoint, "weights": self.info.weights, **frozen}
+        return {**checkpoint, "weights": self.identity.weights, **frozen}
 
 
 def load_pipeline(
@@ -44,17 +44,17 @@ def load_pipeline(
 ) -> Pipeline:
     """Raises FileNotFoundError or ValueError naming the file that is missing or does not fit the weights."""
     loaded = load_for_sampling(path, device, use_ema=use_ema)
-    model, info = loaded.model, loaded.info
-    codec = LatentCodec.load(vae_path, device, info.latent_scale)
-    require_same_frozen("VAE", vae_path, codec.id, info.vae_id, allow_other_frozen)
+    model, identity = loaded.model, loaded.identity
+    codec = LatentCodec.load(vae_path, device, identity.latent_scale)
+    require_same_frozen("VAE", vae_path, codec.id, identity.vae_id, allow_other_frozen)
     require_fitting_codec(codec, str(vae_path), model)
     text_encoder = TextEncoder.load(clip_path, device)
-    require_same_frozen("text encoder", clip_path, text_encoder.id, info.text_encoder_id, allow_other_frozen)
-    if text_encoder.dim != info.config.text_dim:
+    require_same_frozen("text encoder", clip_path, text_encoder.id, identity.text_encoder_id, allow_other_frozen)
+    if text_encoder.dim != identity.config.text_dim:
         raise ValueError(
-            f"text encoder {clip_path} has width {text_encoder.dim}, the checkpoint {info.config.text_dim}"
+            f"text encoder {clip_path} has width {text_encoder.dim}, the checkpoint {identity.config.text_dim}"
         )
-    return Pipeline(str(path), model, info, codec, text_encoder)
+    return Pipeline(str(path), model, identity, codec, text_encoder)
 
 
 def require_fitting_codec(codec: LatentCodec, path: str, model: StructMAR) -> None:

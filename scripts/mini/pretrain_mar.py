@@ -20,12 +20,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoint.resume import Identity, check_identity, find_source, load_weights, restore, resumed_position
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.resume import check_identity, find_source, load_weights, restore, resumed_position
 from engine.cli.build import saver
 from engine.data.inputs import ClassBatch, ClassInputs
 from engine.sample.generate import generate_class_images
 from engine.train.loop import Learner, SupervisedStep, TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
+from models.build import build_model
 from models.frozen.vae import LatentCodec
 from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
@@ -101,7 +103,7 @@ def draw(index: int, size: int, seed: int) -> np.ndarray:
 
 def build_learner(args: argparse.Namespace, config: StructMARConfig, dist: DistInfo) -> Learner:
     torch.manual_seed(derive_seed(args.seed, "init"))
-    model = StructMAR(config).to(dist.device)
+    model = build_model(config).to(dist.device)
     trainable = select_trainable(model, STAGE)
     optimizer = build_optimizer(trainable, args.lr, weight_decay=0.02)
     return Learner(model, model, trainable, optimizer, Ema(trainable, args.ema_rate))
