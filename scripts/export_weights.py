@@ -16,7 +16,7 @@ from pathlib import Path
 
 from engine.checkpoint.load import DTYPES, export_weights
 from engine.cli.arguments import add_sampling_args
-from engine.cli.build import sampling_config
+from engine.cli.sampling import sampling_config
 from models.sampling.config import SamplingConfig
 from util.checkpoint import sha256_file
 from util.config import set_defaults_from_yaml

@@ -1,4 +1,4 @@
-"""Command line > YAML file > parser default; a preset (`PresetAction`) right under where it is named.
+"""Command line > YAML file > caller's defaults > parser's; a preset (`PresetAction`) right under where it is named.
 
 A config file is a flat mapping from argument names (as they appear in the parsed namespace: `batch_size`, not
 `--batch_size`) to values. It is checked against the parser as strictly as the command line is, and what `dump_yaml`
@@ -43,13 +43,17 @@ class PresetAction(argparse._StoreAction):
         self.expand = expand
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
     """Parses `argv` (default: sys.argv[1:]), taking defaults from the YAML file named by --config, if one is named.
 
+    defaults: values, by name, that stand in for the parser's own defaults.
     --config is added to the parser if it has none. The parser itself is left as it was. As for every other mistake on
     the command line, a bad file ends the program with status 2 and one message (`parser.error`).
     """
     parser = copy.deepcopy(parser)
+    parser.set_defaults(**(defaults or {}))
     if CONFIG_FLAG not in parser._option_string_actions:
         parser.add_argument(CONFIG_FLAG, metavar="YAML", help="file with defaults; the command line wins")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -67,6 +71,16 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     for action in presets:
         _apply_preset(parser, action, found[action.dest], in_file)
     return parser.parse_args(argv)
+
+
+def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
+    """The names of the options that the command line or its YAML file says, to whatever value, once `parse_args` has
+    accepted them. What a preset sets does not count, its own name does."""
+    silent = copy.deepcopy(parser)
+    for action in silent._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    said = vars(silent.parse_args(argv))
+    return set(said) | set(load_yaml(said["config"]) if said.get("config") else {})
 
 
 def resolved_dict(args: argparse.Namespace) -> dict[str, Any]:

@@ -47,6 +47,15 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
     return {"stage": MAR_STAGE, "model": weights, "model_ema": averaged}
 
 
+def read_identity(path: str | Path) -> Identity | None:
+    """What a file says its weights were made for, without reading them; None for MAR's own. Errors as above."""
+    file = resolve_checkpoint(path)
+    if file.suffix != ".safetensors":
+        return identity_of(read_weights_file(file), file)
+    metadata = safetensors_metadata(file)
+    return Identity.from_metadata(metadata, file) if "config" in metadata else None
+
+
 def identity_of(state: Mapping[str, Any], source: str | Path, use_ema: bool = True) -> Identity | None:
     """What the weights of `read_weights_file` were made for; None for MAR's own files, which do not say."""
     if "config" not in state:

@@ -10,7 +10,7 @@ The VAE and the text encoder are frozen and not inside: they are named by their 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,3 +164,16 @@ def _first_difference(found: tuple[Category, ...], wanted: tuple[Category, ...])
         if one != other:
             return asdict(one), asdict(other)
     return len(found), len(wanted)
+
+
+def require_same_categories(found: Sequence[Category], trained: Sequence[Category], where: str) -> None:
+    """Raises ValueError naming both lists if a dataset's categories are not those the weights were trained with."""
+    if tuple(found) != tuple(trained):
+        raise ValueError(
+            f"{where} has the categories {_names(found)}, but the checkpoint was trained with {_names(trained)}"
+        )
+
+
+def _names(categories: Sequence[Category]) -> str:
+    names = [f"{category.id} {category.name}" for category in categories]
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")

@@ -13,6 +13,7 @@ from engine.checkpoint.files import identity_of, read_weights_file
 from engine.checkpoint.identity import Identity
 from models.build import build_model
 from models.config import StructMARConfig
+from models.frozen.vae import LatentCodec
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR
 from models.weights import is_mar_state, load_mar_weights, load_structmar_weights
@@ -117,3 +118,10 @@ def require_same_frozen(kind: str, path: str | Path, found: str, expected: str, 
     if not allow_other:
         raise ValueError(f"{message}; pass --allow_other_frozen to sample with it anyway")
     logger.warning(f"{message}; used anyway (--allow_other_frozen)")
+
+
+def require_fitting_codec(codec: LatentCodec, path: str, model: StructMAR) -> None:
+    """Raises ValueError naming both sizes if the VAE's latents are not the model's."""
+    found, expected = (codec.stride, codec.latent_channels), (model.config.vae_stride, model.config.vae_embed_dim)
+    if found != expected:
+        raise ValueError(f"VAE {path} has (stride, latent channels) {found}, the model {expected}")

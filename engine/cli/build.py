@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from engine.checkpoint.identity import Identity
+from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.resume import (
     Source,
     check_identity,
@@ -27,6 +27,7 @@ from engine.checkpoint.resume import (
     restore,
     resumed_position,
 )
+from engine.cli.sampling import sampling_config
 from engine.data.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler
 from engine.data.inputs import CocoInputs, DropRates
@@ -37,7 +38,6 @@ from engine.eval.online import OnlineEvaluation
 from engine.eval.previews import Preview
 from engine.eval.profiles import load_profile
 from engine.eval.targets import EvalSet, load_eval_set
-from engine.sample.pipeline import require_same_categories
 from engine.train.loop import Learner, Position, SupervisedStep, TrainConfig, TrainingRun
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import compile_parts, shard, wrap
@@ -47,7 +47,6 @@ from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
 from models.masking import cosine_masked_counts
-from models.sampling.sampler import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable, summarize_trainable
 from util.checkpoint import LAST_NAME, save_atomic
@@ -110,23 +109,6 @@ def data_config(args: argparse.Namespace, img_size: int, max_objects: int) -> Da
         min_visibility=args.min_visibility,
         keep_crowd=args.keep_crowd,
         seed=args.seed,
-    )
-
-
-def sampling_config(args: argparse.Namespace) -> SamplingConfig:
-    return SamplingConfig(
-        num_iter=args.num_iter,
-        num_sampling_steps=args.num_sampling_steps,
-        cfg_text=args.cfg if args.cfg_text is None else args.cfg_text,
-        cfg_layout=args.cfg if args.cfg_layout is None else args.cfg_layout,
-        cfg_schedule=args.cfg_schedule,
-        temperature=args.temperature,
-        clip_x0=args.clip_x0,
-        t_max=args.t_max,
-        num_sampling_steps_last=args.num_sampling_steps_last,
-        order=args.order,
-        guidance_interval=tuple(args.guidance_interval),
-        uncond_refresh=args.uncond_refresh,
     )
 
 

@@ -44,9 +44,9 @@ from engine.cli.build import (
     place_model,
     require_fitting_vae,
     require_launched,
-    sampling_config,
     saver,
 )
+from engine.cli.sampling import sampling_config
 from engine.data.coco import CocoLayoutDataset
 from engine.data.loader import coco_batches
 from engine.eval.judge import Judge, unknown_categories

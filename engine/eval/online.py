@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from engine.eval.judge import Judge, Row, Scorer, detect
 from engine.eval.targets import EvalSet, Target
-from engine.sample.generate import generate_images
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import Learner
 from engine.train.parallel import unsharded
 from models.frozen.text import TextEncoder
@@ -88,15 +88,12 @@ class OnlineEvaluation:
         return {image_id: picture for part in gather_objects(own) for image_id, picture in part.items()}
 
     def _sample_batch(self, batch: Sequence[Target]) -> dict[int, Picture]:
-        pictures = generate_images(
-            self.learner.model,
-            self.codec,
-            self.text_encoder,
+        pipeline = StructMARPipeline.from_parts(self.learner.model, self.codec, self.text_encoder)
+        pictures = pipeline.draw(
             [target.scene for target in batch],
             self.config,
             [derive_seed(self.seed, "online evaluation", target.image_id) for target in batch],
             self.batch_size,
-            self.dist.device,
             self.precision,
         )
         return {target.image_id: picture for target, picture in zip(batch, pictures, strict=True)}

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch.distributed.fsdp import FSDPModule
 
 from engine.data.scenes import Scene
-from engine.sample.generate import generate_images, scene_grid
+from engine.sample.grid import scene_grid
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import Learner
 from engine.train.parallel import unsharded
 from models.frozen.text import TextEncoder
@@ -44,17 +45,8 @@ class Preview:
             return
         seeds = [derive_seed(self.seed, "preview", index) for index in range(len(self.scenes))]
         with self.learner.ema.applied(), unsharded(self.learner.model):
-            images = generate_images(
-                self.learner.model,
-                self.codec,
-                self.text_encoder,
-                self.scenes,
-                self.config,
-                seeds,
-                self.batch_size,
-                self.dist.device,
-                self.precision,
-            )
+            pipeline = StructMARPipeline.from_parts(self.learner.model, self.codec, self.text_encoder)
+            images = pipeline.draw(self.scenes, self.config, seeds, self.batch_size, self.precision)
         if not self.dist.is_main:
             return
         grid = scene_grid(images, self.scenes)

@@ -226,6 +226,8 @@ def uncover(
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
     trace: Trace | None = None,
     dtype: torch.dtype = torch.float32,
+    on_iteration: Callable[[int, Tensor], Tensor | None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
     """The loop. orders: [B, L]; noise(iteration, S + 1, p) gives [S + 1, B, p, C]; returns tokens [B, L, C] float32.
 
@@ -247,6 +249,8 @@ def uncover(
     tokens = torch.zeros(batch_size, num_tokens, model.config.token_dim, device=orders.device)  # [B, L, C]
     iterations: Iterable[int] = range(config.num_iter)
     for iteration in iterations if progress is None else progress(iterations):
+        if should_stop is not None and should_stop():
+            break
         step, at, draws = passes[iteration], options[iteration], tape[iteration]
         z = backbone(tokens, step).flatten(1, 2)  # [G, B * p, D]
         scales = guidance_scales(config, num_tokens, counts[iteration + 1])
@@ -256,6 +260,8 @@ def uncover(
             write_trace(trace, step.token_ids, draws[0], record)
         drawn = drawn.unflatten(0, (batch_size, -1))  # [B, p, C]
         tokens = tokens.scatter(1, step.token_ids[..., None].expand_as(drawn), drawn)  # [B, L, C]
+        replaced = None if on_iteration is None else on_iteration(iteration, tokens)
+        tokens = tokens if replaced is None else replaced  # [B, L, C]
     return tokens
 
 
@@ -284,13 +290,16 @@ def sample(
     text: TextContext | None = None,
     layout: LayoutBatch | None = None,
     labels: Tensor | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    on_iteration: Callable[[int, Tensor], Tensor | None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     record: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> SampleOutput:
     """Samples one image per generator. The model must be in eval mode; conditions lie on its device, [B, ...].
 
-    record: keeps the reverse processes. dtype: of the networks' weights and matrix products; the model's are float32.
+    on_iteration: gets each iteration and the tokens [B, L, C] after it, and may return others. should_stop: asked
+    before each iteration; where it ends, unknown tokens are zero. record: keeps the reverse processes. dtype: of the
+    networks' weights and matrix products; the model's are float32.
     Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, or a recording is wanted
     where it cannot be scored (`SamplingConfig.require_traceable`).
     """
@@ -308,5 +317,5 @@ def sample(
         return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators], dim=1).to(device)
 
     branches, config = embed_branches(model, config, batch_size, text, layout, labels)
-    tokens = uncover(model, branches, orders, noise, config, progress, trace, dtype)  # [B, L, C]
+    tokens = uncover(model, branches, orders, noise, config, None, trace, dtype, on_iteration, should_stop)  # [B, L, C]
     return SampleOutput(model.unpatchify(tokens), orders, trace)

@@ -24,7 +24,7 @@ from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import check_identity, find_source, load_weights, restore, resumed_position
 from engine.cli.build import saver
 from engine.data.inputs import ClassBatch, ClassInputs
-from engine.sample.generate import generate_class_images
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import Learner, SupervisedStep, TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
 from models.build import build_model
@@ -157,7 +157,8 @@ def write_samples(model: StructMAR, codec: LatentCodec, path: Path, seed: int) -
     sampling = SamplingConfig(num_iter=16, num_sampling_steps=50, cfg_text=2.0, clip_x0=5.0)
     seeds = [derive_seed(seed, "sample", index) for index in range(len(labels))]
     model.eval()
-    images = generate_class_images(model, codec, labels, sampling, seeds, batch_size=len(labels), device="cpu")
+    pipeline = StructMARPipeline.from_parts(model, codec, caption_encoder=None)
+    images = pipeline.draw_classes(labels, sampling, seeds, batch_size=len(labels))
     save_png(make_grid(images, columns=12), path)
     logger.info("samples by class: %s", path)
 
