@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from util.plain import from_plain
 
 ROPE_MODES = ("gated", "full", "off")
 
@@ -13,7 +16,9 @@ ROPE_MODES = ("gated", "full", "off")
 class StructMARConfig:
     """The architecture. `num_categories` or `text_dim` of 0 leave the layout or text parts out; without both, and with
     `rope_mode` off, what remains is MAR. `cross_attn_every` k lets every k-th block attend to the caption; 0 lets none,
-    so that the caption enters by its pooled projection alone."""
+    so that the caption enters by its pooled projection alone.
+
+    A new field needs a default that leaves models as they were before it: the files of today lack it."""
 
     img_size: int = 256
     vae_stride: int = 16
@@ -88,13 +93,12 @@ class StructMARConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StructMARConfig:
-        """Raises ValueError naming the fields if one is missing or unknown."""
-        known = {field.name for field in fields(cls)}
-        if known != set(values):
-            missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
-            raise ValueError(f"model config: missing fields {missing}, unknown fields {unknown}")
-        return cls(**values)
+    def from_dict(cls, values: Mapping[str, Any], where: str = "model config") -> StructMARConfig:
+        """The inverse of `to_dict`. A field that an older file lacks gets its default, which means "as before".
+
+        Raises ValueError, beginning with `where`, that names a field which is unknown or has another type.
+        """
+        return from_plain(cls, values, where)
 
 
 def _sizes(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict[str, int]:

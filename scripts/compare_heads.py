@@ -28,11 +28,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.checkpoint.identity import require_same_categories
 from engine.cli.arguments import DEFAULT_CLIP, DEFAULT_VAE, add_config_arg, add_sampling_args
-from engine.cli.build import sampling_config
+from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.data.scenes import scenes_from_dataset
-from engine.sample.generate import encode_prompts
-from engine.sample.pipeline import load_pipeline, require_same_categories
+from engine.sample.generate import scene_conditions
+from engine.sample.pipeline import StructMARPipeline
 from models.masking import cosine_masked_counts
 from models.sampling.condition_cache import GuidedBackbone, plan_iterations
 from models.sampling.config import SamplingConfig, guidance_scales
@@ -41,7 +42,7 @@ from models.sampling.orders import PlannedOrder
 from models.sampling.sampler import sample
 from models.structmar import StructMAR
 from util.coco import BoxFilters, CocoIndex
-from util.config import HelpFormatter, parse_args
+from util.config import HelpFormatter
 from util.distributed import init_distributed
 from util.ranges import positive_int
 from util.rng import generator
@@ -211,24 +212,27 @@ def run(args: argparse.Namespace) -> list[HeadComparison]:
     steps = [read_steps(text) for text in args.steps]
     config = sampling_config(args)
     device = init_distributed(args.device).device
-    parts = load_pipeline(args.resume, args.vae_path, args.clip_path, device, not args.no_ema)
+    parts = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device, not args.no_ema)
     model = parts.model
     index = CocoIndex.load(
         args.coco_root, args.coco_split, BoxFilters(max_objects=model.config.max_objects), model.config.img_size
     )
-    require_same_categories(index.categories, parts.info.categories, f"{args.coco_root} {args.coco_split}")
+    assert parts.identity is not None and parts.caption_encoder is not None
+    require_same_categories(index.categories, parts.identity.categories, f"{args.coco_root} {args.coco_split}")
     scenes = scenes_from_dataset(index, model.config.img_size, args.num_images)
-    text = encode_prompts(parts.text_encoder, [scene.prompt for scene in scenes]).to(device)
-    layout = LayoutBatch.collate([scene.layout for scene in scenes], model.config.max_objects).to(device)
+    conditions = scene_conditions(model, parts.caption_encoder, scenes)
+    assert conditions.text is not None and conditions.layout is not None
     spacing = config.num_iter / args.num_iterations
     iterations = [int((number + 0.5) * spacing) for number in range(args.num_iterations)]
-    inputs = head_inputs(model, config, text, layout, iterations)
+    inputs = head_inputs(model, config, conditions.text, conditions.layout, iterations)
     print(f"{sum(given.z.shape[1] for given in inputs)} tokens, {args.num_draws} draws each", flush=True)
     return compare_steps(model, config, inputs, steps, args.num_draws, args.full_steps)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(get_parser(), argv)
+    args, note = parse_sampling_args(get_parser(), argv)
+    if note:
+        print(note)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     try:

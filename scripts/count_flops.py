@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.rl.cost import rollout_flops
+from models.build import build_model
 from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask
 from models.sampling.config import SamplingConfig
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         diffusion_batch_mul=args.diffusion_batch_mul,
     )
     with torch.device("meta"):
-        model = StructMAR(config)
+        model = build_model(config)
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     for stage, mode in (("stage 1, text_layout", "text_layout"), ("stage 2, full", "full")):
         flops = training_flops(model, mode, args.num_text)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.identity import Identity, require_same_categories
 from engine.cli.arguments import (
     DEFAULT_CLIP,
     DEFAULT_VAE,
@@ -32,7 +33,7 @@ from engine.cli.arguments import (
     add_sampling_args,
     add_speed_arg,
 )
-from engine.cli.build import sampling_config
+from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.eval.generation import GenerationPlan, PictureOf, find_images, folder_pictures
 from engine.eval.judge import Judge, unknown_categories
 from engine.eval.profiles import Profile, available_profiles, load_profile
@@ -40,14 +41,14 @@ from engine.eval.quality import QualityMetrics, load_quality_metrics
 from engine.eval.run import RESERVED_NAMES, EvaluationRun, Generation, round_trip, run_evaluation
 from engine.eval.targets import EvalSet, apply_geometry, load_eval_set
 from engine.sample.generate import PRECISIONS
-from engine.sample.pipeline import load_pipeline, require_same_categories
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import compile_parts
 from models.frozen.detections import BoxDetector, DetectorSettings
 from models.frozen.faster_rcnn import RESNET50_FPN_V2, load_detector
 from models.frozen.vae import LatentCodec
 from models.masking import require_fitting_iterations
 from util.checkpoint import sha256_file
-from util.config import HelpFormatter, parse_args
+from util.config import HelpFormatter
 from util.distributed import DistInfo, init_distributed, shutdown
 from util.images import load_image
 from util.logging import setup_logging
@@ -166,8 +167,9 @@ def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
         require_photos(eval_set)
     generation = plan_generation(args, eval_set, dist) if args.resume else None
     reward_ids = {reward_id(each) for each in args.reward_detector}
-    if generation is not None and generation.pipeline.info.reward_detector_id is not None:
-        reward_ids.add(generation.pipeline.info.reward_detector_id)
+    if generation is not None:
+        own = identity_of(generation.pipeline).reward_detector_id
+        reward_ids |= set() if own is None else {own}
     run = EvaluationRun(
         eval_set=eval_set,
         judge=judge,
@@ -215,21 +217,22 @@ def require_photos(eval_set: EvalSet) -> None:
 def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo) -> Generation:
     """The model with its frozen parts, fitted to the profile; what was begun in --output_dir must be the same."""
     profile = eval_set.profile
-    pipeline = load_pipeline(
+    pipeline = StructMARPipeline.from_checkpoint(
         args.resume, args.vae_path, args.clip_path, dist.device, not args.no_ema, args.allow_other_frozen
     )  # fmt: skip
-    require_same_categories(eval_set.categories, pipeline.info.categories, f"{args.coco_root} {eval_set.split}")
-    size = pipeline.info.config.img_size
+    identity = identity_of(pipeline)
+    require_same_categories(eval_set.categories, identity.categories, f"{args.coco_root} {eval_set.split}")
+    size = identity.config.img_size
     if profile.resolution != size:
         asked = f"pictures of {profile.resolution} px" if profile.resolution else "photographs at their own sizes"
         raise ValueError(f"profile {profile.name} asks for {asked}, the checkpoint makes {size} px")
-    if profile.max_objects > pipeline.info.config.max_objects:
+    if profile.max_objects > identity.config.max_objects:
         raise ValueError(
             f"profile {profile.name} places up to {profile.max_objects} objects, "
-            f"the checkpoint at most {pipeline.info.config.max_objects}"
+            f"the checkpoint at most {identity.config.max_objects}"
         )
     config = sampling_config(args)
-    require_fitting_iterations(config.num_iter, pipeline.info.config.num_tokens)
+    require_fitting_iterations(config.num_iter, identity.config.num_tokens)
     if args.compile or args.cuda_graphs:
         compile_parts(pipeline.model, args.cuda_graphs)
     plan = GenerationPlan(config, args.batch_size, args.precision, dist)
@@ -274,7 +277,12 @@ def row_name(args: argparse.Namespace, generation: Generation | None) -> str:
         return str(args.name)
     if generation is None:
         return Path(args.images).resolve().name
-    return f"StructMAR, {generation.pipeline.info.stage}"
+    return f"StructMAR, {identity_of(generation.pipeline).stage}"
+
+
+def identity_of(pipeline: StructMARPipeline) -> Identity:
+    assert pipeline.identity is not None  # it is from a checkpoint
+    return pipeline.identity
 
 
 def reward_id(path_or_id: str) -> str:
@@ -287,12 +295,14 @@ def reward_id(path_or_id: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(get_parser(), argv)
+    args, note = parse_sampling_args(get_parser(), argv)
     try:
         dist = init_distributed(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     setup_logging(None, dist.rank)
+    if note:
+        logger.info(note)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     try:

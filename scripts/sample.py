@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint.identity import WeightsInfo
-from engine.checkpoint.load import load_mar_for_sampling
+from engine.checkpoint.identity import Identity, require_same_categories
+from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
 from engine.cli.arguments import (
     DEFAULT_CLIP,
     DEFAULT_VAE,
@@ -35,18 +35,18 @@ from engine.cli.arguments import (
     add_sampling_args,
     add_speed_arg,
 )
-from engine.cli.build import sampling_config
+from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.data.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
-from engine.sample.generate import PRECISIONS, generate_class_images, generate_images, num_iterations, scene_grid
-from engine.sample.pipeline import load_pipeline, require_fitting_codec, require_same_categories
+from engine.sample.generate import PRECISIONS, num_iterations
+from engine.sample.grid import scene_grid
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import compile_parts
-from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec
 from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
-from models.structmar import StructMAR, preset_config
+from models.structmar import preset_config
 from util.coco import BoxFilters, CocoIndex
-from util.config import HelpFormatter, parse_args, resolved_dict
+from util.config import HelpFormatter, resolved_dict
 from util.distributed import init_distributed
 from util.images import Picture, save_png
 from util.logging import progress, setup_logging
@@ -149,15 +149,12 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
 class Job:
     """Everything checked and loaded, ready to run. labels: one per image, for MAR's own weights only."""
 
-    model: StructMAR
-    codec: LatentCodec
-    text_encoder: TextEncoder | None
+    pipeline: StructMARPipeline
     scenes: list[Scene]
     labels: list[int] | None
     seeds: list[int]
     config: SamplingConfig
     device: torch.device
-    checkpoint: dict[str, Any]
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -188,20 +185,22 @@ def prepare(args: argparse.Namespace) -> Job:
     config = sampling_config(args)
     device = choose_device(args.device)
     job = prepare_classes(args, config, device) if args.class_label else prepare_scenes(args, config, device)
-    require_fitting_iterations(config.num_iter, job.model.config.num_tokens)
+    model = job.pipeline.model
+    require_fitting_iterations(config.num_iter, model.config.num_tokens)
     if args.compile or args.cuda_graphs:
-        compile_parts(job.model, args.cuda_graphs)
+        compile_parts(model, args.cuda_graphs)
     return job
 
 
 def prepare_scenes(args: argparse.Namespace, config: SamplingConfig, device: torch.device) -> Job:
     """A StructMAR checkpoint, the frozen parts it was trained with, and the scenes."""
-    parts = load_pipeline(
+    pipeline = StructMARPipeline.from_checkpoint(
         args.resume, args.vae_path, args.clip_path, device, not args.no_ema, args.allow_other_frozen
     )  # fmt: skip
-    scenes = read_scenes(args, parts.info)
+    assert pipeline.identity is not None
+    scenes = read_scenes(args, pipeline.identity)
     seeds = [args.seed + index for index in range(len(scenes))]
-    return Job(parts.model, parts.codec, parts.text_encoder, scenes, None, seeds, config, device, parts.describe())
+    return Job(pipeline, scenes, None, seeds, config, device)
 
 
 def prepare_classes(args: argparse.Namespace, config: SamplingConfig, device: torch.device) -> Job:
@@ -218,21 +217,22 @@ def prepare_classes(args: argparse.Namespace, config: SamplingConfig, device: to
     labels = [label for label in args.class_label for _ in range(args.num_images)]
     scenes = [text_scene(f"class {label}") for label in labels]
     seeds = [args.seed + index for index in range(len(labels))]
-    checkpoint = {"path": args.resume, "stage": "mar", "vae": codec.id, "latent_scale": codec.latent_scale}
-    return Job(model, codec, None, scenes, labels, seeds, config, device, checkpoint)
+    pipeline = StructMARPipeline.from_parts(model, codec, caption_encoder=None)
+    pipeline.source = args.resume
+    return Job(pipeline, scenes, labels, seeds, config, device)
 
 
-def read_scenes(args: argparse.Namespace, info: WeightsInfo) -> list[Scene]:
+def read_scenes(args: argparse.Namespace, identity: Identity) -> list[Scene]:
     """One scene per image: each scene of a layout file `--num_images` times, a dataset's scenes once."""
     if args.coco_root:
-        filters = BoxFilters(max_objects=info.config.max_objects)
-        index = CocoIndex.load(args.coco_root, args.coco_split, filters, info.config.img_size)
-        require_same_categories(index.categories, info.categories, f"{args.coco_root} {args.coco_split}")
-        return scenes_from_dataset(index, info.config.img_size, args.num_images)
+        filters = BoxFilters(max_objects=identity.config.max_objects)
+        index = CocoIndex.load(args.coco_root, args.coco_split, filters, identity.config.img_size)
+        require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
+        return scenes_from_dataset(index, identity.config.img_size, args.num_images)
     if not args.layout:
         scenes = [text_scene(args.prompt)]
     else:
-        scenes = read_layout_file(args.layout, info.categories, info.config.max_objects, args.prompt)
+        scenes = read_layout_file(args.layout, identity.categories, identity.config.max_objects, args.prompt)
     return [scene for scene in scenes for _ in range(args.num_images)]
 
 
@@ -262,12 +262,10 @@ def run(job: Job, batch_size: int, precision: str, output_dir: Path, settings: d
 
 def sample_batch(job: Job, rows: slice, precision: str, on_iteration: Callable[[], None]) -> list[Picture]:
     seeds = job.seeds[rows]
-    run_options = (len(seeds), job.device, precision, on_iteration)
+    options = (job.config, seeds, len(seeds), precision, on_iteration)
     if job.labels is not None:
-        return generate_class_images(job.model, job.codec, job.labels[rows], job.config, seeds, *run_options)
-    assert job.text_encoder is not None
-    scenes = job.scenes[rows]
-    return generate_images(job.model, job.codec, job.text_encoder, scenes, job.config, seeds, *run_options)
+        return job.pipeline.draw_classes(job.labels[rows], *options)
+    return job.pipeline.draw(job.scenes[rows], *options)
 
 
 def image_entry(job: Job, index: int) -> dict[str, Any]:
@@ -280,8 +278,8 @@ def png_text(job: Job, index: int, settings: dict[str, Any]) -> dict[str, str]:
     """Text of one PNG: strings as they are, everything else as json."""
     entry = image_entry(job, index)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in entry.items()}
-    sampling = json.dumps(asdict(job.config))
-    return texts | {"sampling": sampling, "checkpoint": json.dumps(job.checkpoint), "settings": json.dumps(settings)}
+    made_with = {"sampling": asdict(job.config), "checkpoint": job.pipeline.describe(), "settings": settings}
+    return texts | {key: json.dumps(value) for key, value in made_with.items()}
 
 
 def write_json(job: Job, path: Path, settings: dict[str, Any]) -> None:
@@ -289,7 +287,7 @@ def write_json(job: Job, path: Path, settings: dict[str, Any]) -> None:
     content = {
         "settings": settings,
         "sampling": asdict(job.config),
-        "checkpoint": job.checkpoint,
+        "checkpoint": job.pipeline.describe(),
         "images": images,
     }
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -304,8 +302,10 @@ def remove_own_files(output_dir: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(get_parser(), argv)
+    args, note = parse_sampling_args(get_parser(), argv)
     setup_logging()
+    if note:
+        logger.info(note)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     try:

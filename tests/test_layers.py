@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 LAYERS = {"util": 0, "models": 1, "engine": 2, "scripts": 3, "main_mar": 3, "main_rl": 3}
 MAX_LINES = 400
-CLI = ("arguments", "arguments_rl", "validate", "build", "build_train", "build_rl")
+CLI = ("arguments", "arguments_rl", "validate", "sampling", "build", "build_train", "build_rl")
 NAMESPACE_READERS = {f"engine/cli/{name}.py" for name in CLI}
 NAMESPACE_HANDLERS = {"util/config.py", "util/checkpoint.py", "engine/cli/main.py"}  # make, find and pass them on
 TOP_LEVEL = {"main_mar.py", "main_rl.py", "models", "engine", "util", "configs", "scripts", "tests", "requirements.txt"}

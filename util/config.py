@@ -1,4 +1,4 @@
-"""Where a flag's value comes from: command line > YAML file > parser default.
+"""Where a flag's value comes from: command line > YAML file > caller's defaults > parser default.
 
 A preset (`PresetAction`) stands for several flags. It is weaker than the other flags of the place that names it, the
 command line or the file, and stronger than everything below that place.
@@ -60,14 +60,18 @@ def parse_checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
     return args
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
     """Parses `argv` (default: sys.argv[1:]), taking defaults from the YAML file named by --config, if one is named.
 
+    defaults: values, by name, that stand in for the parser's own defaults.
     --config is added to the parser if it has none. The parser itself is left as it was. As for every other mistake on
     the command line, a bad file ends the program with status 2 and one message (`parser.error`). A number out of its
     flag's range ends it with status 1 and one line.
     """
     parser = copy.deepcopy(parser)
+    parser.set_defaults(**(defaults or {}))
     if CONFIG_FLAG not in parser._option_string_actions:
         parser.add_argument(CONFIG_FLAG, metavar="YAML", help="file with defaults; the command line wins")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -79,12 +83,22 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     in_file: Mapping[str, Any] = {}
     if found["config"] is not None:
         try:
-            in_file = _set_defaults(parser, found["config"])
+            in_file = set_defaults_from_yaml(parser, found["config"])
         except ConfigError as error:
             parser.error(str(error))
     for action in presets:
         _apply_preset(parser, action, found[action.dest], in_file)
     return parse_checked(parser, argv)
+
+
+def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
+    """The names of the options that the command line or its YAML file says, to whatever value, once `parse_args` has
+    accepted them. What a preset sets does not count, its own name does."""
+    silent = copy.deepcopy(parser)
+    for action in silent._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    said = vars(silent.parse_args(argv))
+    return set(said) | set(load_yaml(said["config"]) if said.get("config") else {})
 
 
 def resolved_dict(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,10 +158,10 @@ def _apply_preset(
     parser.set_defaults(**{key: value for key, value in values.items() if key not in kept})
 
 
-def _set_defaults(parser: argparse.ArgumentParser, path: str) -> Mapping[str, Any]:
-    """Makes the file's values the parser's defaults, and gives the file's content."""
+def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: str) -> Mapping[str, Any]:
+    """Makes the file's values the parser's defaults, and gives the file's content. Raises ConfigError."""
     actions = {action.dest: action for action in parser._actions if action.option_strings}
-    del actions["config"]
+    actions.pop("config", None)
     actions.pop("help", None)
     values = load_yaml(path)
     for key, value in values.items():

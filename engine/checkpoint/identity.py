@@ -1,81 +1,179 @@
-"""What a set of weights was made for, and how an exported file says so.
+"""What a set of weights was made for: one record, written into every file of ours and compared before weights are used.
 
-An exported file is a `.safetensors` whose metadata strings hold everything that sampling needs beside the tensors:
-    format: "structmar-1". config: the model's sizes (json). categories: [{"id", "name"}, ...] (json).
-    vae: {"id", "latent_scale"} (json). text_encoder: {"id"} (json). stage. step. weights: "ema" or "raw".
-    reward_detector: sha256 of the detector it was rewarded by, where there was one.
+A training checkpoint holds it as entries of its dictionary, an exported `.safetensors` as strings of its metadata:
+    config: the model's sizes. categories: [{"id", "name"}, ...]. vae: {"id", "latent_scale"}. text_encoder: {"id"}.
+    stage. step. sampling: the options to sample with, where the file says so. reward_detector: where there was one.
+    In an exported file also weights: "ema" or "raw", and format: "structmar-1".
 The VAE and the text encoder are frozen and not inside: they are named by their ids (sha256), and others are refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from models.structmar import StructMARConfig
+from models.config import StructMARConfig
+from models.sampling.config import SamplingConfig
+from util.plain import from_plain
 from util.types import Category
 
-FORMAT = "structmar-1"
+EXPORT_FORMAT = "structmar-1"
 METADATA_KEYS = ("format", "config", "categories", "vae", "text_encoder", "stage", "step", "weights")
+_JSON_KEYS = ("config", "categories", "vae", "text_encoder", "sampling")
+
+TRAINING_FIELDS = (
+    "diffusion_batch_mul",
+    "attn_dropout",
+    "proj_dropout",
+    "grad_checkpointing",
+)  # may change between runs
+NOT_OF_BACKBONES = ("num_categories", "text_dim", "rope_mode", "max_objects", "class_num", "cross_attn_every",
+                    "layout_bias_value", "layout_bias_encoder", "layout_bias_decoder", "layout_fourier")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class WeightsInfo:
-    """What a set of weights was made for. weights: "ema" or "raw". step: optimizer steps of that stage.
+class Identity:
+    """What weights are made for. Weights of another identity are refused, except where MAR's weights know none of it.
 
-    reward_detector_id: sha256 of the detector whose verdict it was trained on, None if on none.
+    text_encoder_id: "" for a model without text parts. stage, step: where they were written; step counts that stage's
+    optimizer steps. weights: "ema" or "raw". reward_detector_id: sha256 of the detector whose verdict they were trained
+    on, None if on none. sampling: the options to sample them with, None if the file does not say.
+    Raises ValueError if the number of categories is not the model's.
     """
 
     config: StructMARConfig
-    categories: tuple[Category, ...]
     vae_id: str
     latent_scale: float
     text_encoder_id: str
-    stage: str
-    step: int
-    weights: str
+    categories: tuple[Category, ...]
+    stage: str = ""
+    step: int = 0
+    weights: str = "raw"
     reward_detector_id: str | None = None
+    sampling: SamplingConfig | None = None
 
     def __post_init__(self) -> None:
         if len(self.categories) != self.config.num_categories:
             raise ValueError(f"{len(self.categories)} categories, but the model has {self.config.num_categories}")
 
-    def to_metadata(self) -> dict[str, str]:
-        """As the strings that a safetensors header holds."""
-        return {
-            "format": FORMAT,
-            "config": json.dumps(self.config.to_dict()),
-            "categories": json.dumps([{"id": category.id, "name": category.name} for category in self.categories]),
-            "vae": json.dumps({"id": self.vae_id, "latent_scale": self.latent_scale}),
-            "text_encoder": json.dumps({"id": self.text_encoder_id}),
+    def to_dict(self) -> dict[str, Any]:
+        """As the plain entries of a training checkpoint: all but `weights`, as it holds raw and averaged ones."""
+        entries = {
             "stage": self.stage,
-            "step": str(self.step),
-            "weights": self.weights,
-            **({} if self.reward_detector_id is None else {"reward_detector": self.reward_detector_id}),
+            "step": self.step,
+            "config": self.config.to_dict(),
+            "vae": {"id": self.vae_id, "latent_scale": self.latent_scale},
+            "text_encoder": {"id": self.text_encoder_id},
+            "categories": [{"id": category.id, "name": category.name} for category in self.categories],
         }
+        if self.reward_detector_id is not None:
+            entries["reward_detector"] = self.reward_detector_id
+        if self.sampling is not None:
+            options = asdict(self.sampling)
+            entries["sampling"] = options | {"guidance_interval": list(self.sampling.guidance_interval)}
+        return entries
 
     @staticmethod
-    def from_metadata(metadata: Mapping[str, str], source: str | Path) -> WeightsInfo:
+    def from_dict(entries: Mapping[str, Any], source: str | Path, weights: str) -> Identity:
+        """The inverse of `to_dict`; other entries are left alone. weights: which of the file's are meant.
+
+        Raises ValueError naming `source` and what is malformed.
+        """
+        try:
+            sampling = entries.get("sampling")
+            return Identity(
+                config=StructMARConfig.from_dict(entries["config"]),
+                vae_id=str(entries["vae"]["id"]),
+                latent_scale=float(entries["vae"]["latent_scale"]),
+                text_encoder_id=str(entries["text_encoder"]["id"]),
+                categories=tuple(Category(int(each["id"]), str(each["name"])) for each in entries["categories"]),
+                stage=str(entries["stage"]),
+                step=int(entries["step"]),
+                weights=weights,
+                reward_detector_id=entries.get("reward_detector"),
+                sampling=None if sampling is None else from_plain(SamplingConfig, sampling, "sampling options"),
+            )
+        except KeyError as error:
+            raise ValueError(f"{source} has malformed metadata: {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source} has malformed metadata: {error}") from error
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the strings that a safetensors header holds."""
+        entries = {**self.to_dict(), "weights": self.weights, "format": EXPORT_FORMAT}
+        return {key: json.dumps(value) if key in _JSON_KEYS else str(value) for key, value in entries.items()}
+
+    @staticmethod
+    def from_metadata(metadata: Mapping[str, str], source: str | Path) -> Identity:
         """The inverse of `to_metadata`. Raises ValueError naming `source` and what is missing or malformed."""
         missing = [key for key in METADATA_KEYS if key not in metadata]
         if missing:
             raise ValueError(f"{source} lacks the metadata {missing}: export it with python -m scripts.export_weights")
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"{source} has format '{metadata['format']}', this version reads '{FORMAT}'")
-        try:
-            vae, categories = json.loads(metadata["vae"]), json.loads(metadata["categories"])
-            return WeightsInfo(
-                config=StructMARConfig.from_dict(json.loads(metadata["config"])),
-                categories=tuple(Category(int(entry["id"]), str(entry["name"])) for entry in categories),
-                vae_id=str(vae["id"]),
-                latent_scale=float(vae["latent_scale"]),
-                text_encoder_id=str(json.loads(metadata["text_encoder"])["id"]),
-                stage=metadata["stage"],
-                step=int(metadata["step"]),
-                weights=metadata["weights"],
-                reward_detector_id=metadata.get("reward_detector"),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{source} has malformed metadata: {type(error).__name__}: {error}") from error
+        if metadata["format"] != EXPORT_FORMAT:
+            raise ValueError(f"{source} has format '{metadata['format']}', this version reads '{EXPORT_FORMAT}'")
+        entries: dict[str, Any] = {}
+        for key, text in metadata.items():
+            try:
+                entries[key] = json.loads(text) if key in _JSON_KEYS else text
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{source} has malformed metadata: {key}: {error}") from error
+        return Identity.from_dict(entries, source, metadata["weights"])
+
+
+def require_same_identity(found: Identity, expected: Identity, source: str | Path | None, is_backbone: bool) -> None:
+    """Raises ValueError naming the file, the field and both values if the weights were made for something else.
+
+    is_backbone: the weights have no text or layout parts, hence know no captions and no categories.
+    """
+    _refuse_other_config(found.config, expected.config, source, is_backbone)
+    frozen_flag = "--vae_path or --latent_scale"
+    _refuse_other(source, "vae id", found.vae_id, expected.vae_id, frozen_flag)
+    _refuse_other(source, "vae latent_scale", found.latent_scale, expected.latent_scale, frozen_flag)
+    if not is_backbone:
+        _refuse_other(source, "text_encoder id", found.text_encoder_id, expected.text_encoder_id, "--clip_path")
+        _refuse_other(
+            source, "categories", *_first_difference(found.categories, expected.categories), "--coco_root"
+        )  # fmt: skip
+
+
+def _refuse_other_config(
+    found: StructMARConfig, expected: StructMARConfig, source: str | Path | None, is_backbone: bool
+) -> None:
+    skipped = {*TRAINING_FIELDS, *(NOT_OF_BACKBONES if is_backbone else ())}
+    here = expected.to_dict()
+    differing = [
+        f"{name} {value} in the file, {here[name]} here"
+        for name, value in found.to_dict().items()
+        if name not in skipped and value != here[name]
+    ]
+    if differing:
+        raise ValueError(f"{source} was made for another architecture: {'; '.join(differing)}")
+
+
+def _refuse_other(source: str | Path | None, field: str, found: Any, wanted: Any, flag: str) -> None:
+    if found != wanted:
+        raise ValueError(f"{source} was made with {field} {found}, this run has {wanted} (see {flag})")
+
+
+def _first_difference(found: tuple[Category, ...], wanted: tuple[Category, ...]) -> tuple[Any, Any]:
+    """The first entries that differ, or both lengths: eighty names would hide what is wrong."""
+    for one, other in zip(found, wanted, strict=False):
+        if one != other:
+            return asdict(one), asdict(other)
+    return len(found), len(wanted)
+
+
+def require_same_categories(found: Sequence[Category], trained: Sequence[Category], where: str) -> None:
+    """Raises ValueError naming both lists if a dataset's categories are not those the weights were trained with."""
+    if tuple(found) != tuple(trained):
+        raise ValueError(
+            f"{where} has the categories {_names(found)}, but the checkpoint was trained with {_names(trained)}"
+        )
+
+
+def _names(categories: Sequence[Category]) -> str:
+    names = [f"{category.id} {category.name}" for category in categories]
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")

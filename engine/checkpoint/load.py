@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint.identity import WeightsInfo
-from engine.checkpoint.resume import read_weights_file
-from models.structmar import StructMAR, StructMARConfig
+from engine.checkpoint.files import identity_of, read_weights_file
+from engine.checkpoint.identity import Identity
+from models.build import build_model
+from models.config import StructMARConfig
+from models.frozen.vae import LatentCodec
+from models.sampling.config import SamplingConfig
+from models.structmar import StructMAR
 from models.weights import is_mar_state, load_mar_weights, load_structmar_weights
-from util.checkpoint import load_plain, resolve_checkpoint, safetensors_metadata, save_safetensors_atomic
-from util.types import Category
+from util.checkpoint import resolve_checkpoint, save_safetensors_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ class LoadedModel:
     """In evaluation mode, on its device."""
 
     model: StructMAR
-    info: WeightsInfo
+    identity: Identity
 
 
 def load_for_sampling(path: str | Path, device: torch.device | str = "cpu", use_ema: bool = True) -> LoadedModel:
@@ -35,11 +38,11 @@ def load_for_sampling(path: str | Path, device: torch.device | str = "cpu", use_
     use_ema: the averaged weights of a training checkpoint; an exported file holds one set, chosen when it was written.
     Raises FileNotFoundError, or ValueError naming the file, for anything else; MAR's own: `load_mar_for_sampling`.
     """
-    state, info = read_weights(path, use_ema)
-    model = StructMAR(info.config)
+    state, identity = read_weights(path, use_ema)
+    model = build_model(identity.config)
     load_structmar_weights(model, state, str(path)).log(logger)
-    logger.info(f"{path}: {info.weights} weights of stage {info.stage} after {info.step} steps")
-    return LoadedModel(model.to(device).eval(), info)
+    logger.info(f"{path}: {identity.weights} weights of stage {identity.stage} after {identity.step} steps")
+    return LoadedModel(model.to(device).eval(), identity)
 
 
 def load_mar_for_sampling(
@@ -53,62 +56,58 @@ def load_mar_for_sampling(
     state = read_weights_file(path)
     if not is_mar_state(state["model"]):
         raise ValueError(f"{path} does not hold MAR's weights but a StructMAR's: sample it from captions and boxes")
-    if "config" in state:
-        config = StructMARConfig.from_dict(state["config"])
+    identity = identity_of(state, path)
+    model = build_model(config if identity is None else identity.config)
     averaged = state["model_ema"] if use_ema else {}
-    model = StructMAR(config)
     report = load_mar_weights(model, {**state["model"], **averaged}, str(path))
     if "class_emb.weight" in report.ignored:
         found = state["model"]["class_emb.weight"].shape[0]
-        raise ValueError(f"{path} has {found} classes, the model {config.class_num}: pass --class_num {found}")
+        raise ValueError(
+            f"{path} has {found} classes, the model {model.config.class_num}: pass --class_num {found}"
+        )  # fmt: skip
     report.log(logger)
     logger.info(f"{path}: {'ema' if averaged else 'raw'} weights, class-conditional")
     return model.to(device).eval()
 
 
-def read_weights(path: str | Path, use_ema: bool = True) -> tuple[dict[str, Tensor], WeightsInfo]:
+def read_weights(path: str | Path, use_ema: bool = True) -> tuple[dict[str, Tensor], Identity]:
     """The tensors to sample with and what they were made for. Errors as `load_for_sampling`."""
     file = resolve_checkpoint(path)
-    if file.suffix == ".safetensors":
-        state = load_plain(file)
-        _refuse_backbone(state, file)
-        info = WeightsInfo.from_metadata(safetensors_metadata(file), file)
-        if not use_ema and info.weights == "ema":
-            raise ValueError(f"{file} holds the ema weights only: --no_ema needs the training checkpoint")
-        return state, info
-    checkpoint = read_weights_file(file)
-    _refuse_backbone(checkpoint["model"], file)
-    averaged = checkpoint["model_ema"] if use_ema else {}
-    info = WeightsInfo(
-        config=StructMARConfig.from_dict(checkpoint["config"]),
-        categories=tuple(Category(entry["id"], entry["name"]) for entry in checkpoint["categories"]),
-        vae_id=checkpoint["vae"]["id"],
-        latent_scale=checkpoint["vae"]["latent_scale"],
-        text_encoder_id=checkpoint["text_encoder"]["id"],
-        stage=checkpoint["stage"],
-        step=checkpoint["step"],
-        weights="ema" if averaged else "raw",
-        reward_detector_id=checkpoint.get("reward_detector"),
-    )
-    return {**checkpoint["model"], **averaged}, info
+    state = read_weights_file(file)
+    identity = identity_of(state, file, use_ema)
+    if identity is None or is_mar_state(state["model"]):
+        raise ValueError(f"{file} holds MAR's weights, without text and layout parts: sample them with --class_label")
+    if not use_ema and identity.weights == "ema":
+        raise ValueError(f"{file} holds the ema weights only: --no_ema needs the training checkpoint")
+    averaged = state["model_ema"] if use_ema else {}
+    return {**state["model"], **averaged}, identity
 
 
-def export_weights(path: str | Path, output: str | Path, dtype: str = "fp32", use_ema: bool = True) -> WeightsInfo:
+def export_weights(
+    path: str | Path,
+    output: str | Path,
+    dtype: str = "fp32",
+    use_ema: bool = True,
+    sampling: SamplingConfig | None = None,
+) -> Identity:
     """Writes the weights of a training checkpoint as one safetensors file for inference, atomically.
 
-    Raises ValueError if they do not fit their own config, or are not finite in `dtype`.
+    sampling: replaces what the file says about sampling, which is carried over otherwise.
+    Raises ValueError if the weights do not fit their own config, or are not finite in `dtype`.
     """
     if Path(output).suffix != ".safetensors":
         raise ValueError(f"the exported file must end in .safetensors, got {output}")
-    state, info = read_weights(path, use_ema)
+    state, identity = read_weights(path, use_ema)
+    if sampling is not None:
+        identity = replace(identity, sampling=sampling)
     with torch.device("meta"):
-        load_structmar_weights(StructMAR(info.config), state, str(path))  # only checks names and shapes
+        load_structmar_weights(build_model(identity.config), state, str(path))  # only checks names and shapes
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path}: {name} is not finite in {dtype}")
-    save_safetensors_atomic(tensors, output, info.to_metadata())
-    return info
+    save_safetensors_atomic(tensors, output, identity.to_metadata())
+    return identity
 
 
 def require_same_frozen(kind: str, path: str | Path, found: str, expected: str, allow_other: bool) -> None:
@@ -121,6 +120,8 @@ def require_same_frozen(kind: str, path: str | Path, found: str, expected: str, 
     logger.warning(f"{message}; used anyway (--allow_other_frozen)")
 
 
-def _refuse_backbone(state: dict[str, Tensor], file: Path) -> None:
-    if is_mar_state(state):
-        raise ValueError(f"{file} holds MAR's weights, without text and layout parts: sample them with --class_label")
+def require_fitting_codec(codec: LatentCodec, path: str, model: StructMAR) -> None:
+    """Raises ValueError naming both sizes if the VAE's latents are not the model's."""
+    found, expected = (codec.stride, codec.latent_channels), (model.config.vae_stride, model.config.vae_embed_dim)
+    if found != expected:
+        raise ValueError(f"VAE {path} has (stride, latent channels) {found}, the model {expected}")

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.resume import (
-    Identity,
     Source,
     check_identity,
     checkpoint_content,
@@ -32,6 +32,7 @@ from engine.checkpoint.resume import (
     restore,
     resumed_position,
 )
+from engine.cli.sampling import sampling_config
 from engine.data.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler
 from engine.data.inputs import CocoInputs, DropRates
@@ -40,11 +41,12 @@ from engine.eval.judge import Judge
 from engine.eval.online import OnlineEvaluation
 from engine.eval.profiles import load_profile
 from engine.eval.targets import EvalSet, load_eval_set
-from engine.sample.pipeline import StructMARPipeline, require_same_categories
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import Step, TrainConfig, TrainingRun
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import compile_parts, shard, wrap
 from engine.train.state import Position, TrainState
+from models.build import build_model
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import TextEncoder
@@ -107,23 +109,6 @@ def data_config(args: argparse.Namespace, img_size: int, max_objects: int) -> Da
         min_visibility=args.min_visibility,
         keep_crowd=args.keep_crowd,
         seed=args.seed,
-    )
-
-
-def sampling_config(args: argparse.Namespace) -> SamplingConfig:
-    return SamplingConfig(
-        num_iter=args.num_iter,
-        num_sampling_steps=args.num_sampling_steps,
-        cfg_text=args.cfg if args.cfg_text is None else args.cfg_text,
-        cfg_layout=args.cfg if args.cfg_layout is None else args.cfg_layout,
-        cfg_schedule=args.cfg_schedule,
-        temperature=args.temperature,
-        clip_x0=args.clip_x0,
-        t_max=args.t_max,
-        num_sampling_steps_last=args.num_sampling_steps_last,
-        order=args.order,
-        guidance_interval=tuple(args.guidance_interval),
-        uncond_refresh=args.uncond_refresh,
     )
 
 
@@ -209,12 +194,15 @@ BuildData = Callable[[argparse.Namespace, StructMARConfig, Frozen], CocoLayoutDa
 class Stage:
     """What `read_parts` must know of a stage. name: in checkpoints. has_pictures: whether it samples while it trains.
 
-    free_flags: those of its own flags that a continued run may change without a word, see FREE_FLAGS.
+    keeps_sampling: its checkpoints name the sampling options of the weights it started from, where these name some,
+    instead of its own. free_flags: those of its own flags that a continued run may change without a word, see
+    FREE_FLAGS.
     """
 
     name: str
     build_data: BuildData
     has_pictures: bool
+    keeps_sampling: bool
     free_flags: tuple[str, ...]
 
 
@@ -256,7 +244,9 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     sampler = build_sampler(args, dataset, dist)
     scored = build_online_targets(args, config, categories, dist.device)
     source = find_source(args.output_dir, args.resume, not args.no_auto_resume, stage.name)
-    identity = Identity(config, frozen.codec.id, frozen.codec.latent_scale, frozen.text_encoder.id, categories)
+    kept = source.identity.sampling if stage.keeps_sampling and source.identity is not None else None
+    codec, text_encoder_id = frozen.codec, frozen.text_encoder.id
+    identity = Identity(config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling)
     check_identity(source, identity)
     flags = resolved_dict(args)
     return Parts(stage, dist, sampling, frozen, dataset, sampler, identity, source, scored, flags)
@@ -272,7 +262,7 @@ def build_train_state(
     restored where the run continues. as_module: the module that a step calls, with the model inside."""
     log_changed_args(parts.source, parts.flags, FREE_FLAGS + parts.stage.free_flags)
     torch.manual_seed(derive_seed(args.seed, "init"))  # modules are initialised from the global generator
-    model = StructMAR(parts.config)
+    model = build_model(parts.config)
     load_weights(model, parts.source, parts.stage.name)
     select_trainable(model, mode)
     for part, total, trained in summarize_trainable(model):

@@ -33,8 +33,8 @@ from engine.cli.build import (
     place_model,
     prepare_run,
     read_parts,
-    sampling_config,
 )
+from engine.cli.sampling import sampling_config
 from engine.data.coco import CocoLayoutDataset
 from engine.eval.judge import Judge, unknown_categories
 from engine.rl.cost import estimate_cost
@@ -47,6 +47,7 @@ from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import TrainConfig
 from engine.train.parallel import gathered
 from engine.train.state import TrainState
+from models.build import build_model
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.features import load_clip
@@ -67,7 +68,8 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     """Everything main_rl.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
     estimator = build_estimator(args, sampling_config(args))
     free_flags = ("max_rl_steps", "num_preview", "reward_batch_size")
-    parts = read_parts(args, dist, Stage("grpo", build_prompts, has_pictures=True, free_flags=free_flags))
+    stage = Stage("grpo", build_prompts, has_pictures=True, keeps_sampling=True, free_flags=free_flags)
+    parts = read_parts(args, dist, stage)
     reward = build_reward(args, parts.identity.categories, dist.device)
     require_other_judge(args, parts, reward)
     require_fitting_start(parts.source, reward)
@@ -245,7 +247,7 @@ def build_reference(args: argparse.Namespace, parts: Parts) -> StructMAR | None:
         raise ValueError(
             f"{source.path} has no reference, it was written with --kl_coef 0; this run has {args.kl_coef}"
         )
-    reference = StructMAR(parts.config)
+    reference = build_model(parts.config)
     load_structmar_weights(reference, {**source.state["model"], **kept}, str(source.path))
     place_model(args, reference.requires_grad_(False).eval(), parts.dist)
     open_denoise(reference)

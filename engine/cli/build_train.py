@@ -31,7 +31,8 @@ from util.distributed import DistInfo
 def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     """Everything main_mar.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
     has_previews = args.online_eval or args.sample_freq > 0
-    stage = Stage(args.train_mode, build_images, has_previews, free_flags=("max_steps", "eval_freq"))
+    free_flags = ("max_steps", "eval_freq")
+    stage = Stage(args.train_mode, build_images, has_previews, keeps_sampling=False, free_flags=free_flags)
     parts = read_parts(args, dist, stage)
     scenes = build_scenes(args, parts.dataset) if has_previews else []
     state = build_train_state(args, parts, args.train_mode)

@@ -77,9 +77,8 @@ def read_layout_file(
     entries = content if isinstance(content, list) else [content]
     if not entries:
         raise ValueError(f"layout file {path} holds an empty list: there is nothing to generate")
-    indices = {category.name: index for index, category in enumerate(categories)}
     return [
-        _read_entry(entry, f"layout file {path}, entry {i}", indices, max_objects, prompt)
+        read_entry(entry, f"layout file {path}, entry {i}", categories, max_objects, prompt)
         for i, entry in enumerate(entries)
     ]
 
@@ -100,7 +99,11 @@ def scenes_from_dataset(index: CocoIndex, img_size: int, num_scenes: int) -> lis
     return scenes
 
 
-def _read_entry(entry: Any, where: str, indices: dict[str, int], max_objects: int, prompt: str | None) -> Scene:
+def read_entry(
+    entry: Any, where: str, categories: Sequence[Category], max_objects: int, prompt: str | None = None
+) -> Scene:
+    """One entry of a layout file, wherever it comes from: errors begin with `where`. `prompt` replaces its own."""
+    indices = {category.name: index for index, category in enumerate(categories)}
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: must be an object with the keys {list(ENTRY_KEYS)}, got {_short(entry)}")
     _refuse_unknown_keys(entry, ENTRY_KEYS, where)

@@ -19,8 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from engine.data.scenes import Scene
 from engine.eval.targets import Target
-from engine.sample.generate import generate_images
-from engine.sample.pipeline import Pipeline
+from engine.sample.pipeline import StructMARPipeline
 from models.sampling.config import SamplingConfig
 from util.distributed import DistInfo
 from util.images import Picture, load_image, save_png
@@ -114,7 +113,7 @@ def missing_chunks(folder: Path, targets: Sequence[Target], plan: GenerationPlan
 
 
 def generate_chunk(
-    pipeline: Pipeline,
+    pipeline: StructMARPipeline,
     chunk: Sequence[Target],
     scenes: Mapping[int, Scene],
     seed: int,
@@ -125,18 +124,8 @@ def generate_chunk(
     """Samples and writes one chunk, each file at once under its name only when it is whole. Image seeds depend on
     (`seed`, image id) alone."""
     seeds = [derive_seed(seed, "evaluation", target.image_id) for target in chunk]
-    pictures = generate_images(
-        pipeline.model,
-        pipeline.codec,
-        pipeline.text_encoder,
-        [scenes[target.image_id] for target in chunk],
-        plan.config,
-        seeds,
-        plan.chunk,
-        plan.dist.device,
-        plan.precision,
-        progress,
-    )
+    wanted = [scenes[target.image_id] for target in chunk]
+    pictures = pipeline.draw(wanted, plan.config, seeds, plan.chunk, plan.precision, progress)
     for target, image_seed, picture in zip(chunk, seeds, pictures, strict=True):
         path = image_path(folder, target)
         temporary = path.with_suffix(f".{plan.dist.rank}.tmp")

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.distributed.fsdp import FSDPModule
 
 from engine.data.scenes import Scene
-from engine.sample.generate import scene_grid
+from engine.sample.grid import scene_grid
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import unsharded
 from models.sampling.config import SamplingConfig

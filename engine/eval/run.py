@@ -31,9 +31,9 @@ from engine.eval.generation import (
 )
 from engine.eval.judge import Json, Judge, Row, Scorer, add_percent_of_bound, detect, shuffle_layouts, without_nan
 from engine.eval.quality import QualityMetrics
-from engine.eval.report.page import FORMAT, format_table, write_report
+from engine.eval.report.page import RESULTS_FORMAT, format_table, write_report
 from engine.eval.targets import EvalSet, Target
-from engine.sample.pipeline import Pipeline
+from engine.sample.pipeline import StructMARPipeline
 from models.frozen.vae import LatentCodec
 from util.checkpoint import sha256_tensors, write_atomic
 from util.distributed import DistInfo, barrier, gather_objects
@@ -50,7 +50,7 @@ RESERVED_NAMES = REAL, VAE, NO_LAYOUT, SHUFFLED = "real images", "VAE round trip
 class Generation:
     """A model and how images are drawn from it, once for every seed."""
 
-    pipeline: Pipeline
+    pipeline: StructMARPipeline
     plan: GenerationPlan
     seeds: tuple[int, ...]
 
@@ -274,7 +274,7 @@ def describe(run: EvaluationRun) -> Json:
     if run.generation is not None:
         source = {"kind": "checkpoint", **generation_identity(run)}
     return {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "profile": {**words, "hash": profile.hash, "settings": settings},
         "dataset": {
             "split": eval_set.split,

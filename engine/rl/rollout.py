@@ -19,13 +19,12 @@ from torch import Tensor
 
 from engine.data.coco import Batch
 from engine.rl.rewards import LayoutReward, RewardBatch
-from engine.sample.generate import sampling_dtype
+from engine.sample.generate import ImageConditions
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import unsharded
 from models.policy import Samples, collect_samples
 from models.sampling.config import SamplingConfig
-from models.sampling.sampler import sample
-from util.images import Picture, to_picture
+from util.images import Picture
 from util.rng import generator
 
 
@@ -66,21 +65,19 @@ class RolloutWorker:
     @torch.no_grad()
     def collect(self, batch: Batch, key: Sequence[int]) -> Rollout:
         """key: what makes this batch's draws its own: step, pass, rank."""
-        model, codec = self.pipeline.model, self.pipeline.codec
+        model, device = self.pipeline.model, self.pipeline.codec.device
         model.eval()
         text = self.pipeline.caption_encoder.context(batch.captions) if batch.text is None else batch.text
-        text = text.to(codec.device).repeated(self.group_size)
-        layout = batch.layout.to(codec.device).repeated(self.group_size)
+        text = text.to(device).repeated(self.group_size)
+        layout = batch.layout.to(device).repeated(self.group_size)
         generators = [generator(self.seed, "rollout", *key, image) for image in range(len(layout))]
-        dtype = sampling_dtype(self.precision)
+        conditions = ImageConditions(text, layout)
         with unsharded(model):
-            drawn = sample(
-                model, self.config, generators, text=text, layout=layout, record=self.needs_trace, dtype=dtype
-            )
+            drawn = self.pipeline.sample(conditions, self.config, generators, self.precision, record=self.needs_trace)
         samples = collect_samples(drawn, text, layout)
-        pictures = [to_picture(pixels) for pixels in codec.decode(drawn.latents.float())]
+        pictures = self.pipeline.pictures(drawn.latents)
         prompts = [caption for caption in batch.captions for _ in range(self.group_size)]
-        rewards = self.reward(to_images(pictures, codec.device), layout, prompts)
+        rewards = self.reward(to_images(pictures, device), layout, prompts)
         return Rollout(batch.captions, samples, pictures, rewards, self.group_size)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engine.data.scenes import Scene
-from engine.sample.generate import GRID_CELL, GRID_GAP, caption_bands, caption_font_size
+from engine.sample.grid import GRID_CELL, GRID_GAP, caption_bands, caption_font_size
 from models.frozen.detections import Detections
 from util.images import WHITE, Picture, make_grid
 from util.types import Category

@@ -1,111 +1,412 @@
-"""What turns scenes into images: the trained model together with the frozen parts it was trained with."""
+"""What turns captions and boxes into images: the model together with the frozen parts it was trained with.
+
+    pipe = StructMARPipeline.from_pretrained("folder").to("cuda")
+    image = pipe("a dog on a bench", boxes=[[0.1, 0.3, 0.6, 0.9]], phrases=["dog"], seed=0).images[0]
+
+A diffusers pipeline: components, folders, `to` and progress bars are those of `DiffusionPipeline`. Weights and states
+stay float32; with bf16 the sampler casts the networks itself (`scripts.sample --precision bf16`).
+The module's path is written into saved folders (model_index.json): it has to stay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.checkpoint.identity import WeightsInfo
-from engine.checkpoint.load import load_for_sampling, require_same_frozen
-from engine.checkpoint.resume import Identity
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
 from engine.data.scenes import Scene
-from engine.sample.generate import generate_images
+from engine.sample.folder import FolderRecord, contents_of
+from engine.sample.generate import (
+    Hooks,
+    ImageConditions,
+    batches,
+    class_conditions,
+    draw_batch,
+    image_generator,
+    num_iterations,
+    scene_conditions,
+)
+from engine.sample.inputs import check_call, one_of, precision_of, read_generators, read_options, read_scenes
+from engine.sample.transformer import StructMARTransformer
 from models.frozen.text import TextEncoder
-from models.frozen.vae import LatentCodec
+from models.frozen.vae import LatentCodec, config_of
 from models.sampling.config import SamplingConfig
+from models.sampling.sampler import SampleOutput
 from models.structmar import StructMAR
-from util.images import Picture
-from util.types import Category
+from util.images import Picture, to_picture
+
+ConditionsOf = Callable[[slice], ImageConditions]
+StepCallback = Callable[["StructMARPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-@dataclass(frozen=True)
-class StructMARPipeline:
-    """A model and the frozen parts around it, on one device. identity: what the model's weights are made for."""
+@dataclass
+class StructMARPipelineOutput(BaseOutput):
+    """images: a list of PIL images; or an array [n, H, W, 3] or tensor [n, 3, H, W], both in [0, 1]; or scaled latents
+    [n, C, h, w]."""
 
-    model: StructMAR
-    codec: LatentCodec
-    caption_encoder: TextEncoder
-    identity: Identity | None = None
+    images: Any
 
-    @staticmethod
+
+class StructMARPipeline(DiffusionPipeline):
+    """Made by `from_pretrained`, `from_checkpoint` or `from_parts`.
+
+    model, codec, caption_encoder: the components as the rest of the code uses them.
+    identity: what the weights were made for, None around a model in training. source: where they come from.
+    precision: of calls. interrupt: set by a callback, ends the call after the iteration.
+    """
+
+    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 - diffusers reads both from the class
+    _callback_tensor_inputs = ["tokens"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: StructMARTransformer,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
+        identity: Identity | None = None,
+        codec: LatentCodec | None = None,
+        caption_encoder: TextEncoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        if codec is None:
+            assert identity is not None, "a pipeline without its parts needs the identity of the weights"
+            codec = LatentCodec(vae, config_of(vae), identity.latent_scale, identity.vae_id)
+            caption_encoder = _caption_encoder(text_encoder, tokenizer, identity.text_encoder_id)
+        self.codec, self.identity = codec, identity
+        self._caption_encoder = caption_encoder
+        self.source = ""
+        self.precision = "fp32"
+        self.interrupt = False
+
+    @classmethod
     def from_parts(
-        model: StructMAR, codec: LatentCodec, caption_encoder: TextEncoder, identity: Identity | None = None
+        cls,
+        model: StructMAR,
+        codec: LatentCodec,
+        caption_encoder: TextEncoder | None,
+        identity: Identity | None = None,
     ) -> StructMARPipeline:
-        return StructMARPipeline(model, codec, caption_encoder, identity)
+        """Around live objects, in training, compiled or sharded too: nothing is copied."""
+        transformer = StructMARTransformer.around(model)
+        text_model = None if caption_encoder is None else caption_encoder.model
+        tokenizer = None if caption_encoder is None else caption_encoder.tokenizer
+        return cls(transformer, codec.autoencoder, text_model, tokenizer, identity, codec, caption_encoder)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        vae_path: str | Path,
+        clip_path: str | Path,
+        device: torch.device | str = "cpu",
+        use_ema: bool = True,
+        allow_other_frozen: bool = False,
+    ) -> StructMARPipeline:
+        """From a training checkpoint or an exported file, and the frozen parts it was trained with.
+
+        Raises FileNotFoundError or ValueError naming the file that is missing or does not fit the weights.
+        """
+        loaded = load_for_sampling(path, device, use_ema=use_ema)
+        model, identity = loaded.model, loaded.identity
+        codec = LatentCodec.load(vae_path, device, identity.latent_scale)
+        require_same_frozen("VAE", vae_path, codec.id, identity.vae_id, allow_other_frozen)
+        require_fitting_codec(codec, str(vae_path), model)
+        encoder = TextEncoder.load(clip_path, device)
+        require_same_frozen("text encoder", clip_path, encoder.id, identity.text_encoder_id, allow_other_frozen)
+        if encoder.dim != identity.config.text_dim:
+            raise ValueError(
+                f"text encoder {clip_path} has width {encoder.dim}, the checkpoint {identity.config.text_dim}"
+            )
+        pipeline = cls.from_parts(model, codec, encoder, identity)
+        pipeline.source = str(path)
+        return pipeline
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> StructMARPipeline:
+        """From a folder that `save_pretrained` wrote; nothing is downloaded. dtype: bfloat16 makes calls in bf16.
+
+        Raises FileNotFoundError or ValueError if it is no such folder, or a component has other contents than saved.
+        """
+        folder, precision = str(pretrained_model_name_or_path), precision_of(torch_dtype if dtype is None else dtype)
+        record = FolderRecord.read(folder)
+        kwargs = {"low_cpu_mem_usage": False, **kwargs}  # diffusers warns of a missing accelerate otherwise
+        pipeline = super().from_pretrained(folder, identity=record.identity, **kwargs)
+        record.require_same(pipeline._contents(), folder)
+        if pipeline.model.config != record.identity.config:
+            raise ValueError(f"{folder}: transformer/config.json names another architecture than the folder's record")
+        pipeline.model.eval()
+        pipeline.source, pipeline.precision = folder, precision
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """One folder that any machine loads: model_index.json, the four components, and what they are.
+
+        Raises ValueError for a pipeline that does not know what its weights were made for, or has other frozen parts.
+        """
+        if self.identity is None or self._caption_encoder is None:
+            raise ValueError("only a pipeline of finished weights can be saved: export the training checkpoint first")
+        for kind, found, trained in (
+            ("VAE", self.codec.id, self.identity.vae_id),
+            ("text encoder", self.caption_encoder.id, self.identity.text_encoder_id),
+        ):
+            if found != trained:
+                raise ValueError(f"the pipeline's {kind} has id {found}, but the weights were trained with {trained}")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file, not a folder")
+        super().save_pretrained(str(folder), **kwargs)
+        FolderRecord(self.identity, self._contents()).write(folder)
+
+    def to(self, *args: Any, **kwargs: Any) -> StructMARPipeline:
+        """As `DiffusionPipeline.to`; a dtype sets the precision of calls and leaves the weights float32."""
+        given = [*args, *kwargs.values()]
+        for dtype in (each for each in given if isinstance(each, torch.dtype)):
+            self.precision = precision_of(dtype)
+        args = tuple(each for each in args if not isinstance(each, torch.dtype))
+        kwargs = {name: each for name, each in kwargs.items() if not isinstance(each, torch.dtype)}
+        return super().to(*args, **kwargs) if args or kwargs else self
+
+    @property
+    def model(self) -> StructMAR:
+        return self.transformer.model
+
+    @property
+    def caption_encoder(self) -> TextEncoder:
+        """Raises ValueError for MAR's own weights, which have none."""
+        if self._caption_encoder is None:
+            raise ValueError("these are MAR's own weights, which know classes instead of captions: see draw_classes")
+        return self._caption_encoder
+
+    @property
+    def labels(self) -> list[str]:
+        """The names that `phrases` may hold."""
+        return [] if self.identity is None else [category.name for category in self.identity.categories]
+
+    @property
+    def own_sampling(self) -> SamplingConfig:
+        """The options that the weights name; where they name none, the defaults."""
+        return (self.identity and self.identity.sampling) or SamplingConfig()
+
+    def describe(self) -> dict[str, Any]:
+        """Which weights these are, for what is written beside images."""
+        identity = self.identity
+        checkpoint: dict[str, Any] = {"path": self.source, "stage": "mar" if identity is None else identity.stage}
+        if identity is not None:
+            checkpoint |= {"step": identity.step, "weights": identity.weights}
+        frozen = {"vae": self.codec.id, "latent_scale": self.codec.latent_scale}
+        if self._caption_encoder is not None:
+            frozen["text_encoder"] = self.caption_encoder.id
+        return {**checkpoint, **frozen}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        boxes: Any = None,
+        phrases: Any = None,
+        guidance_scale: float | None = None,
+        layout_guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        num_diffusion_steps: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+        *,
+        cfg_schedule: str | None = None,
+        temperature: float | None = None,
+        clip_x0: float | None = None,
+        t_max: int | None = None,
+        num_sampling_steps_last: int | None = None,
+        order: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        uncond_refresh: int | None = None,
+        batch_size: int = 8,
+        gligen_boxes: Any = None,
+        gligen_phrases: Any = None,
+    ) -> Any:
+        """Images of captions with objects at given places. Everything is checked before anything is drawn.
+
+        prompt: a caption, or a list of them; "" is none. boxes: [x0, y0, x1, y1] as fractions of the image, one list
+        per prompt; phrases: what each box holds, of `labels`. gligen_boxes and gligen_phrases mean the same.
+        guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
+        num_diffusion_steps: reverse steps per token. These and the options with the names of the command line's flags:
+        None means the weights' own (`own_sampling`).
+        seed: image i of the call is the image that scripts.sample draws with seed + i. generator: instead, one that all
+        images draw from, or one for each. Without either, images differ from call to call.
+        batch_size: images drawn at a time. output_type: pil, np, pt or latent. return_dict: False gives a tuple.
+        callback_on_step_end: called as (pipe, iteration, iterations left, {"tokens": [B, L, C]}) after every iteration
+        of every batch. A dictionary that it returns may hold other tokens. It may set pipe.interrupt: the call then
+        ends with the tokens known so far, the others at zero.
+        Raises ValueError naming the argument and the values.
+        """
+        check_call(output_type, batch_size, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        boxes = one_of("boxes", boxes, "gligen_boxes", gligen_boxes)
+        phrases = one_of("phrases", phrases, "gligen_phrases", gligen_phrases)
+        categories = () if self.identity is None else self.identity.categories
+        scenes = read_scenes(prompt, boxes, phrases, categories, self.model.config.max_objects, num_images_per_prompt)
+        generators = read_generators(seed, generator, len(scenes))
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "num_diffusion_steps": num_diffusion_steps,
+            "guidance_scale": guidance_scale,
+            "layout_guidance_scale": layout_guidance_scale,
+            "cfg_schedule": cfg_schedule,
+            "temperature": temperature,
+            "clip_x0": clip_x0,
+            "t_max": t_max,
+            "num_sampling_steps_last": num_sampling_steps_last,
+            "order": order,
+            "guidance_interval": guidance_interval,
+            "uncond_refresh": uncond_refresh,
+        }
+        config = read_options(self.own_sampling, given, self.model.config.num_tokens)
+        self.interrupt = False
+        with self.progress_bar(total=num_iterations(len(scenes), batch_size, config)) as bar:
+            hooks = self._call_hooks(config, bar.update, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            conditions = self._of_scenes(scenes)
+            drawn = list(self._latents(conditions, config, generators, batch_size, self.precision, hooks))
+            images = self._output(drawn, output_type)
+        return StructMARPipelineOutput(images=images) if return_dict else (images,)
 
     def draw(
         self,
         scenes: Sequence[Scene],
         config: SamplingConfig,
         seeds: Sequence[int],
-        batch_size: int,
-        precision: str,
+        batch_size: int = 8,
+        precision: str = "fp32",
         progress: Callable[[], None] | None = None,
     ) -> list[Picture]:
-        """One picture per scene and seed, see `generate_images`."""
-        parts = (self.model, self.codec, self.caption_encoder)
-        return generate_images(*parts, scenes, config, seeds, batch_size, self.codec.device, precision, progress)
+        """One picture per scene and seed. An empty prompt means no text, a scene without boxes means no layout.
+
+        progress: called after every iteration of every batch, `num_iterations(...)` times in all.
+        Raises ValueError if scenes and seeds differ in number or a scene has more boxes than the model places.
+        """
+        if len(scenes) != len(seeds):
+            raise ValueError(f"every scene needs its seed, got {len(scenes)} scenes and {len(seeds)} seeds")
+        return self._pictures(self._of_scenes(scenes), config, seeds, batch_size, precision, progress)
+
+    def draw_classes(
+        self,
+        labels: Sequence[int],
+        config: SamplingConfig,
+        seeds: Sequence[int],
+        batch_size: int = 8,
+        precision: str = "fp32",
+        progress: Callable[[], None] | None = None,
+    ) -> list[Picture]:
+        """Class-conditional pictures, as MAR generates them: one per label and seed, without text and layout."""
+        if len(labels) != len(seeds):
+            raise ValueError(f"every label needs its seed, got {len(labels)} labels and {len(seeds)} seeds")
+
+        def conditions_of(rows: slice) -> ImageConditions:
+            return class_conditions(self.model, labels[rows])
+
+        return self._pictures(conditions_of, config, seeds, batch_size, precision, progress)
+
+    def sample(
+        self,
+        conditions: ImageConditions,
+        config: SamplingConfig,
+        generators: Sequence[torch.Generator],
+        precision: str = "fp32",
+        hooks: Hooks | None = None,
+        record: bool = False,
+    ) -> SampleOutput:
+        """One batch as the sampler gives it: tokens, latents, orders and, if recorded, the trace."""
+        return draw_batch(self.model, conditions, config, generators, precision, hooks, record)
+
+    def pictures(self, latents: Tensor) -> list[Picture]:
+        """Scaled latents [B, C, h, w] -> B decoded pictures."""
+        return [to_picture(pixels) for pixels in self.codec.decode(latents.float())]
+
+    def _of_scenes(self, scenes: Sequence[Scene]) -> ConditionsOf:
+        encoder = self.caption_encoder
+        return lambda rows: scene_conditions(self.model, encoder, scenes[rows])
+
+    def _pictures(
+        self,
+        conditions_of: ConditionsOf,
+        config: SamplingConfig,
+        seeds: Sequence[int],
+        batch_size: int,
+        precision: str,
+        progress: Callable[[], None] | None,
+    ) -> list[Picture]:
+        generators = [image_generator(seed) for seed in seeds]
+        drawn = self._latents(conditions_of, config, generators, batch_size, precision, Hooks.counting(progress))
+        return [picture for latents in drawn for picture in self.pictures(latents)]
+
+    def _latents(
+        self,
+        conditions_of: ConditionsOf,
+        config: SamplingConfig,
+        generators: Sequence[torch.Generator],
+        batch_size: int,
+        precision: str,
+        hooks: Hooks,
+    ) -> Iterator[Tensor]:
+        """Scaled latents [B, C, h, w], batch by batch."""
+        for rows in batches(len(generators), batch_size):
+            yield self.sample(conditions_of(rows), config, generators[rows], precision, hooks).latents.float()
+
+    def _call_hooks(
+        self, config: SamplingConfig, tick: Callable[[], Any], callback: StepCallback | None, names: Sequence[str]
+    ) -> Hooks:
+        """What `__call__` lets its caller see and change."""
+
+        def on_iteration(iteration: int, tokens: Tensor) -> Tensor | None:
+            tick()
+            if callback is None:
+                return None
+            offered = {"tokens": tokens} if "tokens" in names else {}
+            changed = (callback(self, iteration, config.num_iter - 1 - iteration, offered) or {}).get("tokens")
+            if changed is not None and changed.shape != tokens.shape:
+                raise ValueError(
+                    f"callback_on_step_end gave tokens of shape {tuple(changed.shape)}, expected {tuple(tokens.shape)}"
+                )
+            return changed
+
+        return Hooks(on_iteration, lambda: self.interrupt)
+
+    def _output(self, drawn: Sequence[Tensor], output_type: str) -> Any:
+        """drawn: latents of each batch. Gives what `StructMARPipelineOutput` describes."""
+        if output_type == "latent":
+            return torch.cat(list(drawn))  # [n, C, h, w]
+        pixels = torch.cat([self.codec.decode(latents) for latents in drawn])  # [n, 3, H, W]
+        if output_type == "pil":
+            return [Image.fromarray(to_picture(each)) for each in pixels]
+        shares = pixels / 2 + 0.5  # [n, 3, H, W]
+        return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
+
+    def _contents(self) -> dict[str, str]:
+        return contents_of(self.model, self.vae, self.caption_encoder.model, self.caption_encoder.tokenizer)
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """Everything loaded and checked against one another, in evaluation mode. source: the weights' path."""
-
-    source: str
-    model: StructMAR
-    info: WeightsInfo
-    codec: LatentCodec
-    text_encoder: TextEncoder
-
-    def describe(self) -> dict[str, Any]:
-        """Which weights these are, for what is written beside images."""
-        checkpoint = {"path": self.source, "stage": self.info.stage, "step": self.info.step}
-        frozen = {"vae": self.codec.id, "latent_scale": self.codec.latent_scale, "text_encoder": self.text_encoder.id}
-        return {**checkpoint, "weights": self.info.weights, **frozen}
-
-
-def load_pipeline(
-    path: str | Path,
-    vae_path: str | Path,
-    clip_path: str | Path,
-    device: torch.device,
-    use_ema: bool = True,
-    allow_other_frozen: bool = False,
-) -> Pipeline:
-    """Raises FileNotFoundError or ValueError naming the file that is missing or does not fit the weights."""
-    loaded = load_for_sampling(path, device, use_ema=use_ema)
-    model, info = loaded.model, loaded.info
-    codec = LatentCodec.load(vae_path, device, info.latent_scale)
-    require_same_frozen("VAE", vae_path, codec.id, info.vae_id, allow_other_frozen)
-    require_fitting_codec(codec, str(vae_path), model)
-    text_encoder = TextEncoder.load(clip_path, device)
-    require_same_frozen("text encoder", clip_path, text_encoder.id, info.text_encoder_id, allow_other_frozen)
-    if text_encoder.dim != info.config.text_dim:
-        raise ValueError(
-            f"text encoder {clip_path} has width {text_encoder.dim}, the checkpoint {info.config.text_dim}"
-        )
-    return Pipeline(str(path), model, info, codec, text_encoder)
-
-
-def require_fitting_codec(codec: LatentCodec, path: str, model: StructMAR) -> None:
-    """Raises ValueError naming both sizes if the VAE's latents are not the model's."""
-    found, expected = (codec.stride, codec.latent_channels), (model.config.vae_stride, model.config.vae_embed_dim)
-    if found != expected:
-        raise ValueError(f"VAE {path} has (stride, latent channels) {found}, the model {expected}")
-
-
-def require_same_categories(found: Sequence[Category], trained: Sequence[Category], where: str) -> None:
-    """Raises ValueError naming both lists if a dataset's categories are not those the weights were trained with."""
-    if tuple(found) != tuple(trained):
-        raise ValueError(
-            f"{where} has the categories {_names(found)}, but the checkpoint was trained with {_names(trained)}"
-        )
-
-
-def _names(categories: Sequence[Category]) -> str:
-    names = [f"{category.id} {category.name}" for category in categories]
-    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+def _caption_encoder(model: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, files_id: str) -> TextEncoder | None:
+    if model is None or tokenizer is None:
+        return None
+    tokenizer.model_max_length = int(1e9)  # TextEncoder cuts itself
+    return TextEncoder(model, tokenizer, model.config.max_position_embeddings, files_id)

@@ -85,6 +85,19 @@ def build_autoencoder(config: VaeConfig) -> AutoencoderKL:
     return autoencoder.train()
 
 
+def config_of(autoencoder: AutoencoderKL) -> VaeConfig:
+    """The inverse of `build_autoencoder`."""
+    config = autoencoder.config
+    return VaeConfig(
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        encoder_attention=config.down_block_types[-1].startswith("Attn"),
+        mid_attention=config.mid_block_add_attention,
+        norm_num_groups=config.norm_num_groups,
+    )
+
+
 _RENAMES = (
     (r"\.down_blocks\.(\d+)\.", r".down.\1."),
     (r"(\.down\.\d+|\.up\.\d+)\.resnets\.", r"\1.block."),

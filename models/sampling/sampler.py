@@ -80,7 +80,7 @@ def sample(
     """Samples one image per generator. The model must be in eval mode; conditions lie on its device, [B, ...].
 
     grid: (rows, columns) of tokens, the config's by default. known: tokens to start from. order: instead of
-    `config.order`; not together with `known`. controls: of the conditions by iteration. should_stop: asked after each
+    `config.order`; not together with `known`. controls: of the conditions by iteration. should_stop: asked before each
     iteration; what is masked then stays zero. record: keeps how the head drew. dtype: of weights and matrix products.
     Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, the grid is unknown to
     the model, or a recording is wanted where it cannot be scored (`SamplingConfig.require_traceable`).
@@ -173,6 +173,8 @@ def unmask(
     orders = order.orders if isinstance(order, PlannedOrder) else _empty_orders(state)  # [B, L]
     backbone = GuidedBackbone(len(run.branches.names))
     for iteration in range(config.num_iter) if iterations is None else iterations:
+        if should_stop is not None and should_stop():
+            break
         plan = plan_next(state, order, uses) if plans is None else plans[iteration]
         z = backbone(contexts.at(iteration), state.tokens, plan).flatten(1, 2)  # [G, B * p, D]
         w_text, w_layout = guidance_scales(config, num_tokens, counts[iteration + 1])
@@ -185,8 +187,6 @@ def unmask(
             trace.write(plan.token_ids, drawn.record)
         if on_iteration is not None and (changed := on_iteration(iteration, state.tokens)) is not None:
             state = replace(state, tokens=changed)
-        if should_stop is not None and should_stop():
-            break
     return state.tokens, orders, trace
 
 
@@ -275,6 +275,4 @@ def _sample_unknown(
 
         state = part.start(KnownTokens(tokens[rows], known.known[rows]))
         tokens[rows] = unmask(part, state, order, on_iteration=follow, should_stop=should_stop)[0]
-        if should_stop is not None and should_stop():
-            break
     return run.output(tokens, orders, None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.load import load_for_sampling, load_mar_for_sampling
+from models.build import build_model
 from models.heads.base import HeadStep
 from models.heads.diffusion_sampler import DiffusionStep
 from models.masking import sample_orders
@@ -44,7 +45,7 @@ def available_models(weights: Path | None, mar_weights: Path | None, mar_size: s
 def random_model(preset: str, **overrides: Any) -> StructMAR:
     """As initialised, but for what starts at zero, which would hide differences: gates and output layers."""
     torch.manual_seed(0)
-    model = StructMAR(preset_config(preset, **overrides)).eval()
+    model = build_model(preset_config(preset, **overrides)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

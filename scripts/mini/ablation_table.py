@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.eval.report.page import FORMAT, Column
+from engine.eval.report.page import RESULTS_FORMAT, Column
 
 MODEL, NO_LAYOUT, REAL = "model", "no layout", "real images"
 VARIANTS: dict[str, tuple[str, str]] = {  # folder -> what the table calls it, and which row counts
@@ -39,8 +39,8 @@ def read_results(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: bash scripts/mini/ablation.sh makes it")
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if results.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {results.get('format')!r}, expected {FORMAT!r}")
+    if results.get("format") != RESULTS_FORMAT:
+        raise ValueError(f"{path} has format {results.get('format')!r}, expected {RESULTS_FORMAT!r}")
     return results
 
 

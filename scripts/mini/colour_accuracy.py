@@ -39,7 +39,7 @@ from util.config import parse_checked
 from util.images import Picture, load_image
 from util.ranges import positive_int
 
-FORMAT = "structmar-colour-1"
+COLOUR_FORMAT = "structmar-colour-1"
 NONE = "none"  # the verdict where no pixel votes
 DARKEST, DARKEST_WHITE, LIGHTEST = 0.3, 0.5, 1.15  # shades of the palette, as factors
 NUM_SHADES = 8
@@ -276,7 +276,7 @@ def evaluate(colour_set: ColourSet, folders: Sequence[Path], num_resamples: int)
         rows.append(result_row("images", "model", colour_set, runs, weights))
     rows.append(result_row("shuffled drawings", "control", colour_set, [judge(colour_set, shifted(real))], weights))
     return {
-        "format": FORMAT,
+        "format": COLOUR_FORMAT,
         "split": colour_set.split,
         "num_images": len(colour_set.file_names),
         "num_objects": len(colour_set.items),

@@ -20,13 +20,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoint.resume import Identity, check_identity, find_source, load_weights, restore, resumed_position
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.resume import check_identity, find_source, load_weights, restore, resumed_position
 from engine.cli.build import saver
 from engine.data.inputs import ClassBatch, ClassInputs
-from engine.sample.generate import generate_class_images
+from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
 from engine.train.state import TrainState
+from models.build import build_model
 from models.frozen.vae import LatentCodec
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
@@ -104,7 +106,7 @@ def draw(index: int, size: int, seed: int) -> np.ndarray:
 
 def build_train_state(args: argparse.Namespace, config: StructMARConfig, dist: DistInfo) -> TrainState:
     torch.manual_seed(derive_seed(args.seed, "init"))
-    model = StructMAR(config).to(dist.device)
+    model = build_model(config).to(dist.device)
     trainable = select_trainable(model, STAGE)
     optimizer = build_optimizer(trainable, args.lr, weight_decay=0.02)
     return TrainState(model, model, trainable, optimizer, Ema(trainable, args.ema_rate))
@@ -158,7 +160,8 @@ def write_samples(model: StructMAR, codec: LatentCodec, path: Path, seed: int) -
     sampling = SamplingConfig(num_iter=16, num_sampling_steps=50, cfg_text=2.0, clip_x0=5.0)
     seeds = [derive_seed(seed, "sample", index) for index in range(len(labels))]
     model.eval()
-    images = generate_class_images(model, codec, labels, sampling, seeds, batch_size=len(labels), device="cpu")
+    pipeline = StructMARPipeline.from_parts(model, codec, caption_encoder=None)
+    images = pipeline.draw_classes(labels, sampling, seeds, batch_size=len(labels))
     save_png(make_grid(images, columns=12), path)
     logger.info("samples by class: %s", path)
 

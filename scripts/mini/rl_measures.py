@@ -23,7 +23,7 @@ import numpy as np
 
 from engine.eval.ap import average_precision
 from engine.eval.bootstrap import Interval, bootstrap_weights, interval
-from engine.eval.report.page import FORMAT
+from engine.eval.report.page import RESULTS_FORMAT
 from engine.eval.run import file_stem
 from engine.rl.rewards import RewardSettings, RewardWeights, layout_reward_parts, total_reward
 from util.boxes import xywh_to_xyxy
@@ -69,8 +69,8 @@ class Evaluation:
 def load_evaluation(folder: Path, num_resamples: int = NUM_RESAMPLES) -> Evaluation:
     """Raises FileNotFoundError, or ValueError for results of another format; both name the file."""
     results = read_json(folder / "results.json")
-    if results.get("format") != FORMAT:
-        raise ValueError(f"{folder / 'results.json'} has format {results.get('format')!r}, expected {FORMAT!r}")
+    if results.get("format") != RESULTS_FORMAT:
+        raise ValueError(f"{folder / 'results.json'} has format {results.get('format')!r}, expected {RESULTS_FORMAT!r}")
     ground_truth = read_json(folder / "ground_truth_conditioned.json")
     image_ids = tuple(sorted(int(image["id"]) for image in ground_truth["images"]))
     return Evaluation(

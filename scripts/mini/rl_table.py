@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.eval.bootstrap import Interval
-from scripts.mini.colour_accuracy import FORMAT as COLOUR_FORMAT
+from scripts.mini.colour_accuracy import COLOUR_FORMAT
 from scripts.mini.rl_curves import learning_curves
 from scripts.mini.rl_measures import (
     NUM_RESAMPLES,

@@ -9,9 +9,10 @@ import yaml
 
 from engine.cli.arguments import train_parser
 from engine.cli.arguments_rl import rl_parser
-from engine.cli.build import model_config, sampling_config
+from engine.cli.build import model_config
 from engine.cli.build_rl import build_estimator, grpo_config, rl_train_config
 from engine.cli.build_train import train_config
+from engine.cli.sampling import sampling_config
 from engine.eval.profiles import available_profiles, load_profile
 from scripts import evaluate_layout, sample
 from tests.test_main_mar import STAGE_1, STAGE_2, words

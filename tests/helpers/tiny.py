@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from engine.checkpoint.resume import Identity, checkpoint_content
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.resume import checkpoint_content
 from engine.train.state import Position, TrainState
 from models.frozen.text import TextEncoder
 from models.frozen.vae import LatentCodec, VaeConfig, build_autoencoder, ldm_checkpoint

@@ -26,7 +26,8 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from engine.checkpoint.resume import Identity, check_identity, find_source, load_weights, resumed_position
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.resume import check_identity, find_source, load_weights, resumed_position
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import is_trainable
 from tests.conftest import ROOT

@@ -309,6 +309,12 @@ def test_config_round_trip_and_errors() -> None:
         preset_config("mar_base", img_size=250)
     with pytest.raises(ValueError, match="unknown fields \\['extra'\\]"):
         StructMARConfig.from_dict(config.to_dict() | {"extra": 1})
+    older = {name: value for name, value in config.to_dict().items() if name != "layout_fourier"}
+    assert StructMARConfig.from_dict(older) == config  # a field that did not exist then has its default
+    with pytest.raises(ValueError, match="layout_fourier must be bool, got 1"):
+        StructMARConfig.from_dict(config.to_dict() | {"layout_fourier": 1})
+    with pytest.raises(ValueError, match=r"a\.pth: encoder_depth must be int, got 2\.0"):
+        StructMARConfig.from_dict(config.to_dict() | {"encoder_depth": 2.0}, "a.pth")
     with pytest.raises(ValueError, match="max_objects 65 does not fit into buffer_size 64"):
         preset_config("mar_base", num_categories=3, max_objects=65)
 

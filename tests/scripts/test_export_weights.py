@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ from PIL import Image
 
 import scripts.export_weights
 import scripts.sample
-from engine.checkpoint.identity import METADATA_KEYS, WeightsInfo
+from engine.checkpoint.files import read_weights_file
+from engine.checkpoint.identity import METADATA_KEYS, Identity
 from engine.checkpoint.load import export_weights, load_for_sampling, read_weights
-from engine.checkpoint.resume import read_weights_file
+from models.sampling.config import SamplingConfig
 from tests.conftest import ROOT
 from tests.helpers.tiny import CATEGORIES, CONFIG, World, write_world
 from util.checkpoint import load_plain, safetensors_metadata, save_atomic, save_safetensors_atomic
 
+SAMPLING = SamplingConfig(num_iter=16, cfg_text=6.0, cfg_layout=4.0, clip_x0=5.0, guidance_interval=(0.1, 0.9))
 FAST = ["--num_iter", "4", "--num_sampling_steps", "4", "--clip_x0", "3", "--device", "cpu", "--num_images", "2"]
 
 
@@ -56,14 +59,14 @@ def test_the_average_is_exported_unless_refused(world, tmp_path):
     assert not torch.equal(averaged["fake_latent"], raw["fake_latent"])
     with pytest.raises(ValueError, match=r"ema\.safetensors holds the ema weights only"):
         load_for_sampling(tmp_path / "ema.safetensors", use_ema=False)
-    assert load_for_sampling(tmp_path / "raw.safetensors", use_ema=False).info.weights == "raw"
+    assert load_for_sampling(tmp_path / "raw.safetensors", use_ema=False).identity.weights == "raw"
 
 
 def test_everything_needed_is_in_the_file(world, exported):
-    info = load_for_sampling(exported).info
-    assert info == load_for_sampling(world.checkpoint).info
-    assert (info.config, info.categories, info.stage, info.step) == (CONFIG, CATEGORIES, "full", 7)
-    assert info.latent_scale == 0.5 and len(info.vae_id) == len(info.text_encoder_id) == 64
+    identity = load_for_sampling(exported).identity
+    assert identity == load_for_sampling(world.checkpoint).identity
+    assert (identity.config, identity.categories, identity.stage, identity.step) == (CONFIG, CATEGORIES, "full", 7)
+    assert identity.latent_scale == 0.5 and len(identity.vae_id) == len(identity.text_encoder_id) == 64
     metadata = safetensors_metadata(exported)
     assert set(metadata) == set(METADATA_KEYS) and metadata["format"] == "structmar-1"
 
@@ -101,7 +104,45 @@ def test_script(world, tmp_path):
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert "ema weights of stage full after 7 steps" in finished.stdout
-    assert load_for_sampling(path).info.step == 7
+    assert load_for_sampling(path).identity.step == 7
+
+
+def test_sampling_options_are_carried_over_or_replaced(world, exported, tmp_path):
+    """From a YAML file, on the way from a checkpoint or from an exported file."""
+    (tmp_path / "sampling.yaml").write_text("num_iter: 16\ncfg: 4\ncfg_text: 6.0\nclip_x0: 5.0\n")
+    flags = ["--sampling_config", str(tmp_path / "sampling.yaml")]
+    first, second, third = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "third"))
+    scripts.export_weights.main(["--resume", str(world.checkpoint), "--output", str(first), *flags])
+    scripts.export_weights.main(["--resume", str(first), "--output", str(second)])
+    expected = SamplingConfig(num_iter=16, cfg_text=6.0, cfg_layout=4.0, clip_x0=5.0)
+    assert [load_for_sampling(path).identity.sampling for path in (exported, first, second)] == [
+        None,
+        expected,
+        expected,
+    ]
+    (tmp_path / "sampling.yaml").write_text("num_iter: 8\n")
+    scripts.export_weights.main(["--resume", str(second), "--output", str(third), *flags])
+    assert load_for_sampling(third).identity.sampling == SamplingConfig(num_iter=8)
+    before, after = load_plain(exported), load_plain(third)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_iters: 8", r"sampling\.yaml: unknown key num_iters \(value 8\), did you mean num_iter"),
+        ("batch_size: 8", r"sampling\.yaml: unknown key batch_size"),
+        ("num_iter: 0", r"sampling\.yaml: num_iter must be at least 1, got 0"),
+        ("cfg: high", r"sampling\.yaml: cfg: 'high': could not convert string to float"),
+    ],
+)
+def test_bad_sampling_files(world, tmp_path, text, message):
+    (tmp_path / "sampling.yaml").write_text(text)
+    output = tmp_path / "weights.safetensors"
+    flags = ["--sampling_config", str(tmp_path / "sampling.yaml"), "--output", str(output)]
+    with pytest.raises(SystemExit, match=message):
+        scripts.export_weights.main(["--resume", str(world.checkpoint), *flags])
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("missing", METADATA_KEYS)
@@ -119,9 +160,18 @@ def test_incomplete_metadata_is_named(exported, tmp_path, missing):
     [
         ("format", "structmar-9", "has format 'structmar-9', this version reads 'structmar-1'"),
         ("config", "{", "malformed metadata"),
-        ("config", "{}", r"malformed metadata.*missing fields \['attn_dropout'"),
+        ("config", "{}", "malformed metadata: 3 categories, but the model has 0"),
+        (
+            "config",
+            '{"num_categories": 3, "depth": 2}',
+            r"malformed metadata: model config: unknown fields \['depth'\]",
+        ),
+        ("config", '{"num_categories": "3"}', "malformed metadata: model config: num_categories must be int, got '3'"),
+        ("sampling", "16", "malformed metadata: sampling options: expected names and values, got 16"),
+        ("sampling", '{"num_iter": 1.5}', "malformed metadata: sampling options: num_iter must be int, got 1.5"),
+        ("sampling", '{"num_iter": 0}', "malformed metadata: sampling options: num_iter must be at least 1, got 0"),
         ("categories", json.dumps([{"id": 1, "name": "person"}]), "1 categories, but the model has 3"),
-        ("vae", "{}", "malformed metadata: KeyError: 'id'"),
+        ("vae", "{}", "malformed metadata: 'id' is missing"),
         ("step", "many", "malformed metadata.*many"),
     ],
 )
@@ -153,5 +203,9 @@ def test_files_that_are_no_checkpoint(world, tmp_path):
 
 
 def test_metadata_round_trip(world):
-    _, info = read_weights(world.checkpoint)
-    assert WeightsInfo.from_metadata(info.to_metadata(), "here") == info
+    _, identity = read_weights(world.checkpoint)
+    assert identity.sampling is None
+    sampled = replace(identity, sampling=SAMPLING, reward_detector_id="d" * 64)
+    for each in (identity, sampled):
+        assert Identity.from_metadata(each.to_metadata(), "here") == each
+        assert Identity.from_dict(each.to_dict(), "here", "ema") == each

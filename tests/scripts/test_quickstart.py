@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.sample.generate import GRID_CELL, GRID_GAP
+from engine.sample.grid import GRID_CELL, GRID_GAP
 from tests.conftest import ROOT
 
 WEIGHTS = (

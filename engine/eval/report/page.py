@@ -17,7 +17,7 @@ from engine.eval.report.charts import DASH, Bar, bar_chart, format_number
 from engine.eval.report.gallery import Entry, PictureOf, choose_cases, gallery
 from engine.eval.report.style import LEGEND, STYLE
 
-FORMAT = "structmar-eval-1"
+RESULTS_FORMAT = "structmar-eval-1"
 SOURCE_FACTS = ("folder", "stage", "step", "weights")  # of "source", in the heading; the settings hold the rest
 REAL_IMAGES = "real images"  # the row that is the bound of the others
 MAX_CLASSES = 80  # of a chart
@@ -125,8 +125,8 @@ def _not_measured(results: Results) -> list[str]:
 
 
 def _check_format(results: Results) -> None:
-    if results.get("format") != FORMAT:
-        raise ValueError(f"results have format {results.get('format')!r}, the report reads {FORMAT!r}")
+    if results.get("format") != RESULTS_FORMAT:
+        raise ValueError(f"results have format {results.get('format')!r}, the report reads {RESULTS_FORMAT!r}")
 
 
 def write_report(

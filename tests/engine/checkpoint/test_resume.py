@@ -17,7 +17,9 @@ import torch
 
 import engine.train.loop
 import main_mar
-from engine.checkpoint.resume import Identity, check_identity, find_source, read_weights_file, resumed_position
+from engine.checkpoint.files import read_weights_file
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.resume import check_identity, find_source, resumed_position
 from models.structmar import preset_config
 from tests.helpers.tiny_run import SIZES, argv, load_checkpoint, mar_state, read_metrics, write_world
 from util.types import Category
@@ -252,6 +254,20 @@ def test_content(world, reference):
     assert [category["id"] for category in state["categories"]] == [1, 3, 44, 90]
     assert state["args"]["accum_iter"] == 2
     assert state["config"]["num_categories"] == 4
+    assert state["sampling"] == {  # the flags of the run's previews
+        "num_iter": 64,
+        "num_sampling_steps": 100,
+        "cfg_text": 1.0,
+        "cfg_layout": 1.0,
+        "cfg_schedule": "linear",
+        "temperature": 1.0,
+        "clip_x0": None,
+        "t_max": None,
+        "num_sampling_steps_last": None,
+        "order": "random",
+        "guidance_interval": [0.0, 1.0],
+        "uncond_refresh": 1,
+    }
 
 
 def identity(**changes: Any) -> Identity:
@@ -261,13 +277,15 @@ def identity(**changes: Any) -> Identity:
         "latent_scale": 0.5,
         "text_encoder_id": "clip-a",
         "categories": (Category(1, "cat"), Category(2, "dog")),
+        "stage": "full",
+        "step": 9,
     }
     return Identity(**(values | changes))
 
 
 def minimal_checkpoint(path: Path) -> Path:
-    state = {"format": 1, "stage": "full", "model": {"text_null": torch.zeros(1)}, "model_ema": {}, "optimizer": {}}
-    counts = {"epoch": 2, "step": 9, "batch_in_epoch": 6, "global_batch": 8, "args": {}}
+    state = {"format": 1, "model": {"text_null": torch.zeros(1)}, "model_ema": {}, "optimizer": {}}
+    counts = {"epoch": 2, "batch_in_epoch": 6, "global_batch": 8, "args": {}}
     torch.save(state | counts | identity().to_dict(), path / "checkpoint-last.pth")
     return path / "checkpoint-last.pth"
 

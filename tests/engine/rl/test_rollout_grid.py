@@ -6,7 +6,7 @@ import torch
 
 from engine.data.scenes import Scene, text_scene
 from engine.rl.rollout_grid import DETECTED, UNSURE, WANTED, draw_sample, rollout_grid
-from engine.sample.generate import GRID_GAP
+from engine.sample.grid import GRID_GAP
 from models.frozen.detections import Detections
 from util.types import Category, Layout
 

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import main_mar
-from engine.checkpoint.resume import Identity, Source, checkpoint_content, restore
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.resume import Source, checkpoint_content, restore
 from engine.data.inputs import StepInputs
 from engine.train.loop import backward_pass
 from engine.train.optim import build_optimizer, clip_gradients
@@ -36,10 +37,11 @@ from tests.engine.train.test_loop import (
 )
 from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
 from util.ema import Ema
+from util.types import Category
 
 FORK = multiprocessing.get_context("fork")
 CPU = torch.device("cpu")
-IDENTITY = Identity(CONFIG, "vae", 0.5, "clip", ())
+IDENTITY = Identity(CONFIG, "vae", 0.5, "clip", (Category(1, "cat"), Category(2, "dog"), Category(3, "cow")))
 
 
 def in_two_processes(target: Callable[[int], Any], join_group: bool = True) -> list[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import scripts.evaluate_layout
 import scripts.sample
-from engine.cli.build import sampling_config
+from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.cli.speed import SPEEDS
 from models.heads.diffusion import reverse_steps
 from models.masking import cosine_masked_counts, sample_orders
@@ -30,7 +30,6 @@ from tests.helpers import reference
 from tests.helpers.sampling import run_unmask
 from tests.helpers.structured import generator
 from tests.models.sampling.test_prepared import conditions, sampled, world
-from util.config import parse_args
 
 FULL, RUN, REUSE = "full only", "run", "reuse"
 QUICK = SamplingConfig(num_iter=10, num_sampling_steps=4, t_max=950, cfg_text=1.5, cfg_layout=3.0)
@@ -220,12 +219,13 @@ def test_speeds(program: Any, speed: str) -> None:
 
     def parsed(*argv: str) -> dict[str, Any]:
         name = "mini_sample" if program is scripts.sample else "mini_eval"
-        return vars(parse_args(program.get_parser(), ["--config", str(ROOT / "configs" / f"{name}.yaml"), *argv]))
+        words = ["--config", str(ROOT / "configs" / f"{name}.yaml"), *argv]
+        return vars(parse_sampling_args(program.get_parser(), words)[0])
 
     plain, found = parsed(), parsed("--speed", speed)
     changed = {key for key in found if found[key] != plain[key]} - {"speed"}
     assert changed <= SPEEDS[speed].keys() and bool(changed) == (speed != "exact")
-    assert found["num_iter"] <= plain["num_iter"] and found["num_sampling_steps"] == 25  # the file's, below 50
+    assert found["num_iter"] <= plain["num_iter"] and found["num_sampling_steps"] == 25  # the weights', below 50
     said = parsed("--speed", speed, "--num_iter", "60", "--precision", "fp32", "--num_sampling_steps", "70")
     assert (said["num_iter"], said["precision"], said["num_sampling_steps"]) == (60, "fp32", 70)
     sampling_config(argparse.Namespace(**found))

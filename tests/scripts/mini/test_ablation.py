@@ -91,7 +91,7 @@ def test_every_kth_block_attends() -> None:
 
 def test_the_committed_weights_still_load() -> None:
     loaded = load_for_sampling(ROOT / "pretrained_models/mini/structmar_mini_stage2.safetensors", torch.device("cpu"))
-    assert loaded.info.config.cross_attn_every == 1 and loaded.model.text_null.abs().sum() > 0
+    assert loaded.identity.config.cross_attn_every == 1 and loaded.model.text_null.abs().sum() > 0
 
 
 def test_a_run_without_any_part_and_its_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

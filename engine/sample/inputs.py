@@ -1,0 +1,141 @@
+"""The arguments of a pipeline call, checked before anything runs and made into scenes, generators and options.
+
+Every mistake is one ValueError that names the argument and the values, as in a layout file (engine/data/scenes.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from engine.data.scenes import Scene, read_entry
+from engine.sample.generate import image_generator
+from models.sampling.config import SamplingConfig
+from util.plain import from_plain
+from util.types import Category
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OPTION_NAMES = {
+    "num_inference_steps": "num_iter",
+    "num_diffusion_steps": "num_sampling_steps",
+    "guidance_scale": "cfg_text",
+    "layout_guidance_scale": "cfg_layout",
+}
+PRECISION_OF = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16"}
+MAX_SEED = 2**62
+
+
+def read_scenes(
+    prompt: Any, boxes: Any, phrases: Any, categories: Sequence[Category], max_objects: int, num_images: Any
+) -> list[Scene]:
+    """One scene per image: every prompt with its boxes `num_images` times.
+
+    prompt: a string, or a list of them. boxes, phrases: the boxes and their labels; of a list of prompts, a list for
+    each (or None where one has none).
+    """
+    _require_count("num_images_per_prompt", num_images)
+    is_single = isinstance(prompt, str)
+    if not is_single and not (isinstance(prompt, list | tuple) and prompt):
+        raise ValueError(f"prompt must be a string or a list of at least one, got {prompt!r}")
+    prompts = [prompt] if is_single else list(prompt)
+    for number, each in enumerate(prompts):
+        if not isinstance(each, str):
+            raise ValueError(f"prompt {number} must be a string, got {each!r}")
+    boxes_of = _per_prompt("boxes", boxes, prompts, is_single)
+    phrases_of = _per_prompt("phrases", phrases, prompts, is_single)
+    scenes = [
+        _read_scene(text, own_boxes, own_phrases, f"prompt {number}", categories, max_objects)
+        for number, (text, own_boxes, own_phrases) in enumerate(zip(prompts, boxes_of, phrases_of, strict=True))
+    ]
+    return [scene for scene in scenes for _ in range(num_images)]
+
+
+def _per_prompt(name: str, value: Any, prompts: Sequence[Any], is_single: bool) -> list[list[Any]]:
+    """The entries of each prompt, as lists."""
+    entries = [value] if is_single else [None] * len(prompts) if value is None else _listed(value)
+    if not isinstance(entries, list) or len(entries) != len(prompts):
+        raise ValueError(f"{name} must hold one list for each of the {len(prompts)} prompts, got {value!r}")
+    own = [[] if entry is None else _listed(entry) for entry in entries]
+    for number, entry in enumerate(own):
+        if not isinstance(entry, list):
+            raise ValueError(f"prompt {number}: {name} must be a list, got {entry!r}")
+    return own
+
+
+def _read_scene(
+    prompt: Any, boxes: list[Any], phrases: list[Any], where: str, categories: Sequence[Category], max_objects: int
+) -> Scene:
+    if len(boxes) != len(phrases):
+        raise ValueError(f"{where}: every box needs its phrase, got {len(boxes)} boxes and {len(phrases)} phrases")
+    objects = [{"label": phrase, "bbox": _listed(box)} for phrase, box in zip(phrases, boxes, strict=True)]
+    return read_entry({"prompt": prompt, "objects": objects}, where, categories, max_objects)
+
+
+def _listed(value: Any) -> Any:
+    """Tuples, arrays and tensors as lists; anything else as it is, for the checks to name."""
+    if isinstance(value, tuple):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def read_generators(seed: Any, generator: Any, num_images: int) -> list[torch.Generator]:
+    """One generator per image. seed: of the first image, the next ones count up. generator: one that all images draw
+    from in turn, or one for each. With neither, a seed is drawn from torch's global generator."""
+    if seed is not None and generator is not None:
+        raise ValueError(f"give either seed or generator, got seed {seed!r} and a generator")
+    if generator is not None:
+        given = list(generator) if isinstance(generator, list | tuple) else [generator] * num_images
+        if len(given) != num_images or not all(isinstance(each, torch.Generator) for each in given):
+            raise ValueError(f"generator must be a torch.Generator, or one for each of the {num_images} images")
+        return given
+    if seed is None:
+        seed = int(torch.randint(MAX_SEED, ()))
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must be a whole number in 0 ... {MAX_SEED}, got {seed!r}")
+    return [image_generator(seed + index) for index in range(num_images)]
+
+
+def read_options(own: SamplingConfig, given: Mapping[str, Any], num_tokens: int) -> SamplingConfig:
+    """The weights' own options with those of the call that are not None. Names as in the call or as the flags."""
+    changes = {name: value for name, value in given.items() if value is not None}
+    for name, value in changes.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    renamed = {OPTION_NAMES.get(name, name): value for name, value in changes.items()}
+    config = from_plain(SamplingConfig, asdict(own) | renamed, "sampling options")
+    if config.num_iter > num_tokens:
+        raise ValueError(f"num_inference_steps {config.num_iter} exceeds the {num_tokens} tokens of an image")
+    return config
+
+
+def check_call(output_type: Any, batch_size: Any, callback_inputs: Sequence[str], allowed: Sequence[str]) -> None:
+    """The arguments that are neither scenes nor options."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+    _require_count("batch_size", batch_size)
+    unknown = [name for name in callback_inputs if name not in allowed]
+    if unknown:
+        raise ValueError(f"callback_on_step_end_tensor_inputs may name {list(allowed)}, got {unknown}")
+
+
+def _require_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+
+
+def precision_of(dtype: torch.dtype | None) -> str:
+    """The sampler's word for a dtype; None is float32."""
+    if dtype not in PRECISION_OF:
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    return PRECISION_OF[dtype]
+
+
+def one_of(name: str, value: Any, alias: str, other: Any) -> Any:
+    """An argument that has two names."""
+    if value is not None and other is not None:
+        raise ValueError(f"give either {name} or {alias}, which mean the same, not both")
+    return other if value is None else value
