@@ -185,6 +185,7 @@ def test_the_checkpoint_knows_its_reward_and_its_start(finished, world):
     assert set(state["reference"]) == set(state["model_ema"]) == set(start["model_ema"])
     assert all(torch.equal(tensor, start["model_ema"][name]) for name, tensor in state["reference"].items())
     assert any(not torch.equal(tensor, state["model"][name]) for name, tensor in state["reference"].items())
+    assert state["sampling"] == start["sampling"] and state["sampling"]["num_iter"] == 64  # not the rollouts' 3
 
 
 def test_pictures_and_scores_change_nothing(finished, world):
