@@ -44,7 +44,7 @@ def bash_commands(text: str) -> list[str]:
 
 def inline_commands(text: str) -> list[str]:
     """Whole commands inside sentences."""
-    found = re.findall(r"(?<!`)`((?:python|bash) [^`]+)`", text)
+    found = re.findall(r"(?<!`)`((?:python main_|python -m scripts|bash )[^`]+)`", text)
     return [shlex.join(shlex.split(command)) for command in found if "..." not in command]
 
 
