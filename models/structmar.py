@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import Block, LayerNorm, gather_tokens
+from models.condition_embedder import ConditionEmbedder
 from models.conditioning import Conditions
 from models.config import PRESETS, StructMARConfig, preset_config
 from models.context import Context, sampling_layers, training_layers
 from models.heads.base import LossNoise, TokenHead
 from models.heads.diffloss import DiffLoss
 from models.inference import inference_copy
-from models.layout import LayoutEmbedder, attention_bias, layout_bias
+from models.layout import LayoutEmbedder, attention_bias
 from models.masking import TokenMask, sample_token_mask
 from models.rope import rope_angles_2d, with_buffer
 from util.types import LayoutBatch, TextContext
@@ -41,7 +42,7 @@ class TrainingNoise:
         return TrainingNoise(self.mask.to(device), self.head.to(device))
 
 
-class StructMAR(nn.Module):
+class StructMAR(ConditionEmbedder):
     """See the module's docstring. Latents are scaled [B, C, h, w]; captions and boxes come encoded (`util.types`).
 
     compile_mode: `torch.compile`'s for the head while sampling (the blocks' is the default); None: nothing is compiled.
@@ -154,75 +155,6 @@ class StructMAR(nn.Module):
     def grid_of(self, latents: Tensor) -> tuple[int, int]:
         """(rows, columns) of the tokens of latents [B, C, h, w]."""
         return latents.shape[2] // self.config.patch_size, latents.shape[3] // self.config.patch_size
-
-    def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raises ValueError naming both grids if learned positions do not know this one."""
-        if self.config.learned_pos and grid != self.config.grid:
-            raise ValueError(
-                f"a grid of {grid[0]} x {grid[1]} tokens, but the learned positions of this model are of "
-                f"{self.config.grid[0]} x {self.config.grid[1]}: other grids need a model with learned_pos=False"
-            )
-
-    def embed_conditions(
-        self,
-        batch_size: int,
-        labels: Tensor | None = None,
-        text: TextContext | None = None,
-        layout: LayoutBatch | None = None,
-        grid: tuple[int, int] | None = None,
-    ) -> Conditions:
-        """Embeds what the images are conditioned on; None means dropped for all. labels: [B] int64, -1 for none. grid:
-        (rows, columns) of the image tokens, the config's by default.
-
-        Raises ValueError if text or layout is given to a model that was built without that part, or for another grid
-        than the config's with learned positions.
-        """
-        grid = self.config.grid if grid is None else grid
-        self.check_grid(grid)
-        base = self.fake_latent.expand(batch_size, -1)  # [B, D]
-        if labels is not None:
-            named = self.class_emb(labels.clamp(min=0))  # [B, D]
-            base = torch.where((labels >= 0)[:, None], named, base)  # [B, D]
-        if text is not None:
-            base = base + self._project_pooled(text)  # [B, D]
-        context, valid = self._text_with_null(batch_size, text)  # [B, T, C], [B, T]
-        tokens, bias = self._layout_parts(batch_size, layout, grid)  # [B, N, D], [B, L, N]
-        return Conditions(base, tokens, bias, context, valid, 0 if text is None else batch_size, grid)
-
-    def _project_pooled(self, text: TextContext) -> Tensor:
-        if not self.config.text_dim:
-            raise ValueError("text was given, but the model was built with text_dim=0")
-        if text.tokens.shape[-1] != self.config.text_dim:
-            raise ValueError(
-                f"text has {text.tokens.shape[-1]} channels, the model's text_dim is {self.config.text_dim}"
-            )
-        present = text.valid.any(dim=1, keepdim=True)  # [B, 1]
-        return self.text_pool_proj(text.pooled) * present  # [B, D]
-
-    def _text_with_null(self, batch_size: int, text: TextContext | None) -> tuple[Tensor | None, Tensor | None]:
-        """Puts the learned null token in front; it is valid exactly where an image has no text. Without any
-        cross-attention there is no context."""
-        if not self.config.has_cross_attention(0):
-            return None, None
-        null = self.text_null.expand(batch_size, -1, -1)  # [B, 1, C]
-        if text is None:
-            return null, torch.ones(batch_size, 1, dtype=torch.bool, device=null.device)
-        absent = ~text.valid.any(dim=1, keepdim=True)  # [B, 1]
-        return torch.cat([null.to(text.tokens.dtype), text.tokens], 1), torch.cat([absent, text.valid], 1)
-
-    def _layout_parts(
-        self, batch_size: int, layout: LayoutBatch | None, grid: tuple[int, int]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not self.config.num_categories:
-            if layout is not None:
-                raise ValueError("a layout was given, but the model was built with num_categories=0")
-            return None, None
-        if layout is None:
-            return self.layout_embed.null_tokens(batch_size, self.config.max_objects), None
-        if layout.valid.shape[1] != self.config.max_objects:
-            raise ValueError(f"layout has {layout.valid.shape[1]} slots, the model {self.config.max_objects}")
-        bias = layout_bias(layout, grid, self.config.layout_bias_value)  # [B, L, N]
-        return self.layout_embed(layout), bias
 
     def prepare(
         self, conditions: Conditions, dtype: torch.dtype | None = None, before: Context | None = None

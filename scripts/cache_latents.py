@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from engine.data.cache import LatentCacheKey, TextCacheKey, write_latent_cache, write_text_cache
 from engine.data.coco import read_crop
-from models.frozen.text import TextEncoder
+from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec
 from util.boxes import plan_center_crop
 from util.coco import BoxFilters, CocoIndex
@@ -97,7 +97,7 @@ def cache_latents(args: argparse.Namespace, index: CocoIndex) -> None:
         return DataLoader(images, batch_sampler=batches, num_workers=args.num_workers)
 
     def encode(pixels: Tensor) -> Tensor:
-        return codec.moments(pixels.to(args.device))
+        return codec.encode(pixels.to(args.device))
 
     key = LatentCacheKey(codec.id, codec.latent_scale, args.coco_split, args.img_size)
     ids = [image.id for image in index.images]
@@ -107,7 +107,7 @@ def cache_latents(args: argparse.Namespace, index: CocoIndex) -> None:
 
 
 def cache_text(args: argparse.Namespace, index: CocoIndex) -> None:
-    encoder = TextEncoder.load(args.clip_path, args.device)
+    encoder = ClipTextEncoder.load(args.clip_path, args.device)
     captions = {
         caption_id: caption
         for image in index.images

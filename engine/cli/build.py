@@ -49,7 +49,7 @@ from engine.train.state import Position, TrainState
 from models.build import build_model
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
-from models.frozen.text import TextEncoder
+from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec
 from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
@@ -124,12 +124,12 @@ class Frozen:
     """What conditions and decodes, and never trains."""
 
     codec: LatentCodec
-    text_encoder: TextEncoder
+    text_encoder: ClipTextEncoder
 
 
 def build_frozen(args: argparse.Namespace, device: torch.device) -> Frozen:
     codec = LatentCodec.load(args.vae_path, device, args.latent_scale)
-    return Frozen(codec, TextEncoder.load(args.clip_path, device))
+    return Frozen(codec, ClipTextEncoder.load(args.clip_path, device))
 
 
 def require_fitting_vae(config: StructMARConfig, codec: LatentCodec, vae_path: str) -> None:

@@ -48,9 +48,9 @@ from engine.train.loop import TrainConfig
 from engine.train.parallel import gathered
 from engine.train.state import TrainState
 from models.build import build_model
+from models.frozen.clip_score import load_clip
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
-from models.frozen.features import load_clip
 from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig

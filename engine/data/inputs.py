@@ -17,8 +17,7 @@ from torch import Tensor
 
 from engine.data.coco import Batch
 from models.conditioning import drop_conditions, drop_labels
-from models.frozen.text import TextEncoder
-from models.frozen.vae import LatentCodec
+from models.frozen.base import ImageCodec, TextEncoder
 from util.rng import generator
 from util.types import LayoutBatch, TextContext
 
@@ -53,7 +52,7 @@ class DropRates:
 class CocoInputs:
     """A `MakeInputs` for COCO batches: pixels or cached moments, captions or cached text states."""
 
-    codec: LatentCodec
+    codec: ImageCodec
     text_encoder: TextEncoder
     rates: DropRates
     seed: int
@@ -83,7 +82,7 @@ class ClassBatch:
 class ClassInputs:
     """A `MakeInputs` for class-labelled batches, --train_mode class."""
 
-    codec: LatentCodec
+    codec: ImageCodec
     drop_prob: float
     seed: int
     device: torch.device
@@ -96,7 +95,7 @@ class ClassInputs:
 
 
 def encode_latents(
-    codec: LatentCodec,
+    codec: ImageCodec,
     pixels: Tensor | None,
     moments: Tensor | None,
     image_ids: Sequence[int],
@@ -107,6 +106,6 @@ def encode_latents(
     """One draw of the VAE's posterior per image: scaled latents [B, C, h, w] in float32, without gradients."""
     if moments is None:
         assert pixels is not None, "a batch holds pixels or moments"
-        moments = codec.moments(pixels.to(device, non_blocking=True))  # [B, 2C, h, w]
+        moments = codec.encode(pixels.to(device, non_blocking=True))  # [B, 2C, h, w]
     generators = [generator(seed, "latent", epoch, image_id) for image_id in image_ids]
     return codec.sample(moments.to(device, torch.float32, non_blocking=True), generators)  # [B, C, h, w]

@@ -15,7 +15,9 @@ import torch
 from engine.eval.frechet import FrechetStatistics, collect_statistics, frechet_distance
 from engine.eval.generation import PictureOf
 from engine.eval.targets import EvalSet, Target
-from models.frozen.features import ClipScorer, FeatureExtractor, load_clip, load_detector_features, load_inception
+from models.frozen.clip_score import ClipScorer, load_clip
+from models.frozen.features import FeatureExtractor, load_detector_features
+from models.frozen.inception import load_inception
 from util.distributed import DistInfo, gather_objects
 
 CLIP_BATCH = 32

@@ -98,7 +98,7 @@ def round_trip(codec: LatentCodec, eval_set: EvalSet) -> PictureOf:
     @torch.no_grad()
     def picture_of(target: Target) -> Picture:
         pixels = to_model_range(eval_set.picture(target))[None].to(codec.device)  # [1, 3, H, W]
-        return to_picture(codec.decode(codec.mode(codec.moments(pixels)))[0])
+        return to_picture(codec.decode(codec.mode(codec.encode(pixels)))[0])
 
     return picture_of
 

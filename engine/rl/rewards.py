@@ -40,7 +40,7 @@ from util.images import to_picture
 from util.types import Category, LayoutBatch
 
 if TYPE_CHECKING:
-    from models.frozen.features import ClipScorer
+    from models.frozen.clip_score import ClipScorer
 
 PARTS = ("iou", "confidence", "centroid", "miss", "extra")
 QUALITY = "quality"  # a part only where a quality function is given

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.data.scenes import Scene
-from models.frozen.text import TextEncoder
+from models.frozen.base import TextEncoder
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import SampleOutput, sample
 from models.structmar import StructMAR

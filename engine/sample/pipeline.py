@@ -38,7 +38,7 @@ from engine.sample.generate import (
 )
 from engine.sample.inputs import check_call, one_of, precision_of, read_generators, read_options, read_scenes
 from engine.sample.transformer import StructMARTransformer
-from models.frozen.text import TextEncoder
+from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec, config_of
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import SampleOutput
@@ -76,7 +76,7 @@ class StructMARPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer | None,
         identity: Identity | None = None,
         codec: LatentCodec | None = None,
-        caption_encoder: TextEncoder | None = None,
+        caption_encoder: ClipTextEncoder | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -95,7 +95,7 @@ class StructMARPipeline(DiffusionPipeline):
         cls,
         model: StructMAR,
         codec: LatentCodec,
-        caption_encoder: TextEncoder | None,
+        caption_encoder: ClipTextEncoder | None,
         identity: Identity | None = None,
     ) -> StructMARPipeline:
         """Around live objects, in training, compiled or sharded too: nothing is copied."""
@@ -123,7 +123,7 @@ class StructMARPipeline(DiffusionPipeline):
         codec = LatentCodec.load(vae_path, device, identity.latent_scale)
         require_same_frozen("VAE", vae_path, codec.id, identity.vae_id, allow_other_frozen)
         require_fitting_codec(codec, str(vae_path), model)
-        encoder = TextEncoder.load(clip_path, device)
+        encoder = ClipTextEncoder.load(clip_path, device)
         require_same_frozen("text encoder", clip_path, encoder.id, identity.text_encoder_id, allow_other_frozen)
         if encoder.dim != identity.config.text_dim:
             raise ValueError(
@@ -189,7 +189,7 @@ class StructMARPipeline(DiffusionPipeline):
         return self.transformer.model
 
     @property
-    def caption_encoder(self) -> TextEncoder:
+    def caption_encoder(self) -> ClipTextEncoder:
         """Raises ValueError for MAR's own weights, which have none."""
         if self._caption_encoder is None:
             raise ValueError("these are MAR's own weights, which know classes instead of captions: see draw_classes")
@@ -405,8 +405,10 @@ class StructMARPipeline(DiffusionPipeline):
         return contents_of(self.model, self.vae, self.caption_encoder.model, self.caption_encoder.tokenizer)
 
 
-def _caption_encoder(model: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, files_id: str) -> TextEncoder | None:
+def _caption_encoder(
+    model: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, files_id: str
+) -> ClipTextEncoder | None:
     if model is None or tokenizer is None:
         return None
-    tokenizer.model_max_length = int(1e9)  # TextEncoder cuts itself
-    return TextEncoder(model, tokenizer, model.config.max_position_embeddings, files_id)
+    tokenizer.model_max_length = int(1e9)  # ClipTextEncoder cuts itself
+    return ClipTextEncoder(model, tokenizer, model.config.max_position_embeddings, files_id)

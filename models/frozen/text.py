@@ -74,8 +74,8 @@ def text_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     return {key: given[name].float() for name, key in wanted.items()}
 
 
-class TextEncoder:
-    """Captions -> token states. Frozen, in eval mode, without gradients.
+class ClipTextEncoder:
+    """A `TextEncoder`: captions -> token states. Frozen, in eval mode, without gradients.
 
     Attributes: id (one sha256 over weights, config and tokenizer files), dim (C), max_tokens (BOS and EOS included).
     """
@@ -89,7 +89,7 @@ class TextEncoder:
     @classmethod
     def load(
         cls, directory: str | Path, device: torch.device | str = "cpu", max_tokens: int | None = None
-    ) -> TextEncoder:
+    ) -> ClipTextEncoder:
         """Loads a local Hugging Face directory, strictly. max_tokens: None takes the model's own limit (CLIP's is 77).
 
         Raises FileNotFoundError (missing directory or file) and ValueError (weights that do not fit config.json, a
@@ -152,3 +152,19 @@ class TextEncoder:
         if not captions:
             raise ValueError("context needs at least one caption")
         return TextContext.collate(self.encode(captions))
+
+    def phrase_tokens(self, caption: str, phrase: str) -> range:
+        """The positions, among the caption's states, of the tokens that spell the first occurrence of `phrase`.
+
+        Upper and lower case are the same. Raises ValueError naming both if the phrase is empty, is not in the caption,
+        or lies in the part that is cut off.
+        """
+        start = caption.lower().find(phrase.lower())
+        if start < 0 or not phrase.strip():
+            raise ValueError(f"the phrase '{phrase}' is not in the caption '{caption}'")
+        offsets = self.tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
+        end = start + len(phrase)
+        found = [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
+        if not found or found[-1] >= self.max_tokens - 1:  # the last place is EOS's
+            raise ValueError(f"the phrase '{phrase}' lies beyond the {self.max_tokens} tokens kept of '{caption}'")
+        return range(found[0], found[-1] + 1)

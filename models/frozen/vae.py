@@ -267,7 +267,7 @@ class LatentCodec:
         return self.autoencoder.device
 
     @torch.no_grad()
-    def moments(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor) -> Tensor:
         """pixels: [B, 3, H, W] in [-1, 1] -> [B, 2C, h, w]: mean and clamped log-variance, unscaled."""
         stride = self.stride
         if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] % stride or pixels.shape[3] % stride:

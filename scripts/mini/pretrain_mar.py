@@ -95,7 +95,7 @@ def draw_and_encode(codec: LatentCodec, num_images: int, size: int, seed: int) -
     for start in progress(range(0, num_images, chunk), desc="drawing"):
         ids = range(start, min(start + chunk, num_images))
         images = [draw(index, size, seed) for index in ids]
-        moments.append(codec.moments(torch.stack([to_model_range(image) for image in images])))
+        moments.append(codec.encode(torch.stack([to_model_range(image) for image in images])))
     return torch.cat(moments), labels
 
 

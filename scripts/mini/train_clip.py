@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models.frozen.text import TextEncoder
+from models.frozen.text import ClipTextEncoder
 from scripts.mini.tokenizer import build_tokenizer, save_tokenizer
 from scripts.mini.training import batch_indices, learning_rate, load_images, load_state, save_state, to_float
 from util.config import parse_checked
@@ -240,7 +240,7 @@ def retrieval(model: Contrast, tokenizer: CLIPTokenizer, data: Captioned) -> str
     return f"held-out retrieval among {len(data.images)}: " + "; ".join(lines)
 
 
-def probe(encoder: TextEncoder, captions: list[str]) -> str:
+def probe(encoder: ClipTextEncoder, captions: list[str]) -> str:
     """How well a linear map reads, off a word's state, that word and the one before it (two thirds fit, a third test).
 
     Words with a context of their own ("green apple"): those that follow another word than an article, sign or BOS.
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     save(model, tokenizer, args.output)
     state_file(args.output).unlink(missing_ok=True)
     print(retrieval(model, tokenizer, held_out))
-    encoder = TextEncoder.load(args.output)
+    encoder = ClipTextEncoder.load(args.output)
     print(probe(encoder, [captions[0] for captions in held_out.captions]))
     states = torch.cat(encoder.encode([captions[0] for captions in held_out.captions[:100]]))
     size = sum(path.stat().st_size for path in args.output.iterdir()) / 2**20

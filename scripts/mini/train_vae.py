@@ -195,7 +195,7 @@ def latent_statistics(autoencoder: AutoencoderKL, images: Tensor) -> tuple[float
 
 def evaluate(codec: LatentCodec, images: Tensor, figure: Path) -> float:
     """images: uint8 [n, 3, H, W] -> mean squared error of decode(mode(encode)) on [-1, 1]; writes pairs to `figure`."""
-    outputs = [codec.decode(codec.mode(codec.moments(to_float(part)))) for part in images.split(64)]
+    outputs = [codec.decode(codec.mode(codec.encode(to_float(part)))) for part in images.split(64)]
     output = torch.cat(outputs)
     rows = []
     for start in range(0, min(48, len(images)) // 12 * 12 or len(images), 12):

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import checkpoint_content
 from engine.train.state import Position, TrainState
-from models.frozen.text import TextEncoder
+from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec, VaeConfig, build_autoencoder, ldm_checkpoint
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable
@@ -112,7 +112,7 @@ def write_checkpoint(world: World, path: Path, config: StructMARConfig = CONFIG,
     ema.update()
     optimizer = torch.optim.AdamW(trainable.values())
     categories = CATEGORIES[: config.num_categories]
-    text_id = TextEncoder.load(world.clip).id if config.text_dim else ""
+    text_id = ClipTextEncoder.load(world.clip).id if config.text_dim else ""
     identity = Identity(config, LatentCodec.load(world.vae).id, 0.5, text_id, categories)
     state = TrainState(model, model, trainable, optimizer, ema)
     save_atomic(checkpoint_content(state, Position(2, 7, 0), stage, identity, {}, 4), path)

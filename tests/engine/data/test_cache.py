@@ -277,7 +277,7 @@ class FakeEncoder:
 def cached(tmp_path, monkeypatch):
     """A dataset and the caches that the script made of it with fake models."""
     monkeypatch.setattr(cache_latents, "LatentCodec", FakeCodec)
-    monkeypatch.setattr(cache_latents, "TextEncoder", FakeEncoder)
+    monkeypatch.setattr(cache_latents, "ClipTextEncoder", FakeEncoder)
     root = write_coco(tmp_path / "coco")
     command = ["--coco_root", str(root), "--coco_split", "train2017", "--cached_path", str(tmp_path / "cache")]
     cache_latents.main([*command, "--img_size", "16", "--batch_size", "2", "--device", "cpu", "--num_workers", "0"])

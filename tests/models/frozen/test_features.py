@@ -16,18 +16,18 @@ from torchvision.models import inception as tv
 from torchvision.models.detection.image_list import ImageList
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from models.frozen import clip_score as clip_score_module
 from models.frozen import features
+from models.frozen import inception as inception_module
+from models.frozen.clip_score import ClipScorer, load_clip
 from models.frozen.faster_rcnn import SMALL, Detector, build_detector, detector_checkpoint, load_detector
-from models.frozen.features import (
-    ClipScorer,
-    FeatureExtractor,
+from models.frozen.features import FeatureExtractor, load_detector_features
+from models.frozen.inception import (
     FidInception,
     FidInceptionA,
     FidInceptionC,
     FidInceptionE,
     FidInceptionLast,
-    load_clip,
-    load_detector_features,
     load_inception,
 )
 from tests.models.frozen.test_text import text_settings, write_tokenizer
@@ -115,9 +115,9 @@ def test_a_stand_in_is_never_called_fid(
     disguised = stand_in.with_name("pt_inception-2015-12-05-6726825d.pth")
     disguised.hardlink_to(stand_in)
     assert load_inception(disguised).name == f"Frechet distance ({disguised.name})"
-    monkeypatch.setattr(features, "sha256_file", lambda path: features.INCEPTION_SHA256)
+    monkeypatch.setattr(inception_module, "sha256_file", lambda path: inception_module.INCEPTION_SHA256)
     assert load_inception(stand_in).name == "FID"
-    assert features.INCEPTION_SHA256.startswith("6726825d")
+    assert inception_module.INCEPTION_SHA256.startswith("6726825d")
 
 
 def test_inception_features_follow_the_published_network(
@@ -156,7 +156,7 @@ def test_inception_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         load_inception(tmp_path / "absent.pth")
     with torch.device("meta"):
         names = list(FidInception().state_dict())
-    monkeypatch.setattr(features, "sha256_file", lambda path: features.INCEPTION_SHA256)
+    monkeypatch.setattr(inception_module, "sha256_file", lambda path: inception_module.INCEPTION_SHA256)
     path = tmp_path / "other.pth"
     save_atomic({**{name: torch.zeros(1) for name in names}, "AuxLogits.fc.bias": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"other\.pth does not fit the FID Inception: has AuxLogits.fc.bias besides; "):
@@ -286,7 +286,7 @@ def test_clip_pictures_are_resized_cut_and_normalised(scorer: ClipScorer) -> Non
     """Left half black, right half white, 16 x 32: the central square has the edge in its middle."""
     image = np.zeros((16, 32, 3), np.uint8)
     image[:, 16:] = 255
-    pixels = features._clip_input(scorer.processor, [image])
+    pixels = clip_score_module._clip_input(scorer.processor, [image])
     assert pixels.shape == (1, 3, 16, 16)
     expected = torch.tensor([(0 - 0.48) / 0.27, (1 - 0.48) / 0.27])
     torch.testing.assert_close(pixels[0, 0, 5, [0, 15]], expected, rtol=0, atol=1e-4)

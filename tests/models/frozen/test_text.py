@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from models.frozen.text import TextEncoder
+from models.frozen.text import ClipTextEncoder
 
 BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 WORDS = ["a</w>", "red</w>", "dog</w>"]
@@ -71,7 +71,7 @@ def copy_of(tmp_path, text_dir):
 
 
 def test_states_are_the_final_norms_outputs(text_dir):
-    encoder = TextEncoder.load(text_dir)
+    encoder = ClipTextEncoder.load(text_dir)
     model = CLIPTextModel.from_pretrained(text_dir).eval()
     ids = encoder.tokenize(["a red dog"])[0]
     assert encoder.tokenizer.convert_ids_to_tokens(ids) == ["<|startoftext|>", *WORDS, "<|endoftext|>"]
@@ -84,7 +84,7 @@ def test_states_are_the_final_norms_outputs(text_dir):
 
 
 def test_a_caption_does_not_see_its_batch_mates(text_dir):
-    encoder = TextEncoder.load(text_dir)
+    encoder = ClipTextEncoder.load(text_dir)
     together = encoder.encode(CAPTIONS)
     assert len({state.shape[0] for state in together}) == len(CAPTIONS)
     for caption, state in zip(CAPTIONS, together, strict=True):
@@ -93,7 +93,7 @@ def test_a_caption_does_not_see_its_batch_mates(text_dir):
 
 
 def test_context_pads_and_pools(text_dir):
-    encoder = TextEncoder.load(text_dir)
+    encoder = ClipTextEncoder.load(text_dir)
     context = encoder.context(CAPTIONS)
     states = encoder.encode(CAPTIONS)
     assert context.valid.sum(1).tolist() == [len(state) for state in states]
@@ -104,14 +104,14 @@ def test_context_pads_and_pools(text_dir):
 
 
 def test_words_change_states(text_dir):
-    encoder = TextEncoder.load(text_dir)
+    encoder = ClipTextEncoder.load(text_dir)
     first, second = encoder.encode(["a red dog", "a dog dog"])
     torch.testing.assert_close(first[:2], second[:2], rtol=0, atol=2e-6)  # causal: the past does not see the change
     assert (first[2:] - second[2:]).abs().amax(1).min() > 0.01
 
 
 def test_truncation_keeps_eos(text_dir, caplog):
-    encoder = TextEncoder.load(text_dir)
+    encoder = ClipTextEncoder.load(text_dir)
     long = " ".join(["red"] * 40)
     with caplog.at_level(logging.WARNING):
         rows = encoder.tokenize([long, "a dog"])
@@ -119,13 +119,13 @@ def test_truncation_keeps_eos(text_dir, caplog):
     assert rows[0][:-1] == encoder.tokenize([" ".join(["red"] * 10)])[0][:-1]
     assert "1 captions exceed 12 tokens" in caplog.text
     assert [len(state) for state in encoder.encode([long, "a dog"])] == [12, 4]
-    assert len(TextEncoder.load(text_dir, max_tokens=5).encode([long])[0]) == 5
+    assert len(ClipTextEncoder.load(text_dir, max_tokens=5).encode([long])[0]) == 5
     with pytest.raises(ValueError, match=r"from 2 to 12.*got 77"):
-        TextEncoder.load(text_dir, max_tokens=77)
+        ClipTextEncoder.load(text_dir, max_tokens=77)
 
 
 def test_a_whole_clip_gives_the_same_states(text_dir, full_dir):
-    text, full = TextEncoder.load(text_dir), TextEncoder.load(full_dir)
+    text, full = ClipTextEncoder.load(text_dir), ClipTextEncoder.load(full_dir)
     for first, second in zip(text.encode(CAPTIONS), full.encode(CAPTIONS), strict=True):
         assert torch.equal(first, second)
     assert text.id != full.id
@@ -138,28 +138,28 @@ def test_old_names_bin_files_and_half_precision(copy_of, text_dir):
     old["text_model.embeddings.position_ids"] = torch.arange(12)[None]
     (copy_of / "model.safetensors").unlink()
     torch.save(old, copy_of / "pytorch_model.bin")
-    encoder = TextEncoder.load(copy_of)
-    (expected,), (state_of_half,) = TextEncoder.load(text_dir).encode(["a dog"]), encoder.encode(["a dog"])
+    encoder = ClipTextEncoder.load(copy_of)
+    (expected,), (state_of_half,) = ClipTextEncoder.load(text_dir).encode(["a dog"]), encoder.encode(["a dog"])
     assert state_of_half.dtype == torch.float32
     torch.testing.assert_close(state_of_half, expected, rtol=0.02, atol=0.02)
 
 
 def test_loading_leaves_the_global_generator_alone(text_dir):
     before = torch.get_rng_state()
-    TextEncoder.load(text_dir)
+    ClipTextEncoder.load(text_dir)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_id_depends_on_every_file(copy_of, text_dir):
-    assert TextEncoder.load(copy_of).id == TextEncoder.load(text_dir).id
+    assert ClipTextEncoder.load(copy_of).id == ClipTextEncoder.load(text_dir).id
     merges = copy_of / "merges.txt"
     merges.write_text(merges.read_text().replace("do g</w>\n", ""))
-    assert TextEncoder.load(copy_of).id != TextEncoder.load(text_dir).id
+    assert ClipTextEncoder.load(copy_of).id != ClipTextEncoder.load(text_dir).id
 
 
 def test_missing_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*huggingface\.co/openai/clip-vit-base-patch32"):
-        TextEncoder.load(tmp_path / "nowhere")
+        ClipTextEncoder.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,14 @@ def test_missing_directory(tmp_path):
 def test_missing_files(copy_of, name, message):
     (copy_of / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{message}.*huggingface\.co"):
-        TextEncoder.load(copy_of)
+        ClipTextEncoder.load(copy_of)
 
 
 def test_truncated_weights(copy_of):
     weights = copy_of / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
-        TextEncoder.load(copy_of)
+        ClipTextEncoder.load(copy_of)
 
 
 def test_weights_that_do_not_fit(copy_of):
@@ -191,7 +191,7 @@ def test_weights_that_do_not_fit(copy_of):
     state["encoder.layers.0.mlp.fc1.bias"] = torch.zeros(7)
     save_file(state | {"adapter.weight": torch.zeros(1)}, weights)
     with pytest.raises(ValueError, match=r"model\.safetensors") as error:
-        TextEncoder.load(copy_of)
+        ClipTextEncoder.load(copy_of)
     assert "missing final_layer_norm.bias" in str(error.value)
     assert "left over adapter.weight" in str(error.value)
     assert "fc1.bias has shape (7,), config.json implies (32,)" in str(error.value)
@@ -201,4 +201,21 @@ def test_tokenizer_larger_than_the_embedding(copy_of):
     vocabulary = json.loads((copy_of / "vocab.json").read_text())
     (copy_of / "vocab.json").write_text(json.dumps(vocabulary | {"extra": len(vocabulary)}))
     with pytest.raises(ValueError, match=f"{len(vocabulary) + 1} tokens, config.json embeds {len(vocabulary)}"):
-        TextEncoder.load(copy_of)
+        ClipTextEncoder.load(copy_of)
+
+
+def test_phrase_tokens(text_dir: Path) -> None:
+    """The states of a phrase in a caption: found whatever its case, counted from BOS on."""
+    encoder = ClipTextEncoder.load(text_dir)
+    caption = "a red dog"
+    tokens = encoder.tokenize([caption])[0]
+    for phrase in ("dog", "Red Dog", "a"):
+        found = encoder.phrase_tokens(caption, phrase)
+        alone = encoder.tokenize([phrase])[0][1:-1]  # without BOS and EOS
+        assert [tokens[index] for index in found] == alone
+    assert encoder.phrase_tokens("dog a dog", "dog").start == 1  # the first occurrence
+    for phrase in ("cat", "", " "):
+        with pytest.raises(ValueError, match="is not in the caption 'a red dog'"):
+            encoder.phrase_tokens(caption, phrase)
+    with pytest.raises(ValueError, match="'dog' lies beyond the 4 tokens kept"):
+        ClipTextEncoder.load(text_dir, max_tokens=4).phrase_tokens("a red red dog", "dog")

@@ -59,7 +59,7 @@ def test_kl16_parity(tmp_path):
     reference = load_file(DATA / "kl16.safetensors")
     with torch.no_grad():
         decoded = codec._decode_raw(reference["latents"])
-    torch.testing.assert_close(codec.moments(reference["image"]), reference["moments"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(codec.encode(reference["image"]), reference["moments"], rtol=0, atol=1e-5)
     torch.testing.assert_close(decoded, reference["decoded"], rtol=0, atol=1e-5)
     clamped = codec.decode(reference["latents"] * 0.2325)
     torch.testing.assert_close(clamped, reference["decoded"].clamp(-1, 1), rtol=0, atol=1e-5)
@@ -99,7 +99,7 @@ def test_mini_architecture_is_inferred(mini_file):
     codec = LatentCodec.load(mini_file)
     assert codec.config == MINI and codec.stride == 4 and codec.latent_channels == 4
     assert codec.id == hashlib.sha256(mini_file.read_bytes()).hexdigest()
-    assert codec.moments(pixels()).shape == (2, 8, 4, 4)
+    assert codec.encode(pixels()).shape == (2, 8, 4, 4)
     assert codec.decode(torch.zeros(2, 4, 4, 4)).shape == (2, 3, 16, 16)
     assert not codec.autoencoder.training
     assert not any(parameter.requires_grad for parameter in codec.autoencoder.parameters())
@@ -109,7 +109,7 @@ def test_groups_change_the_result(tmp_path, mini_state, mini_file):
     """The number of groups is not in the tensors: the entry must be read, not guessed."""
     other = tmp_path / "other.ckpt"
     torch.save({"model": mini_state, "norm_num_groups": 8}, other)
-    assert not torch.allclose(LatentCodec.load(mini_file).moments(pixels()), LatentCodec.load(other).moments(pixels()))
+    assert not torch.allclose(LatentCodec.load(mini_file).encode(pixels()), LatentCodec.load(other).encode(pixels()))
 
 
 def test_nested_state_dict_and_half_precision(tmp_path, mini_state, mini_file):
@@ -118,24 +118,24 @@ def test_nested_state_dict_and_half_precision(tmp_path, mini_state, mini_file):
     torch.save({"epoch": 3, "norm_num_groups": 4, "state_dict": {"model": half}}, path)
     codec = LatentCodec.load(path)
     assert all(parameter.dtype == torch.float32 for parameter in codec.autoencoder.parameters())
-    expected = LatentCodec.load(mini_file).moments(pixels())
-    torch.testing.assert_close(codec.moments(pixels()), expected, rtol=0.05, atol=0.02)
+    expected = LatentCodec.load(mini_file).encode(pixels())
+    torch.testing.assert_close(codec.encode(pixels()), expected, rtol=0.05, atol=0.02)
 
 
 def test_scale_is_applied_exactly_once(mini_file):
     codec = LatentCodec.load(mini_file, latent_scale=0.5)
-    moments = codec.moments(pixels())
+    moments = codec.encode(pixels())
     mean, logvar = moments.chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(codec.mode(moments), 0.5 * mean)
     torch.testing.assert_close(codec.sample(moments, noise=noise), 0.5 * (mean + (0.5 * logvar).exp() * noise))
     torch.testing.assert_close(codec.decode(codec.mode(moments)), codec._decode_raw(mean).clamp(-1, 1))
-    assert torch.equal(codec.moments(pixels()), LatentCodec.load(mini_file, latent_scale=2.0).moments(pixels()))
+    assert torch.equal(codec.encode(pixels()), LatentCodec.load(mini_file, latent_scale=2.0).encode(pixels()))
 
 
 def test_an_images_latents_depend_on_its_own_generator(mini_file):
     codec = LatentCodec.load(mini_file)
-    moments = codec.moments(pixels())
+    moments = codec.encode(pixels())
     both = codec.sample(moments, [torch.Generator().manual_seed(seed) for seed in (3, 4)])
     alone = codec.sample(moments[1:], [torch.Generator().manual_seed(4)])
     assert torch.equal(both[1:], alone)
@@ -150,7 +150,7 @@ def test_log_variance_is_clamped(tmp_path, mini_state):
     bias = mini_state["quant_conv.bias"].clone()
     bias[4:6], bias[6:] = 1e4, -1e4
     torch.save({"model": mini_state | {"quant_conv.bias": bias}, "norm_num_groups": 4}, path)
-    logvar = LatentCodec.load(path).moments(pixels())[:, 4:]
+    logvar = LatentCodec.load(path).encode(pixels())[:, 4:]
     assert logvar.max() == 20 and logvar.min() == -30
 
 
@@ -221,4 +221,4 @@ def test_wrong_shapes_name_both_values(mini_file):
     with pytest.raises(ValueError, match=r"\[B, 8, h, w\].*\(1, 32, 4, 4\)"):
         codec.mode(torch.zeros(1, 32, 4, 4))
     with pytest.raises(ValueError, match=r"multiples of 4, got \(1, 3, 18, 16\)"):
-        codec.moments(torch.zeros(1, 3, 18, 16))
+        codec.encode(torch.zeros(1, 3, 18, 16))

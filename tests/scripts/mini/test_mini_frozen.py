@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.frozen.text import TextEncoder
+from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec
 from scripts.mini import train_clip, train_vae
 from scripts.mini.tokenizer import build_tokenizer, byte_alphabet, save_tokenizer
@@ -126,7 +126,7 @@ def test_clip_trainer_continues_exactly(mini_root, tmp_path, monkeypatch):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train_clip.main(clip_arguments(mini_root, straight))
     run_killed_and_again(train_clip, clip_arguments(mini_root, broken), monkeypatch)
-    first, second = TextEncoder.load(straight), TextEncoder.load(broken)
+    first, second = ClipTextEncoder.load(straight), ClipTextEncoder.load(broken)
     assert first.id == second.id and first.dim == 16 and first.max_tokens == 77
     assert not (tmp_path / "broken.tmp").exists() and not (tmp_path / "broken.state.pth").exists()
     for one, other in zip(first.encode(CAPTIONS), second.encode(CAPTIONS), strict=True):

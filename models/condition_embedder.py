@@ -1,0 +1,96 @@
+"""Embeds what images are conditioned on: a class label or a caption and boxes, for a grid of tokens.
+
+A base class of `StructMAR`, since the parameters lie at the model's root: their names are MAR's.
+
+Shape letters: B batch, L image tokens, D width, T text tokens, N boxes (max), C text channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.conditioning import Conditions
+from models.config import StructMARConfig
+from models.layout import LayoutEmbedder, layout_bias
+from util.types import LayoutBatch, TextContext
+
+
+class ConditionEmbedder(nn.Module):
+    """Its parameters are made by the subclass; text and layout parts only where the config has them."""
+
+    config: StructMARConfig
+    class_emb: nn.Embedding
+    fake_latent: nn.Parameter
+    layout_embed: LayoutEmbedder
+    text_null: nn.Parameter
+    text_pool_proj: nn.Linear
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises ValueError naming both grids if learned positions do not know this one."""
+        if self.config.learned_pos and grid != self.config.grid:
+            raise ValueError(
+                f"a grid of {grid[0]} x {grid[1]} tokens, but the learned positions of this model are of "
+                f"{self.config.grid[0]} x {self.config.grid[1]}: other grids need a model with learned_pos=False"
+            )
+
+    def embed_conditions(
+        self,
+        batch_size: int,
+        labels: Tensor | None = None,
+        text: TextContext | None = None,
+        layout: LayoutBatch | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Conditions:
+        """Embeds what the images are conditioned on; None means dropped for all. labels: [B] int64, -1 for none. grid:
+        (rows, columns) of the image tokens, the config's by default.
+
+        Raises ValueError if text or layout is given to a model that was built without that part, or for another grid
+        than the config's with learned positions.
+        """
+        grid = self.config.grid if grid is None else grid
+        self.check_grid(grid)
+        base = self.fake_latent.expand(batch_size, -1)  # [B, D]
+        if labels is not None:
+            named = self.class_emb(labels.clamp(min=0))  # [B, D]
+            base = torch.where((labels >= 0)[:, None], named, base)  # [B, D]
+        if text is not None:
+            base = base + self._project_pooled(text)  # [B, D]
+        context, valid = self._text_with_null(batch_size, text)  # [B, T, C], [B, T]
+        tokens, bias = self._layout_parts(batch_size, layout, grid)  # [B, N, D], [B, L, N]
+        return Conditions(base, tokens, bias, context, valid, 0 if text is None else batch_size, grid)
+
+    def _project_pooled(self, text: TextContext) -> Tensor:
+        if not self.config.text_dim:
+            raise ValueError("text was given, but the model was built with text_dim=0")
+        if text.tokens.shape[-1] != self.config.text_dim:
+            raise ValueError(
+                f"text has {text.tokens.shape[-1]} channels, the model's text_dim is {self.config.text_dim}"
+            )
+        present = text.valid.any(dim=1, keepdim=True)  # [B, 1]
+        return self.text_pool_proj(text.pooled) * present  # [B, D]
+
+    def _text_with_null(self, batch_size: int, text: TextContext | None) -> tuple[Tensor | None, Tensor | None]:
+        """Puts the learned null token in front; it is valid exactly where an image has no text. Without any
+        cross-attention there is no context."""
+        if not self.config.has_cross_attention(0):
+            return None, None
+        null = self.text_null.expand(batch_size, -1, -1)  # [B, 1, C]
+        if text is None:
+            return null, torch.ones(batch_size, 1, dtype=torch.bool, device=null.device)
+        absent = ~text.valid.any(dim=1, keepdim=True)  # [B, 1]
+        return torch.cat([null.to(text.tokens.dtype), text.tokens], 1), torch.cat([absent, text.valid], 1)
+
+    def _layout_parts(
+        self, batch_size: int, layout: LayoutBatch | None, grid: tuple[int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.config.num_categories:
+            if layout is not None:
+                raise ValueError("a layout was given, but the model was built with num_categories=0")
+            return None, None
+        if layout is None:
+            return self.layout_embed.null_tokens(batch_size, self.config.max_objects), None
+        if layout.valid.shape[1] != self.config.max_objects:
+            raise ValueError(f"layout has {layout.valid.shape[1]} slots, the model {self.config.max_objects}")
+        bias = layout_bias(layout, grid, self.config.layout_bias_value)  # [B, L, N]
+        return self.layout_embed(layout), bias
