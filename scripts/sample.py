@@ -4,7 +4,8 @@
     python -m scripts.sample --resume CKPT --coco_root ./data/coco --coco_split val2014 --num_images 16
     python -m scripts.sample --resume mar_huge.safetensors --model mar_huge --class_label 207 360
 
-The last form samples MAR's own weights, class by class: that is how they are checked by eye.
+The last form samples MAR's own weights, class by class: that is how they are checked by eye. Sampling flags that
+neither the command nor --config gives have the values that the weights name, where they name some.
 
 Into --output_dir go NNNN.png (plain images; the settings are in the PNG's text), grid.png (the first 64) and
 samples.json (all settings and, for each image, its prompt, objects and seed). Image k has the seed --seed + k, and

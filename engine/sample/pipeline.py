@@ -81,7 +81,8 @@ class StructMARPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         if codec is None:
-            assert identity is not None, "a pipeline without its parts needs the identity of the weights"
+            if identity is None:
+                raise ValueError("make a pipeline by from_pretrained, from_checkpoint or from_parts")
             codec = LatentCodec(vae, config_of(vae), identity.latent_scale, identity.vae_id)
             caption_encoder = _caption_encoder(text_encoder, tokenizer, identity.text_encoder_id)
         self.codec, self.identity = codec, identity
@@ -203,7 +204,8 @@ class StructMARPipeline(DiffusionPipeline):
     @property
     def own_sampling(self) -> SamplingConfig:
         """The options that the weights name; where they name none, the defaults."""
-        return (self.identity and self.identity.sampling) or SamplingConfig()
+        named = None if self.identity is None else self.identity.sampling
+        return SamplingConfig() if named is None else named
 
     def describe(self) -> dict[str, Any]:
         """Which weights these are, for what is written beside images."""

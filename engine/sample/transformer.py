@@ -24,7 +24,9 @@ class StructMARTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, architecture: dict[str, Any], model: StructMAR | None = None) -> None:
         super().__init__()
-        self.model = build_model(StructMARConfig.from_dict(architecture)) if model is None else model
+        self.model = (
+            build_model(StructMARConfig.from_dict(architecture, "transformer/config.json")) if model is None else model
+        )
 
     @classmethod
     def around(cls, model: StructMAR) -> StructMARTransformer:

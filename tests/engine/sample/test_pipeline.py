@@ -322,6 +322,12 @@ def test_a_pipeline_with_other_frozen_parts_is_not_saved(world, weights, tmp_pat
     assert not (tmp_path / "saved").exists()
 
 
+def test_components_alone_are_no_pipeline(pipe):
+    assert set(pipe.components) == {"transformer", "vae", "text_encoder", "tokenizer"}
+    with pytest.raises(ValueError, match="make a pipeline by from_pretrained, from_checkpoint or from_parts"):
+        StructMARPipeline(**pipe.components)
+
+
 def test_weights_without_options_have_the_defaults(world):
     pipe = StructMARPipeline.from_checkpoint(world.checkpoint, world.vae, world.clip)
     assert pipe.own_sampling == SamplingConfig() != replace(OWN)
