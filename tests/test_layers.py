@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = {"util": 0, "models": 1, "engine": 2, "scripts": 3, "main_mar": 3, "main_rl": 3}
+ROOMS = ("data", "train", "checkpoint", "sample", "eval", "rl", "cli")  # of engine, each stands on those before it
 MAX_LINES = 400
 CLI = ("arguments", "arguments_rl", "validate", "sampling", "build", "build_train", "build_rl")
 NAMESPACE_READERS = {f"engine/cli/{name}.py" for name in CLI}
@@ -68,6 +69,23 @@ def layering(root: Path) -> list[str]:
             is_one_package = anchor.count(".") > 1 and anchor.split(".")[:2] == target.split(".")[:2]
             is_same_lower_layer = own == other and LAYERS[own] < LAYERS["scripts"]
             if not (LAYERS[other] < LAYERS[own] or is_same_lower_layer or is_one_package):
+                found.append(f"{name}:{line} imports {target}")
+    return found
+
+
+def rooms(root: Path) -> list[str]:
+    """Every file of engine lies in a room, and imports only from its own and from those before it."""
+    found = []
+    for name, path in source_files(root):
+        if not name.startswith("engine/") or name == "engine/__init__.py":
+            continue
+        room = name.split("/")[1]
+        if room not in ROOMS:
+            found.append(f"{name} lies in no room: {', '.join(ROOMS)}")
+            continue
+        for line, target in imported_modules(parsed(path), name.removesuffix(".py").replace("/", ".")):
+            package, other, *_ = [*target.split("."), ""]
+            if package == "engine" and other in ROOMS and ROOMS.index(other) > ROOMS.index(room):
                 found.append(f"{name}:{line} imports {target}")
     return found
 
@@ -153,6 +171,7 @@ def top_level(root: Path) -> list[str]:
 
 RULES: list[Rule] = [
     layering,
+    rooms,
     mini_world_stays_in_its_folder,
     namespace_stops_at_build,
     never_written,
@@ -217,6 +236,10 @@ def test_a_good_tree_passes(tree: Path) -> None:
         (layering, "scripts/mini/b.py", "import scripts.other.draw"),
         (layering, "scripts/a.py", "from main_mar import main"),
         (layering, "scripts/mini/a.py", "from scripts import sample"),
+        (rooms, "engine/data/a.py", "from engine.train.loop import train"),
+        (rooms, "engine/sample/a.py", "def f():\n    import engine.eval.run"),
+        (rooms, "engine/rl/a.py", "from ..cli import build"),
+        (rooms, "engine/a.py", ""),
         (layering, "main_rl.py", "import main_mar"),
         (layering, "main_rl.py", "from scripts.sample import main"),
         (mini_world_stays_in_its_folder, "engine/a.py", "ROOT = 'data/mini_coco'"),

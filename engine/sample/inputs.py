@@ -6,14 +6,15 @@ Every mistake is one ValueError that names the argument and the values, as in a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.data.scenes import Scene, read_entry
-from engine.sample.generate import image_generator
+from engine.sample.generate import Hooks, image_generator
 from models.sampling.config import SamplingConfig
 from util.plain import from_plain
 from util.types import Category
@@ -139,3 +140,27 @@ def one_of(name: str, value: Any, alias: str, other: Any) -> Any:
     if value is not None and other is not None:
         raise ValueError(f"give either {name} or {alias}, which mean the same, not both")
     return other if value is None else value
+
+
+def call_hooks(
+    config: SamplingConfig,
+    tick: Callable[[], Any],
+    callback: Callable[[int, int, dict[str, Tensor]], dict[str, Tensor] | None] | None,
+    names: Sequence[str],
+    should_stop: Callable[[], bool],
+) -> Hooks:
+    """What a call lets its caller see and change. callback: gets (iteration, iterations left, tensors by `names`)."""
+
+    def on_iteration(iteration: int, tokens: Tensor) -> Tensor | None:
+        tick()
+        if callback is None:
+            return None
+        offered = {"tokens": tokens} if "tokens" in names else {}
+        changed = (callback(iteration, config.num_iter - 1 - iteration, offered) or {}).get("tokens")
+        if changed is not None and changed.shape != tokens.shape:
+            raise ValueError(
+                f"callback_on_step_end gave tokens of shape {tuple(changed.shape)}, expected {tuple(tokens.shape)}"
+            )
+        return changed
+
+    return Hooks(on_iteration, should_stop)

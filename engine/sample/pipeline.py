@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,15 @@ from engine.sample.generate import (
     num_iterations,
     scene_conditions,
 )
-from engine.sample.inputs import check_call, one_of, precision_of, read_generators, read_options, read_scenes
+from engine.sample.inputs import (
+    call_hooks,
+    check_call,
+    one_of,
+    precision_of,
+    read_generators,
+    read_options,
+    read_scenes,
+)
 from engine.sample.transformer import StructMARTransformer
 from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec, config_of
@@ -207,6 +216,10 @@ class StructMARPipeline(DiffusionPipeline):
         named = None if self.identity is None else self.identity.sampling
         return SamplingConfig() if named is None else named
 
+    def is_interrupted(self) -> bool:
+        """Whether a callback asked to end the call."""
+        return self.interrupt
+
     def describe(self) -> dict[str, Any]:
         """Which weights these are, for what is written beside images."""
         identity = self.identity
@@ -286,7 +299,8 @@ class StructMARPipeline(DiffusionPipeline):
         config = read_options(self.own_sampling, given, self.model.config.num_tokens)
         self.interrupt = False
         with self.progress_bar(total=num_iterations(len(scenes), batch_size, config)) as bar:
-            hooks = self._call_hooks(config, bar.update, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
+            hooks = call_hooks(config, bar.update, callback, callback_on_step_end_tensor_inputs, self.is_interrupted)
             conditions = self._of_scenes(scenes)
             drawn = list(self._latents(conditions, config, generators, batch_size, self.precision, hooks))
             images = self._output(drawn, output_type)
@@ -373,25 +387,6 @@ class StructMARPipeline(DiffusionPipeline):
         """Scaled latents [B, C, h, w], batch by batch."""
         for rows in batches(len(generators), batch_size):
             yield self.sample(conditions_of(rows), config, generators[rows], precision, hooks).latents.float()
-
-    def _call_hooks(
-        self, config: SamplingConfig, tick: Callable[[], Any], callback: StepCallback | None, names: Sequence[str]
-    ) -> Hooks:
-        """What `__call__` lets its caller see and change."""
-
-        def on_iteration(iteration: int, tokens: Tensor) -> Tensor | None:
-            tick()
-            if callback is None:
-                return None
-            offered = {"tokens": tokens} if "tokens" in names else {}
-            changed = (callback(self, iteration, config.num_iter - 1 - iteration, offered) or {}).get("tokens")
-            if changed is not None and changed.shape != tokens.shape:
-                raise ValueError(
-                    f"callback_on_step_end gave tokens of shape {tuple(changed.shape)}, expected {tuple(tokens.shape)}"
-                )
-            return changed
-
-        return Hooks(on_iteration, lambda: self.interrupt)
 
     def _output(self, drawn: Sequence[Tensor], output_type: str) -> Any:
         """drawn: latents of each batch. Gives what `StructMARPipelineOutput` describes."""

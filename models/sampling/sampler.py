@@ -208,9 +208,7 @@ def keep_drawn(
     if order.uses_confidence:
         assert drawn.confidence is not None
         token_ids = order.next(state, drawn.confidence.unflatten(0, plan.token_ids.shape))  # [B, p]
-        places = torch.searchsorted(
-            plan.token_ids.contiguous(), token_ids
-        )  # [B, p], among the unknown
+        places = torch.searchsorted(plan.token_ids.contiguous(), token_ids)  # [B, p], among the unknown
         tokens = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))  # [B, p, C]
     return token_ids, DecodeState(
         state.tokens.scatter(1, token_ids[..., None].expand_as(tokens), tokens),  # [B, L, C]
