@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.checkpoint.identity import Identity
-from models.frozen.text import IGNORED_NAMES, TEXT_PREFIX
+from models.frozen.text import IGNORED_NAMES, TEXT_PREFIX, ClipTextEncoder
 from models.structmar import StructMAR
 from util.checkpoint import sha256_tensors, write_atomic
 
@@ -82,3 +82,13 @@ def contents_of(
 
 def _sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def caption_encoder_of(
+    model: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, files_id: str
+) -> ClipTextEncoder | None:
+    """The components of a folder as the rest of the code uses them; None if there are none."""
+    if model is None or tokenizer is None:
+        return None
+    tokenizer.model_max_length = int(1e9)  # ClipTextEncoder cuts itself
+    return ClipTextEncoder(model, tokenizer, model.config.max_position_embeddings, files_id)

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
 from engine.data.scenes import Scene
-from engine.sample.folder import FolderRecord, contents_of
+from engine.sample.folder import FolderRecord, caption_encoder_of, contents_of
 from engine.sample.generate import (
     Hooks,
     ImageConditions,
@@ -93,7 +93,7 @@ class StructMARPipeline(DiffusionPipeline):
             if identity is None:
                 raise ValueError("make a pipeline by from_pretrained, from_checkpoint or from_parts")
             codec = LatentCodec(vae, config_of(vae), identity.latent_scale, identity.vae_id)
-            caption_encoder = _caption_encoder(text_encoder, tokenizer, identity.text_encoder_id)
+            caption_encoder = caption_encoder_of(text_encoder, tokenizer, identity.text_encoder_id)
         self.codec, self.identity = codec, identity
         self._caption_encoder = caption_encoder
         self.source = ""
@@ -216,10 +216,6 @@ class StructMARPipeline(DiffusionPipeline):
         named = None if self.identity is None else self.identity.sampling
         return SamplingConfig() if named is None else named
 
-    def is_interrupted(self) -> bool:
-        """Whether a callback asked to end the call."""
-        return self.interrupt
-
     def describe(self) -> dict[str, Any]:
         """Which weights these are, for what is written beside images."""
         identity = self.identity
@@ -300,7 +296,7 @@ class StructMARPipeline(DiffusionPipeline):
         self.interrupt = False
         with self.progress_bar(total=num_iterations(len(scenes), batch_size, config)) as bar:
             callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
-            hooks = call_hooks(config, bar.update, callback, callback_on_step_end_tensor_inputs, self.is_interrupted)
+            hooks = call_hooks(config, bar.update, callback, callback_on_step_end_tensor_inputs, lambda: self.interrupt)
             conditions = self._of_scenes(scenes)
             drawn = list(self._latents(conditions, config, generators, batch_size, self.precision, hooks))
             images = self._output(drawn, output_type)
@@ -400,12 +396,3 @@ class StructMARPipeline(DiffusionPipeline):
 
     def _contents(self) -> dict[str, str]:
         return contents_of(self.model, self.vae, self.caption_encoder.model, self.caption_encoder.tokenizer)
-
-
-def _caption_encoder(
-    model: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, files_id: str
-) -> ClipTextEncoder | None:
-    if model is None or tokenizer is None:
-        return None
-    tokenizer.model_max_length = int(1e9)  # ClipTextEncoder cuts itself
-    return ClipTextEncoder(model, tokenizer, model.config.max_position_embeddings, files_id)
