@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.checkpoint.identity import Identity
@@ -92,3 +93,11 @@ def caption_encoder_of(
         return None
     tokenizer.model_max_length = int(1e9)  # ClipTextEncoder cuts itself
     return ClipTextEncoder(model, tokenizer, model.config.max_position_embeddings, files_id)
+
+
+def align_memory(*modules: nn.Module) -> None:
+    """Moves weights to where PyTorch allocates. Loaded from a file they may begin anywhere in it, and a CPU's kernels
+    sum in another order there: the last bits of an image would depend on the file."""
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
 from engine.data.scenes import Scene
-from engine.sample.folder import FolderRecord, caption_encoder_of, contents_of
+from engine.sample.folder import FolderRecord, align_memory, caption_encoder_of, contents_of
 from engine.sample.generate import (
     Hooks,
     ImageConditions,
@@ -159,6 +159,7 @@ class StructMARPipeline(DiffusionPipeline):
         record = FolderRecord.read(folder)
         kwargs = {"low_cpu_mem_usage": False, **kwargs}  # diffusers warns of a missing accelerate otherwise
         pipeline = super().from_pretrained(folder, identity=record.identity, **kwargs)
+        align_memory(pipeline.transformer, pipeline.vae, pipeline.text_encoder)
         record.require_same(pipeline._contents(), folder)
         if pipeline.model.config != record.identity.config:
             raise ValueError(f"{folder}: transformer/config.json names another architecture than the folder's record")
