@@ -58,13 +58,13 @@ class CocoInputs:
     seed: int
     device: torch.device
 
-    def __call__(self, batch: Batch, epoch: int, draws: torch.Generator) -> StepInputs:
+    def __call__(self, batch: Batch, epoch: int, rng: torch.Generator) -> StepInputs:
         latents = encode_latents(
             self.codec, batch.pixels, batch.moments, batch.image_ids, self.seed, epoch, self.device
         )
         text = self.text_encoder.context(batch.captions) if batch.text is None else batch.text
         rates = self.rates
-        kept_text, kept_layout = drop_conditions(text, batch.layout, rates.both, rates.text, rates.layout, draws)
+        kept_text, kept_layout = drop_conditions(text, batch.layout, rates.both, rates.text, rates.layout, rng)
         return StepInputs(latents, text=kept_text.to(self.device), layout=kept_layout.to(self.device))
 
 
@@ -87,11 +87,11 @@ class ClassInputs:
     seed: int
     device: torch.device
 
-    def __call__(self, batch: ClassBatch, epoch: int, draws: torch.Generator) -> StepInputs:
+    def __call__(self, batch: ClassBatch, epoch: int, rng: torch.Generator) -> StepInputs:
         latents = encode_latents(
             self.codec, batch.pixels, batch.moments, batch.image_ids, self.seed, epoch, self.device
         )
-        return StepInputs(latents, labels=drop_labels(batch.labels, self.drop_prob, draws).to(self.device))
+        return StepInputs(latents, labels=drop_labels(batch.labels, self.drop_prob, rng).to(self.device))
 
 
 def encode_latents(

@@ -200,11 +200,9 @@ class GrpoStep:
         """Adds weight * L_SFT, stage 2's loss on the batch's images, to the gradients."""
         assert self.make_inputs is not None
         model, seed = self.state.model, self.config.seed
-        draws = generator(seed, "sft", *key)
-        inputs = self.make_inputs(batch, epoch, draws)
-        noise = model.sample_training_noise(
-            len(inputs), draws, self.config.mask_ratio_min, model.grid_of(inputs.latents)
-        )
+        rng = generator(seed, "sft", *key)
+        inputs = self.make_inputs(batch, epoch, rng)
+        noise = model.sample_training_noise(len(inputs), rng, self.config.mask_ratio_min, model.grid_of(inputs.latents))
         torch.manual_seed(derive_seed(seed, "sft dropout", *key))
         device = self.dist.device
         model.train()

@@ -240,10 +240,10 @@ class SupervisedStep:
         state.model.train()
         num_images = 0
         for micro, batch in enumerate(micro_batches):
-            draws = generator(config.seed, "train", position.step, micro, rank)
-            inputs = self.make_inputs(batch, position.epoch, draws)
+            rng = generator(config.seed, "train", position.step, micro, rank)
+            inputs = self.make_inputs(batch, position.epoch, rng)
             noise = state.model.sample_training_noise(
-                len(inputs), draws, config.mask_ratio_min, state.model.grid_of(inputs.latents)
+                len(inputs), rng, config.mask_ratio_min, state.model.grid_of(inputs.latents)
             )
             torch.manual_seed(derive_seed(config.seed, "dropout", position.step, micro, rank))
             is_last = micro + 1 == config.accum_iter

@@ -173,8 +173,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tokens:
     return Tokens(encoded["input_ids"], encoded["attention_mask"].bool())
 
 
-def draw_captions(captions: list[list[str]], indices: list[int], draws: torch.Generator) -> list[str]:
-    picks = torch.rand(len(indices), generator=draws).tolist()
+def draw_captions(captions: list[list[str]], indices: list[int], rng: torch.Generator) -> list[str]:
+    picks = torch.rand(len(indices), generator=rng).tolist()
     return [captions[index][int(pick * len(captions[index]))] for index, pick in zip(indices, picks, strict=True)]
 
 
@@ -191,11 +191,11 @@ def train(args: argparse.Namespace, data: Captioned, tokenizer: CLIPTokenizer, c
         print(f"continuing from {state_file(args.output)} at step {start}", flush=True)
     began = time.time()
     for step in range(start, args.steps):
-        draws = generator(args.seed, "clip", "step", step)
+        rng = generator(args.seed, "clip", "step", step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         indices = batch_indices(step, len(data.images), args.batch_size, args.seed, "clip")
-        tokens = tokenize(tokenizer, draw_captions(data.captions, indices.tolist(), draws))
+        tokens = tokenize(tokenizer, draw_captions(data.captions, indices.tolist(), rng))
         losses = model(to_float(data.images[indices]), tokens)
         loss = losses["captions"] + losses["tokens"] + args.word_weight * (losses["word"] + losses["previous"])
         optimizer.zero_grad(set_to_none=True)

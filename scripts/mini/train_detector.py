@@ -105,35 +105,35 @@ def load_split(folder: Path, split: str, max_images: int | None) -> Boxes:
     return Boxes(image_ids, images, boxes, labels, categories, coco)
 
 
-def soften(image: Tensor, draws: torch.Generator) -> Tensor:
+def soften(image: Tensor, rng: torch.Generator) -> Tensor:
     """image [3, H, W] in [0, 1]: shrunk to 0.5 to 0.9 of its size and enlarged again, with faint noise."""
     height, width = image.shape[1:]
-    scale = 0.5 + 0.4 * torch.rand((), generator=draws).item()
+    scale = 0.5 + 0.4 * torch.rand((), generator=rng).item()
     small = F.interpolate(image[None], scale_factor=scale, mode="bilinear", antialias=True, align_corners=False)
     soft = F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)[0]
-    strength = 0.04 * torch.rand((), generator=draws).item()
-    return (soft + strength * torch.randn(image.shape, generator=draws)).clamp(0, 1)
+    strength = 0.04 * torch.rand((), generator=rng).item()
+    return (soft + strength * torch.randn(image.shape, generator=rng)).clamp(0, 1)
 
 
 def training_pair(
-    data: Boxes, index: int, soften_prob: float, draws: torch.Generator
+    data: Boxes, index: int, soften_prob: float, rng: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Image `index` in [0, 1] with torchvision's target; flipped with probability 1/2, softened with `soften_prob`."""
     image, boxes = data.images[index].float() / 255, data.boxes_px[index]
-    if torch.rand((), generator=draws).item() < 0.5:
+    if torch.rand((), generator=rng).item() < 0.5:
         width = image.shape[2]
         image = image.flip(2)
         boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
-    if torch.rand((), generator=draws).item() < soften_prob:
-        image = soften(image, draws)
+    if torch.rand((), generator=rng).item() < soften_prob:
+        image = soften(image, rng)
     return image, {"boxes": boxes, "labels": data.labels[index]}
 
 
 def train_step(model: FasterRCNN, data: Boxes, args: argparse.Namespace, step: int) -> dict[str, Tensor]:
     """The losses of step `step`, by part."""
-    draws = generator(args.seed, "detector", "step", step)
+    rng = generator(args.seed, "detector", "step", step)
     indices = batch_indices(step, len(data.images), args.batch_size, args.seed, "detector").tolist()
-    pairs = [training_pair(data, index, args.soften_prob, draws) for index in indices]
+    pairs = [training_pair(data, index, args.soften_prob, rng) for index in indices]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(
             derive_seed(args.seed, "detector", "sampler", step)

@@ -94,15 +94,15 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def vae_loss(
-    autoencoder: AutoencoderKL, images: Tensor, args: argparse.Namespace, draws: torch.Generator
+    autoencoder: AutoencoderKL, images: Tensor, args: argparse.Namespace, rng: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """images: [B, 3, H, W] in [-1, 1] -> (loss, its parts)."""
     with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
         hidden = autoencoder.quant_conv(autoencoder.encoder(images))
     mean, logvar = hidden.float().chunk(2, dim=1)
     logvar = logvar.clamp(*LOGVAR_RANGE)
-    noise, extra = torch.randn(2, *mean.shape, generator=draws)
-    strength = args.latent_noise * torch.rand(len(mean), 1, 1, 1, generator=draws) * mean.detach().std()
+    noise, extra = torch.randn(2, *mean.shape, generator=rng)
+    strength = args.latent_noise * torch.rand(len(mean), 1, 1, 1, generator=rng) * mean.detach().std()
     latents = mean + (0.5 * logvar).exp() * noise + strength * extra
     with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
         output = autoencoder.decoder(autoencoder.post_quant_conv(latents))
@@ -117,8 +117,8 @@ def vae_loss(
     return sum((weights[name] * part for name, part in parts.items()), torch.zeros(())), parts
 
 
-def random_flip(images: Tensor, draws: torch.Generator) -> Tensor:
-    flipped = torch.rand(len(images), 1, 1, 1, generator=draws) < 0.5
+def random_flip(images: Tensor, rng: torch.Generator) -> Tensor:
+    flipped = torch.rand(len(images), 1, 1, 1, generator=rng) < 0.5
     return torch.where(flipped, images.flip(-1), images)
 
 
@@ -144,11 +144,11 @@ def train(args: argparse.Namespace, images: Tensor, config: VaeConfig) -> Autoen
         print(f"continuing from {state_path} at step {start}", flush=True)
     began = time.time()
     for step in range(start, args.steps):
-        draws = generator(args.seed, "vae", "step", step)
+        rng = generator(args.seed, "vae", "step", step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         indices = batch_indices(step, len(images), args.batch_size, args.seed, "vae")
-        loss, parts = vae_loss(autoencoder, to_float(random_flip(images[indices], draws)), args, draws)
+        loss, parts = vae_loss(autoencoder, to_float(random_flip(images[indices], rng)), args, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)

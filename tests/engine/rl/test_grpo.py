@@ -180,7 +180,7 @@ def test_clip_shares_are_the_shares_of_vanished_gradients() -> None:
     assert (gradient == 0).float().mean().item() == pytest.approx(share.item())
 
 
-def test_huge_log_ratios_stay_finite() -> None:
+def test_paper_size_log_ratios_stay_finite() -> None:
     log_prob = torch.tensor([[1e4, -1e4]]).expand(2, 2).clone().requires_grad_()
     surrogate = clipped_surrogate(log_prob, torch.zeros(2, 2), torch.tensor([1.0, -1.0]), CLIP, dual_clip=None)
     surrogate.loss.backward()

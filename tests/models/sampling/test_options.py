@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 from tests.helpers import reference
 from tests.helpers.sampling import run_unmask
 from tests.helpers.structured import generator
-from tests.models.sampling.test_prepared import conditions, sampled, world
+from tests.models.sampling.test_against_plain import conditions, sampled, world
 
 FULL, RUN, REUSE = "full only", "run", "reuse"
 QUICK = SamplingConfig(num_iter=10, num_sampling_steps=4, t_max=950, cfg_text=1.5, cfg_layout=3.0)

@@ -4,7 +4,7 @@ All weights have the real names and shapes and deterministic values, so the numb
 one that MAR-H, KL-16 and CLIP ViT-B/32 take. The second stage needs gradients and moments of 1.1 billion parameters,
 more than a laptop has: here it is followed up to its first step, its training is tested at small sizes.
 
-    OMP_NUM_THREADS=2 .venv/bin/python -m pytest -m slow -s tests/models/test_huge.py
+    OMP_NUM_THREADS=2 .venv/bin/python -m pytest -m slow -s tests/models/test_paper_size.py
 """
 
 from __future__ import annotations
