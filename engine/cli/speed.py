@@ -3,7 +3,7 @@
 A preset on the command line wins over the YAML file, but every other flag on the command line wins over the preset.
 A preset in the YAML file loses to every other key of that file. A preset lowers numbers of iterations and steps; where
 the number is lower already, it stays. What a preset costs in quality is measured by `scripts.evaluate_layout` and
-`scripts.compare_heads` (README).
+`scripts.compare_heads` (models/sampling/README.md).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ ROOT="${ABLATION_ROOT:+$ABLATION_ROOT/}"
 DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
 STEPS="${STEPS:-1000}" IMAGES="${IMAGES:-250}" SEEDS="${SEEDS:-0}"
 NUM_TRAIN=6000 NUM_VAL=500 BATCH=48 SUFFIX="" EXTRA=()
-SAMPLE=()
+SAMPLE=(--num_iter 64)
 if [ "${1:-}" = "--smoke" ]; then
     DATA="${DATA}_smoke" CACHE="${CACHE}_smoke" SUFFIX="_smoke"
     STEPS=2 IMAGES=4 NUM_TRAIN=96 NUM_VAL=16 BATCH=24 EXTRA=(--diffusion_batch_mul 1)

@@ -34,7 +34,7 @@ UPDATES="${UPDATES:-200}" IMAGES="${IMAGES:-300}" SEEDS="${SEEDS:-0 1 2}"
 read -r -a NAMES <<<"${NAMES:-elbo trajectory no_kl paper guided}"
 NUM_TRAIN=6000 NUM_VAL=500 SUFFIX="" EXTRA=() YOLOX=""
 SAMPLING=(--num_iter 16 --num_sampling_steps 25 --cfg_text 1 --cfg_layout 1 --temperature 1)
-GUIDED=() # what mini_eval.yaml says
+GUIDED=(--num_iter 64) # the rest is what the weights name
 SCORE=()
 while [ $# -gt 0 ]; do
     case "$1" in
