@@ -12,13 +12,13 @@ and `TrajectoryEstimator` scores the recorded reverse steps x_t -> x_{t-1}, whic
     l_t = log N(x_{t-1}; mu_theta(x_t, t, z), (temperature * sigma_theta)^2).
 
 Both rebuild the backbone's inputs from the final tokens and the order alone: a token never changes once it is drawn.
-Random choices (`Draws`) are made once and shared by the old, the current and the reference policy, so that at equal
-weights their log-probabilities are equal to the bit; with draws of their own the ratio would be noise.
+Random choices (`ScoringNoise`) are made once and shared by the old, the current and the reference policy, so that at
+equal weights their log-probabilities are equal to the bit; with choices of their own the ratio would be noise.
 Left out: the probability of the order (it is drawn uniformly), the variational terms of the training loss, several
 reverse processes per token. The model must be in eval mode (dropout would be a different policy at every call).
 
 Shape letters: n images, L image tokens, C token channels, m masked tokens, p tokens scored in one pass of the backbone,
-K draws (noise draws or reverse steps) per token, S reverse steps.
+K noises (or reverse steps) per token, S reverse steps.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class PolicyOutput:
 
 
 @dataclass(frozen=True)
-class Draws:
+class ScoringNoise:
     """Everything random about one pass; drawn once, shared by the old, the current and the reference policy.
 
     kept_ids: [n, L - m], the visible tokens. token_ids: [n, p], the scored ones. timesteps: [n, p, K] int64, what the
@@ -111,10 +111,10 @@ class Estimator(Protocol):
     @property
     def num_draws(self) -> int | None: ...
 
-    def draw(self, samples: Samples, generator: torch.Generator) -> list[Draws]:
+    def draw_noise(self, samples: Samples, generator: torch.Generator) -> list[ScoringNoise]:
         """The random choices, one entry per pass of the backbone. They are drawn on the generator's device."""
 
-    def log_probs(self, model: StructMAR, samples: Samples, draws: Draws) -> PolicyOutput:
+    def log_probs(self, model: StructMAR, samples: Samples, noise: ScoringNoise) -> PolicyOutput:
         """One pass, with gradients if they are enabled."""
 
 
@@ -170,13 +170,13 @@ class ElboEstimator:
     def needs_trace(self) -> bool:
         return False
 
-    def draw(self, samples: Samples, generator: torch.Generator) -> list[Draws]:
+    def draw_noise(self, samples: Samples, generator: torch.Generator) -> list[ScoringNoise]:
         """See `Estimator`. All images share the sizes of the masks; orders, timesteps and noises are their own."""
         counts = cosine_masked_counts(samples.orders.shape[1], self.num_iter)
         iterations = draw_iterations(counts, self.num_masks, generator)
         return [self._draw_pass(samples, counts[iteration], iteration, generator) for iteration in iterations]
 
-    def _draw_pass(self, samples: Samples, num_masked: int, iteration: int, generator: torch.Generator) -> Draws:
+    def _draw_pass(self, samples: Samples, num_masked: int, iteration: int, generator: torch.Generator) -> ScoringNoise:
         orders, device = samples.orders, samples.tokens.device
         half, source = self.num_draws // 2, generator.device
         shape = (len(samples), num_masked, half)
@@ -184,7 +184,7 @@ class ElboEstimator:
         strata = torch.arange(half, device=source)  # [K / 2]
         timesteps = ((strata + uniform) * (NUM_TRAIN_STEPS / half)).long().clamp(max=NUM_TRAIN_STEPS - 1)
         noise = torch.randn(*shape, samples.tokens.shape[2], generator=generator, device=source)  # [n, m, K / 2, C]
-        return Draws(
+        return ScoringNoise(
             kept_ids=orders[:, num_masked:].sort(dim=1).values,
             token_ids=orders[:, :num_masked].sort(dim=1).values,
             timesteps=torch.cat([timesteps, timesteps], dim=2).to(device),
@@ -193,25 +193,25 @@ class ElboEstimator:
             iteration=iteration,
         )
 
-    def log_probs(self, model: StructMAR, samples: Samples, draws: Draws) -> PolicyOutput:
+    def log_probs(self, model: StructMAR, samples: Samples, noise: ScoringNoise) -> PolicyOutput:
         """One pass: log_prob [n, p], mean (the predicted eps) [n, p, K, C]."""
-        if draws.noise is None:
-            raise ValueError("these draws have no noise: they are another estimator's")
+        if noise.noise is None:
+            raise ValueError("this noise is another estimator's: it has reverse steps instead of noises")
         assert not model.training, "log-probabilities need model.eval()"
-        target = gather_tokens(samples.tokens, draws.token_ids)[:, :, None]  # [n, p, 1, C]
-        noisy = model.diffloss.add_noise(target, draws.timesteps, draws.noise)  # [n, p, K, C]
+        target = gather_tokens(samples.tokens, noise.token_ids)[:, :, None]  # [n, p, 1, C]
+        noisy = model.diffloss.add_noise(target, noise.timesteps, noise.noise)  # [n, p, K, C]
         output = model.denoise(
             samples.tokens,
-            draws.kept_ids,
-            draws.token_ids,
+            noise.kept_ids,
+            noise.token_ids,
             noisy,
-            draws.timesteps,
+            noise.timesteps,
             text=samples.text,
             layout=samples.layout,
             grid=samples.grid,
         )  # [n, p, K, 2C]
         eps = output.float().chunk(2, dim=-1)[0]  # [n, p, K, C]
-        errors = (draws.noise - eps).square().sum(-1)  # [n, p, K]
+        errors = (noise.noise - eps).square().sum(-1)  # [n, p, K]
         return PolicyOutput(-self.kappa * errors.mean(-1), eps)
 
 
@@ -260,35 +260,37 @@ class TrajectoryEstimator:
         """Indices into `reverse_steps` that may be scored."""
         return range(self.skipped, len(self.reverse_steps) - self.skipped)
 
-    def draw(self, samples: Samples, generator: torch.Generator) -> list[Draws]:
+    def draw_noise(self, samples: Samples, generator: torch.Generator) -> list[ScoringNoise]:
         """See `Estimator`. All images and tokens of a pass share its reverse steps."""
         counts = cosine_masked_counts(samples.orders.shape[1], self.config.num_iter)
         iterations = draw_iterations(counts, self.num_masks, generator)
         return [self._draw_pass(samples, counts, iteration, generator) for iteration in iterations]
 
-    def _draw_pass(self, samples: Samples, counts: Sequence[int], iteration: int, generator: torch.Generator) -> Draws:
+    def _draw_pass(
+        self, samples: Samples, counts: Sequence[int], iteration: int, generator: torch.Generator
+    ) -> ScoringNoise:
         steps = tuple(self.allowed_steps)
         if self.num_draws is not None:
             chosen = torch.randperm(len(steps), generator=generator, device=generator.device)[: self.num_draws]
             steps = tuple(steps[index] for index in sorted(chosen.tolist()))
         kept_ids, token_ids = iteration_ids(samples.orders, counts, iteration)  # [n, L - m], [n, p]
         told = torch.tensor([self.reverse_steps[step].timestep for step in steps], device=samples.tokens.device)  # [K]
-        return Draws(kept_ids, token_ids, told.expand(*token_ids.shape, -1), None, steps, iteration)
+        return ScoringNoise(kept_ids, token_ids, told.expand(*token_ids.shape, -1), None, steps, iteration)
 
-    def log_probs(self, model: StructMAR, samples: Samples, draws: Draws) -> PolicyOutput:
+    def log_probs(self, model: StructMAR, samples: Samples, noise: ScoringNoise) -> PolicyOutput:
         """One pass: log_prob [n, p, K], mean and log_std (of the next state) [n, p, K, C]."""
         if samples.trace is None:
             raise ValueError("the samples have no trace: record them (sample(..., record=True))")
-        if draws.steps is None:
-            raise ValueError("these draws have no reverse steps: they are another estimator's")
+        if noise.steps is None:
+            raise ValueError("this noise is another estimator's: it has no reverse steps")
         assert not model.training, "log-probabilities need model.eval()"
         states = samples.trace.states  # [n, L, S + 1, C]
-        at = draws.token_ids[..., None, None].expand(-1, -1, *states.shape[2:])  # [n, p, S + 1, C]
+        at = noise.token_ids[..., None, None].expand(-1, -1, *states.shape[2:])  # [n, p, S + 1, C]
         states = states.gather(1, at)  # [n, p, S + 1, C]
-        before = torch.stack([states[:, :, step] for step in draws.steps], dim=2)  # [n, p, K, C]
-        after = torch.stack([states[:, :, step + 1] for step in draws.steps], dim=2)  # [n, p, K, C]
-        eps, fraction = self._predict(model, samples, draws, before)  # each [n, p, K, C]
-        steps = [self.reverse_steps[step] for step in draws.steps]
+        before = torch.stack([states[:, :, step] for step in noise.steps], dim=2)  # [n, p, K, C]
+        after = torch.stack([states[:, :, step + 1] for step in noise.steps], dim=2)  # [n, p, K, C]
+        eps, fraction = self._predict(model, samples, noise, before)  # each [n, p, K, C]
+        steps = [self.reverse_steps[step] for step in noise.steps]
         parts = [
             step.distribution(before[:, :, k], eps[:, :, k], fraction[:, :, k], self.config.clip_x0)
             for k, step in enumerate(steps)
@@ -298,22 +300,22 @@ class TrajectoryEstimator:
         log_std = 0.5 * log_variance + math.log(self.config.temperature)  # [n, p, K, C]
         return PolicyOutput(normal_log_prob(after, mean, log_std), mean, log_std)
 
-    def _predict(self, model: StructMAR, samples: Samples, draws: Draws, noisy: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, model: StructMAR, samples: Samples, noise: ScoringNoise, noisy: Tensor) -> tuple[Tensor, Tensor]:
         """The guided eps and the full branch's variance fraction, each [n, p, K, C] float32."""
         num_tokens = samples.orders.shape[1]
         names, config = choose_branches(self.config, samples.text is not None, samples.layout is not None)
-        if config.branch_uses(len(names))[draws.iteration] == "full only":
+        if config.branch_uses(len(names))[noise.iteration] == "full only":
             names = ("full",)
-        next_masked = cosine_masked_counts(num_tokens, config.num_iter)[draws.iteration + 1]
+        next_masked = cosine_masked_counts(num_tokens, config.num_iter)[noise.iteration + 1]
         eps, fractions = {}, {}
         for name in names:
             with nullcontext() if name == "full" else torch.no_grad():
                 output = model.denoise(
                     samples.tokens,
-                    draws.kept_ids,
-                    draws.token_ids,
+                    noise.kept_ids,
+                    noise.token_ids,
                     noisy,
-                    draws.timesteps,
+                    noise.timesteps,
                     text=None if name == "null" else samples.text,
                     layout=samples.layout if name == "full" else None,
                     grid=samples.grid,
@@ -342,10 +344,10 @@ class Policy(nn.Module):
         self.model = model
         self.estimator = estimator
 
-    def forward(self, inputs: Samples | LossInputs, draws: Draws | None = None) -> PolicyOutput | Tensor:
-        """Samples with the draws of one pass give a PolicyOutput; LossInputs give the model's own loss, a scalar."""
+    def forward(self, inputs: Samples | LossInputs, noise: ScoringNoise | None = None) -> PolicyOutput | Tensor:
+        """Samples with the noise of one pass give a PolicyOutput; LossInputs give the model's own loss, a scalar."""
         if isinstance(inputs, LossInputs):
             return self.model(inputs.latents, inputs.noise, inputs.labels, inputs.text, inputs.layout)
-        if draws is None:
-            raise ValueError("the log-probabilities of samples need draws")
-        return self.estimator.log_probs(self.model, inputs, draws)
+        if noise is None:
+            raise ValueError("the log-probabilities of samples need noise")
+        return self.estimator.log_probs(self.model, inputs, noise)

@@ -2,7 +2,7 @@
 
     1. Every prompt of this step's batches is sampled G times and rewarded (engine/rl/rollout.py); advantages per group.
     2. Everything random about the log-probabilities is drawn once. The old and the reference log-probabilities are
-       computed at these draws, without gradients, in the same passes in which the current ones will be.
+       computed at this noise, without gradients, in the same passes in which the current ones will be.
     3. Per inner epoch: one forward and backward pass per mask of every rollout, then one clip, one AdamW step and one
        EMA update. In the first inner epoch every ratio is exactly 1 and, in the first update of all, the KL exactly 0.
 
@@ -37,7 +37,7 @@ from engine.rl.rollout import Rollout, RolloutObserver, RolloutWorker
 from engine.train.optim import clip_gradients
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position, TrainState
-from models.policy import Draws, Estimator, LossInputs, Policy, PolicyOutput, Samples
+from models.policy import Estimator, LossInputs, Policy, PolicyOutput, Samples, ScoringNoise
 from models.structmar import StructMAR
 from util.distributed import DistInfo, any_rank, reduce_mean
 from util.rng import derive_seed, generator
@@ -74,7 +74,7 @@ class ScoredPass:
 
     samples: Samples
     advantages: Tensor
-    draws: Draws
+    noise: ScoringNoise
     old: PolicyOutput
     reference: PolicyOutput | None
 
@@ -143,17 +143,17 @@ class GrpoStep:
         """Draws the passes of a rollout and computes what does not change in the update."""
         advantages = self._advantages(rollout.grouped_rewards()).flatten().to(self.dist.device)  # [n]
         self._note({"advantage_abs": advantages.abs().mean()})
-        draws_of_passes = self.estimator.draw(
+        noise_of_passes = self.estimator.draw_noise(
             rollout.samples, generator(self.config.seed, "estimator", step, micro, self.dist.rank)
         )
         passes = []
         self.state.model.eval()
         with torch.no_grad():
-            for draws in draws_of_passes:
-                old = self._outputs(self.state.wrapped, rollout.samples, draws)
-                reference = None if self.reference is None else self._outputs(self.reference, rollout.samples, draws)
-                passes.append(ScoredPass(rollout.samples, advantages, draws, old, reference))
-                self._note_replay(rollout.samples, draws, old)
+            for noise in noise_of_passes:
+                old = self._outputs(self.state.wrapped, rollout.samples, noise)
+                reference = None if self.reference is None else self._outputs(self.reference, rollout.samples, noise)
+                passes.append(ScoredPass(rollout.samples, advantages, noise, old, reference))
+                self._note_replay(rollout.samples, noise, old)
         return passes
 
     def optimizer_step(
@@ -183,7 +183,7 @@ class GrpoStep:
         """Adds weight * (L_pg + kl_coef * KL) of one pass to the gradients."""
         config = self.config
         with gradient_sync(self._synced(), is_last):
-            current = self._outputs(self.state.wrapped, scored.samples, scored.draws)
+            current = self._outputs(self.state.wrapped, scored.samples, scored.noise)
             surrogate = clipped_surrogate(
                 current.log_prob, scored.old.log_prob, scored.advantages, config.clip_range, config.dual_clip
             )
@@ -225,9 +225,9 @@ class GrpoStep:
         coin = torch.rand((), generator=generator(self.config.seed, "mix", step))  # the same on every process
         return float(coin < ratio)
 
-    def _outputs(self, policy: nn.Module, samples: Samples, draws: Draws) -> PolicyOutput:
+    def _outputs(self, policy: nn.Module, samples: Samples, noise: ScoringNoise) -> PolicyOutput:
         with self._autocast():
-            output: PolicyOutput = policy(samples, draws)
+            output: PolicyOutput = policy(samples, noise)
         return output
 
     def _autocast(self) -> torch.autocast:
@@ -275,10 +275,10 @@ class GrpoStep:
         for observer in self.observers:
             observer(rollouts, mean_reward)
 
-    def _note_replay(self, samples: Samples, draws: Draws, old: PolicyOutput) -> None:
+    def _note_replay(self, samples: Samples, noise: ScoringNoise, old: PolicyOutput) -> None:
         """How far the old log-probabilities are from those recorded while sampling: a mismatch would show here."""
-        if samples.trace is None or draws.steps is None:
+        if samples.trace is None or noise.steps is None:
             return
-        rows = draws.token_ids[..., None].expand(-1, -1, samples.trace.log_probs.shape[-1])  # [n, p, S]
-        recorded = samples.trace.log_probs.gather(1, rows)[..., list(draws.steps)]  # [n, p, K]
+        rows = noise.token_ids[..., None].expand(-1, -1, samples.trace.log_probs.shape[-1])  # [n, p, S]
+        recorded = samples.trace.log_probs.gather(1, rows)[..., list(noise.steps)]  # [n, p, K]
         self._note({"replay_gap": (recorded - old.log_prob).abs().max()})

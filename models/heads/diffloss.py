@@ -81,4 +81,4 @@ class DiffLoss(nn.Module):
 
     def sampler(self, cast_head: DiffLoss, compile_mode: str | None) -> DiffusionSampler:
         """See `TokenHead`."""
-        return DiffusionSampler(self.net, cast_head.net, self.channels, compile_mode)
+        return DiffusionSampler(self.net, cast_head.net, self.channels, self.tables.device, compile_mode)

@@ -64,11 +64,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class DiffusionSampler:
-    """A `HeadSampler`. first: the network of the first reverse step, in float32; net: of all others."""
+    """A `HeadSampler`. first: the network of the first reverse step, in float32; net: of all others, on `device`."""
 
     first: SimpleMLPAdaLN
     net: SimpleMLPAdaLN
     channels: int
+    device: torch.device
     compile_mode: str | None = None
 
     @property
@@ -77,8 +78,7 @@ class DiffusionSampler:
 
     def at(self, options: ReverseOptions) -> DiffusionStep:
         """See `HeadSampler`."""
-        device = self.first.cond_embed.weight.device
-        timesteps = torch.tensor([step.timestep for step in options.steps], device=device)  # [S]
+        timesteps = torch.tensor([step.timestep for step in options.steps], device=self.device)  # [S]
         return DiffusionStep(self, options, self.first.time_embed(timesteps))
 
     def empty_trace(self, batch_size: int, num_tokens: int, options: ReverseOptions, device: torch.device) -> Trace:

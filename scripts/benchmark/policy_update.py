@@ -89,7 +89,7 @@ def _rollout(world: World, group_size: int) -> Rollout:
 
 def _formula(case: UpdateCase, world: World, scored: ScoredPass) -> float:
     """Of one pass: old and reference policy, then forward and backward of every inner epoch."""
-    num_masked = scored.draws.token_ids.shape[1]
+    num_masked = scored.noise.token_ids.shape[1]
     cost = scoring_flops(world.model.config, num_masked, num_masked * case.estimator.num_draws, NUM_TEXT)
     gradients = cost.gradients(grad_checkpointing=False)
     return len(world) * ((2 + case.inner_epochs) * cost.forward + case.inner_epochs * gradients)

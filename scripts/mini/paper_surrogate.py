@@ -58,21 +58,21 @@ class PaperStep(GrpoStep):
     def optimizer_step(
         self, passes: Sequence[ScoredPass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
     ) -> None:
-        """As in GRPO, but every inner step has draws of its own."""
+        """As in GRPO, but every inner step has noise of its own."""
         fresh = [self._redrawn(each, (position.step, inner, index)) for index, each in enumerate(passes)]
         super().optimizer_step(fresh, batches, rl_share, position, inner)
 
     def rl_backward(self, scored: ScoredPass, weight: float, is_last: bool) -> None:
         with gradient_sync(self._synced(), is_last):
-            current = self._outputs(self.state.wrapped, scored.samples, scored.draws)
+            current = self._outputs(self.state.wrapped, scored.samples, scored.noise)
             loss = weighted_error(current.log_prob, scored.advantages)
             (weight * loss).backward()
         self._note({"policy_loss": loss, "loss": loss})
 
     def _redrawn(self, scored: ScoredPass, key: Sequence[int]) -> ScoredPass:
-        draws = generator(self.config.seed, "released loss", *key, self.dist.rank)
-        (fresh,) = self.one_mask.draw(scored.samples, draws)
-        return replace(scored, draws=fresh)
+        rng = generator(self.config.seed, "released loss", *key, self.dist.rank)
+        (fresh,) = self.one_mask.draw_noise(scored.samples, rng)
+        return replace(scored, noise=fresh)
 
 
 def build(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from models.heads.diffloss import DiffusionNoise
 from models.heads.diffusion_sampler import Trace
 from models.masking import TokenMask
-from models.policy import Draws, ElboEstimator, Estimator, Samples, TrajectoryEstimator
+from models.policy import ElboEstimator, Estimator, Samples, ScoringNoise, TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import embed_branches
 from models.structmar import StructMAR, StructMARConfig, TrainingNoise, preset_config
@@ -143,6 +143,6 @@ def test_log_probabilities(estimator: Estimator) -> None:
         trace = Trace(torch.randn(BATCH, CONFIG.num_tokens, 9, 16), torch.randn(BATCH, CONFIG.num_tokens, 8))
         tokens, orders = torch.randn(BATCH, CONFIG.num_tokens, 16), torch.zeros(BATCH, CONFIG.num_tokens).long()
         ids = torch.zeros(BATCH, 4, dtype=torch.int64)
-        draws = Draws(ids, ids, torch.zeros(BATCH, 4, 2).long(), torch.randn(BATCH, 4, 2, 16), (2, 3), 1)
+        draws = ScoringNoise(ids, ids, torch.zeros(BATCH, 4, 2).long(), torch.randn(BATCH, 4, 2, 16), (2, 3), 1)
         output = estimator.log_probs(model, Samples(tokens, orders, CONFIG.grid, text, layout, trace), draws)
     assert output.log_prob.device.type == "cuda" and output.mean.shape == (BATCH, 4, 2, 16)

@@ -85,5 +85,5 @@ def test_log_probabilities(estimator: Estimator, expected: list[float]) -> None:
     model, text, layout = structured_model(), some_text(), some_layout()
     samples = collect_samples(sample(model, GUIDED, generators(), text, layout, record=True), text, layout)
     with torch.no_grad():
-        passes = [estimator.log_probs(model, samples, each) for each in estimator.draw(samples, generator(3))]
+        passes = [estimator.log_probs(model, samples, each) for each in estimator.draw_noise(samples, generator(3))]
     assert [float(each.log_prob.mean()) for each in passes] == pytest.approx(expected, rel=1e-3)

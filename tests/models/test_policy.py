@@ -14,13 +14,13 @@ from models.heads.diffusion import reverse_steps
 from models.heads.diffusion_sampler import Trace
 from models.masking import cosine_masked_counts
 from models.policy import (
-    Draws,
     ElboEstimator,
     Estimator,
     LossInputs,
     Policy,
     PolicyOutput,
     Samples,
+    ScoringNoise,
     TrajectoryEstimator,
     collect_samples,
     draw_iterations,
@@ -57,11 +57,11 @@ def variant(**overrides: Any) -> StructMAR:
     return model.eval()
 
 
-def every_pass(estimator: Estimator, samples: Samples) -> dict[int, Draws]:
-    """The draws of each iteration, by iteration."""
-    passes: dict[int, Draws] = {}
+def every_pass(estimator: Estimator, samples: Samples) -> dict[int, ScoringNoise]:
+    """The noise of each iteration, by iteration."""
+    passes: dict[int, ScoringNoise] = {}
     for seed in range(100):
-        passes |= {draws.iteration: draws for draws in estimator.draw(samples, generator(seed))}
+        passes |= {noise.iteration: noise for noise in estimator.draw_noise(samples, generator(seed))}
     return dict(sorted(passes.items()))
 
 
@@ -79,7 +79,7 @@ def test_recording_changes_nothing_and_keeps_every_state() -> None:
     assert states.shape == (2, 64, num_steps + 1, 16) and log_probs.shape == (2, 64, num_steps)
     assert torch.equal(states[:, :, -1], samples.tokens)
     assert (log_probs[:, :, -1] == 0).all() and (log_probs[:, :, :-1] != 0).all()
-    # The sampler draws one tape per iteration: the starting noises come first.
+    # The sampler noise one tape per iteration: the starting noises come first.
     tape = generator(3)
     order = torch.randperm(64, generator=tape)
     assert torch.equal(order, samples.orders[0])
@@ -126,7 +126,7 @@ def test_inputs_are_rebuilt_from_orders_and_tokens(num_iter: int, monkeypatch: p
         assert drawn.token_ids.shape[1] == counts[iteration] - counts[iteration + 1]
 
 
-# draws
+# noise
 
 
 def test_iterations_are_hit_in_proportion_to_their_tokens() -> None:
@@ -142,28 +142,28 @@ def test_iterations_are_hit_in_proportion_to_their_tokens() -> None:
 
 def test_elbo_draws_are_stratified_and_antithetic() -> None:
     samples = world()[1]
-    for draws in ElboEstimator(4, num_masks=3, num_draws=8).draw(samples, generator(1)):
-        assert draws.noise is not None and draws.steps is None
-        num_masked = cosine_masked_counts(64, 4)[draws.iteration]
-        assert draws.timesteps.shape == (2, num_masked, 8) and draws.noise.shape == (2, num_masked, 8, 16)
-        assert torch.equal(draws.timesteps[..., :4] // 250, torch.arange(4).expand(2, num_masked, -1))
-        assert torch.equal(draws.timesteps[..., :4], draws.timesteps[..., 4:])
-        assert torch.equal(draws.noise[:, :, :4], -draws.noise[:, :, 4:])
-        assert not torch.equal(draws.noise[:, :, 0], draws.noise[:, :, 1])
-        assert len(draws.timesteps[..., 0].unique()) > 10
+    for noise in ElboEstimator(4, num_masks=3, num_draws=8).draw_noise(samples, generator(1)):
+        assert noise.noise is not None and noise.steps is None
+        num_masked = cosine_masked_counts(64, 4)[noise.iteration]
+        assert noise.timesteps.shape == (2, num_masked, 8) and noise.noise.shape == (2, num_masked, 8, 16)
+        assert torch.equal(noise.timesteps[..., :4] // 250, torch.arange(4).expand(2, num_masked, -1))
+        assert torch.equal(noise.timesteps[..., :4], noise.timesteps[..., 4:])
+        assert torch.equal(noise.noise[:, :, :4], -noise.noise[:, :, 4:])
+        assert not torch.equal(noise.noise[:, :, 0], noise.noise[:, :, 1])
+        assert len(noise.timesteps[..., 0].unique()) > 10
 
 
 def test_trajectory_draws_leave_the_ends_out() -> None:
     samples = world()[1]
     steps = reverse_steps(8, 950)
-    assert TRAJECTORY.draw(samples, generator(0))[0].steps == (2, 3, 4, 5) and len(steps) == 8
+    assert TRAJECTORY.draw_noise(samples, generator(0))[0].steps == (2, 3, 4, 5) and len(steps) == 8
     few = TrajectoryEstimator(QUICK, num_masks=2, num_draws=3)
     chosen = set()
     for seed in range(20):
-        for draws in few.draw(samples, generator(seed)):
-            assert draws.steps is not None and len(set(draws.steps)) == 3
-            assert draws.timesteps[1, 0].tolist() == [steps[step].timestep for step in draws.steps]
-            chosen |= set(draws.steps)
+        for noise in few.draw_noise(samples, generator(seed)):
+            assert noise.steps is not None and len(set(noise.steps)) == 3
+            assert noise.timesteps[1, 0].tolist() == [steps[step].timestep for step in noise.steps]
+            chosen |= set(noise.steps)
     assert chosen == {2, 3, 4, 5}
     default = TrajectoryEstimator(SamplingConfig(num_iter=256))
     told = [default.reverse_steps[step].timestep for step in default.allowed_steps]
@@ -189,13 +189,13 @@ def test_refusals() -> None:
         TrajectoryEstimator(SamplingConfig(num_iter=4, num_sampling_steps=4), num_masks=2)
     with pytest.raises(ValueError, match="skipped must be at least 1"):
         TrajectoryEstimator(QUICK, num_masks=2, skipped=0)
-    draws = TRAJECTORY.draw(samples, generator())[0]
+    noise = TRAJECTORY.draw_noise(samples, generator())[0]
     with pytest.raises(ValueError, match="no trace"):
-        TRAJECTORY.log_probs(world()[0], replace(samples, trace=None), draws)
-    with pytest.raises(ValueError, match="no noise"):
-        ELBO.log_probs(world()[0], samples, draws)
+        TRAJECTORY.log_probs(world()[0], replace(samples, trace=None), noise)
+    with pytest.raises(ValueError, match="another estimator.s: it has reverse steps"):
+        ELBO.log_probs(world()[0], samples, noise)
     with pytest.raises(ValueError, match="no reverse steps"):
-        TRAJECTORY.log_probs(world()[0], samples, ELBO.draw(samples, generator())[0])
+        TRAJECTORY.log_probs(world()[0], samples, ELBO.draw_noise(samples, generator())[0])
 
 
 # log-probabilities
@@ -208,10 +208,10 @@ def test_ratio_is_one_until_a_step_is_taken(estimator: Estimator, checkpointing:
     samples = sampled(model)
     calls = []
     model.encoder_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    for draws in estimator.draw(samples, generator(5)):
+    for noise in estimator.draw_noise(samples, generator(5)):
         with torch.no_grad():
-            old = estimator.log_probs(model, samples, draws)
-        current = estimator.log_probs(model, samples, draws)
+            old = estimator.log_probs(model, samples, noise)
+        current = estimator.log_probs(model, samples, noise)
         assert old.log_prob.dtype == torch.float32
         assert torch.equal(current.log_prob, old.log_prob)  # dropout is off, too
         assert current.log_prob.requires_grad and not old.log_prob.requires_grad
@@ -225,7 +225,7 @@ def test_ratio_is_one_until_a_step_is_taken(estimator: Estimator, checkpointing:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter.add_(parameter.grad, alpha=1e-3 / float(parameter.grad.norm() + 1e-6))
-            after = estimator.log_probs(model, samples, draws)
+            after = estimator.log_probs(model, samples, noise)
         assert float((after.log_prob - old.log_prob).abs().max()) > 1e-4
         assert float(after.log_prob.mean()) > float(old.log_prob.mean())
         assert not any(module.training for module in model.modules())
@@ -233,11 +233,11 @@ def test_ratio_is_one_until_a_step_is_taken(estimator: Estimator, checkpointing:
 
 def test_checkpointing_does_not_change_gradients() -> None:
     samples = world()[1]
-    draws = TRAJECTORY.draw(samples, generator(5))[0]
+    noise = TRAJECTORY.draw_noise(samples, generator(5))[0]
     gradients = []
     for checkpointing in (False, True):
         model = variant(grad_checkpointing=checkpointing)
-        TRAJECTORY.log_probs(model, samples, draws).log_prob.mean().backward()
+        TRAJECTORY.log_probs(model, samples, noise).log_prob.mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1])
     assert float(gradients[0].abs().max()) > 0
@@ -261,14 +261,14 @@ def test_trajectory_recomputes_what_was_recorded(settings: dict[str, Any]) -> No
     samples = sampled(model, config)
     assert samples.trace is not None
     estimator = TrajectoryEstimator(config, num_masks=4, skipped=1)
-    for draws in every_pass(estimator, samples).values():
+    for noise in every_pass(estimator, samples).values():
         with torch.no_grad():
-            output = estimator.log_probs(model, samples, draws)
-        assert draws.steps is not None and output.log_std is not None
+            output = estimator.log_probs(model, samples, noise)
+        assert noise.steps is not None and output.log_std is not None
         rows = torch.arange(2)[:, None]
-        stored = samples.trace.log_probs[rows, draws.token_ids][..., list(draws.steps)]
+        stored = samples.trace.log_probs[rows, noise.token_ids][..., list(noise.steps)]
         torch.testing.assert_close(output.log_prob, stored, atol=2e-4, rtol=0)
-        after = samples.trace.states[rows, draws.token_ids][:, :, [step + 1 for step in draws.steps]]
+        after = samples.trace.states[rows, noise.token_ids][:, :, [step + 1 for step in noise.steps]]
         expected = torch.distributions.Normal(output.mean, output.log_std.exp()).log_prob(after).sum(-1)
         torch.testing.assert_close(output.log_prob, expected, atol=1e-3, rtol=1e-4)
 
@@ -284,7 +284,7 @@ def test_only_the_full_branch_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(model, "denoise", recording)
     estimator = TrajectoryEstimator(replace(QUICK, cfg_text=1.5, cfg_layout=3.0), num_masks=1)
     samples = world()[1]
-    estimator.log_probs(model, samples, estimator.draw(samples, generator())[0])
+    estimator.log_probs(model, samples, estimator.draw_noise(samples, generator())[0])
     assert calls == [(True, True, True), (False, True, False), (False, False, False)]
 
 
@@ -292,19 +292,19 @@ def test_elbo_is_the_denoising_error_of_a_lone_token() -> None:
     """By hand for one token of one image: the head on its own rows, z from the rebuilt input."""
     model, samples = world()
     estimator = replace(ELBO, kappa=0.5)
-    draws = estimator.draw(samples, generator(2))[1]
-    assert draws.noise is not None
+    noise = estimator.draw_noise(samples, generator(2))[1]
+    assert noise.noise is not None
     with torch.no_grad():
-        output = estimator.log_probs(model, samples, draws)
+        output = estimator.log_probs(model, samples, noise)
         conditions = model.embed_conditions(2, None, samples.text, samples.layout)
-        z = model.predict(samples.tokens, draws.kept_ids, model.prepare(conditions))
-        token = int(draws.token_ids[1, 3])
+        z = model.predict(samples.tokens, noise.kept_ids, model.prepare(conditions))
+        token = int(noise.token_ids[1, 3])
         bar = torch.cos((torch.arange(1, 1001) / 1000 + 0.008) / 1.008 * torch.pi / 2).square()
-        bar = (bar / torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2)).square())[draws.timesteps[1, 3]][:, None]
-        noise = draws.noise[1, 3]
-        noisy = bar.sqrt() * samples.tokens[1, token] + (1 - bar).sqrt() * noise
-        eps = model.diffloss.net(noisy, draws.timesteps[1, 3], z[1, token].expand(4, -1))[:, :16]
-    expected = -0.5 * (eps - noise).square().sum() / 4
+        bar = (bar / torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2)).square())[noise.timesteps[1, 3]][:, None]
+        own = noise.noise[1, 3]
+        noisy = bar.sqrt() * samples.tokens[1, token] + (1 - bar).sqrt() * own
+        eps = model.diffloss.net(noisy, noise.timesteps[1, 3], z[1, token].expand(4, -1))[:, :16]
+    expected = -0.5 * (eps - own).square().sum() / 4
     torch.testing.assert_close(output.log_prob[1, 3], expected, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(output.mean[1, 3], eps, atol=1e-3, rtol=1e-3)
 
@@ -315,7 +315,7 @@ def test_shared_draws_make_the_ratio_usable() -> None:
     with torch.no_grad():
         for index, parameter in enumerate(other.parameters()):
             parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=generator(index)))
-        first, again = (ELBO.draw(samples, generator(7))[0] for _ in range(2))
+        first, again = (ELBO.draw_noise(samples, generator(7))[0] for _ in range(2))
         assert torch.equal(first.timesteps, again.timesteps)  # the generator decides
         unshared = every_pass(ELBO, samples)[first.iteration]
         assert not torch.equal(first.timesteps, unshared.timesteps)
@@ -339,13 +339,13 @@ def test_batch_mates_do_not_matter() -> None:
         Trace(samples.trace.states[one], samples.trace.log_probs[one]),
     )
     for estimator in (ELBO, TRAJECTORY):
-        draws = estimator.draw(samples, generator(4))[0]
-        noise = None if draws.noise is None else draws.noise[one]
-        its_draws = replace(draws, kept_ids=draws.kept_ids[one], token_ids=draws.token_ids[one],
-                            timesteps=draws.timesteps[one], noise=noise)  # fmt: skip
+        noise = estimator.draw_noise(samples, generator(4))[0]
+        own = None if noise.noise is None else noise.noise[one]
+        its_noise = replace(noise, kept_ids=noise.kept_ids[one], token_ids=noise.token_ids[one],
+                            timesteps=noise.timesteps[one], noise=own)  # fmt: skip
         with torch.no_grad():
-            whole = estimator.log_probs(model, samples, draws).log_prob[one]
-            found = estimator.log_probs(model, alone, its_draws).log_prob
+            whole = estimator.log_probs(model, samples, noise).log_prob[one]
+            found = estimator.log_probs(model, alone, its_noise).log_prob
         torch.testing.assert_close(found, whole, atol=1e-3, rtol=1e-4)
 
 
@@ -354,9 +354,9 @@ def test_subsets_are_unbiased() -> None:
     model, samples = world()
     bias = model.diffloss.net.final_layer.linear.bias
     gradients = {}
-    for iteration, draws in every_pass(replace(TRAJECTORY, num_masks=4), samples).items():
-        log_prob = TRAJECTORY.log_probs(model, samples, draws).log_prob.mean((0, 1))
-        for step, value in zip(draws.steps or (), log_prob, strict=True):
+    for iteration, noise in every_pass(replace(TRAJECTORY, num_masks=4), samples).items():
+        log_prob = TRAJECTORY.log_probs(model, samples, noise).log_prob.mean((0, 1))
+        for step, value in zip(noise.steps or (), log_prob, strict=True):
             gradients[iteration, step] = torch.autograd.grad(value, bias, retain_graph=True)[0]
     counts = cosine_masked_counts(64, 4)
     full = sum(
@@ -365,10 +365,10 @@ def test_subsets_are_unbiased() -> None:
     )
     few, shared = replace(TRAJECTORY, num_draws=2), generator(1)
     drawn = [
-        gradients[draws.iteration, step]
+        gradients[noise.iteration, step]
         for _ in range(1500)
-        for draws in few.draw(samples, shared)
-        for step in draws.steps or ()
+        for noise in few.draw_noise(samples, shared)
+        for step in noise.steps or ()
     ]
     stacked = torch.stack(drawn)
     error = (stacked.mean(0) - full) / (stacked.std(0) / len(drawn) ** 0.5)
@@ -379,14 +379,14 @@ def test_subsets_are_unbiased() -> None:
 def test_policy_forward() -> None:
     model, samples = world()
     policy = Policy(model, TRAJECTORY)
-    draws = TRAJECTORY.draw(samples, generator())[0]
-    output = policy(samples, draws)
+    noise = TRAJECTORY.draw_noise(samples, generator())[0]
+    output = policy(samples, noise)
     assert isinstance(output, PolicyOutput)
-    assert torch.equal(output.log_prob, TRAJECTORY.log_probs(model, samples, draws).log_prob)
+    assert torch.equal(output.log_prob, TRAJECTORY.log_probs(model, samples, noise).log_prob)
     noise = model.sample_training_noise(2, generator(1), 0.7)
     inputs = LossInputs(reference.tensors()["train.latents"], noise, text=some_text(), layout=some_layout())
     expected = model(inputs.latents, noise, text=inputs.text, layout=inputs.layout)
     assert torch.equal(policy(inputs), expected)
-    with pytest.raises(ValueError, match="need draws"):
+    with pytest.raises(ValueError, match="need noise"):
         policy(samples)
     assert not ELBO.needs_trace and TRAJECTORY.needs_trace

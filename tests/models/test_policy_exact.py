@@ -10,6 +10,7 @@ and mu is the only parameter. So everything the head predicts is known, and so a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,11 +64,11 @@ class OptimalDenoiser(nn.Module):
     def cond_embed(self, z: Tensor) -> Tensor:
         return z
 
-    def modulations(self, times: Tensor, embedded: Tensor) -> list[Tensor]:
-        return [times.expand(-1, embedded.shape[1])[:, None]]
+    def modulations(self, times: Tensor, embedded: Tensor) -> list[tuple[Tensor]]:
+        return [(times.expand(-1, embedded.shape[1])[:, None],)]
 
-    def modulated(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        return self(x, modulations[0][0], x)[None]
+    def modulated(self, x: Tensor, modulations: Sequence[tuple[Tensor]]) -> Tensor:
+        return self(x, modulations[0][0][0], x)[None]
 
 
 def linear_world() -> tuple[StructMAR, nn.Parameter]:
@@ -92,7 +93,7 @@ def test_elbo_gradient_of_a_gaussian() -> None:
     samples = plain_samples(torch.full((64, 16, 1), 1.1))
     for kappa in (1.0, 0.5):
         estimator = ElboEstimator(num_iter=1, num_masks=1, num_draws=64, kappa=kappa)
-        log_prob = estimator.log_probs(model, samples, estimator.draw(samples, generator())[0]).log_prob
+        log_prob = estimator.log_probs(model, samples, estimator.draw_noise(samples, generator())[0]).log_prob
         (gradient,) = torch.autograd.grad(log_prob.mean(), mu)
         assert float(gradient) == pytest.approx(kappa * share * (1.1 - MU) / STD**2, rel=0.02)
 
@@ -102,12 +103,12 @@ def test_antithetic_noise_lowers_the_variance() -> None:
     model, mu = linear_world()
     samples = plain_samples(torch.full((256, 16, 1), 1.1))
     estimator = ElboEstimator(num_iter=1, num_masks=1, num_draws=2)
-    (draws,) = estimator.draw(samples, generator())
-    assert draws.noise is not None
-    independent = torch.randn(draws.noise.shape, generator=generator(1))
+    (noise,) = estimator.draw_noise(samples, generator())
+    assert noise.noise is not None
+    independent = torch.randn(noise.noise.shape, generator=generator(1))
     variances = []
-    for noise in (draws.noise, independent):
-        given = type(draws)(draws.kept_ids, draws.token_ids, draws.timesteps, noise, None, draws.iteration)
+    for values_of_noise in (noise.noise, independent):
+        given = replace(noise, noise=values_of_noise)
         values = []
         for shift in (0.01, -0.01):
             with torch.no_grad():
@@ -135,8 +136,8 @@ def test_trajectory_gradient_of_a_gaussian() -> None:
     output = sample(model, config, [generator(seed) for seed in range(1024)], record=True)
     samples = collect_samples(output, None, None)
     estimator = TrajectoryEstimator(config, num_masks=1)
-    (draws,) = estimator.draw(samples, generator())
-    log_prob = estimator.log_probs(model, samples, draws).log_prob  # [n, 16, K]
+    (noise,) = estimator.draw_noise(samples, generator())
+    log_prob = estimator.log_probs(model, samples, noise).log_prob  # [n, 16, K]
     reward = samples.tokens - MU  # [n, 16, 1]
     parts = (reward * log_prob).sum(-1).unflatten(0, (32, -1)).mean((1, 2))  # [32]
     gradients = torch.stack([torch.autograd.grad(part, mu, retain_graph=True)[0] for part in parts])

@@ -258,7 +258,7 @@ class FakeCodec:
     def load(cls, path, device="cpu", latent_scale=None):
         return cls()
 
-    def moments(self, pixels):
+    def encode(self, pixels):
         return fake_moments(pixels)
 
 

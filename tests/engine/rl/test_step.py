@@ -115,7 +115,7 @@ def test_the_update_raises_log_probabilities_of_the_better_images() -> None:
     gains = []
     for each in passes:
         with torch.no_grad():
-            log_prob = step.estimator.log_probs(step.state.model, each.samples, each.draws).log_prob
+            log_prob = step.estimator.log_probs(step.state.model, each.samples, each.noise).log_prob
         gains.append((each.advantages * (log_prob - each.old.log_prob).mean((1, 2))).mean())
     assert min(gains) > 0
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.rl.step import GrpoConfig, GrpoStep, ScoredPass
 from engine.train.state import TrainState
-from models.policy import Draws, ElboEstimator, PolicyOutput, Samples, TrajectoryEstimator
+from models.policy import ElboEstimator, PolicyOutput, Samples, ScoringNoise, TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from scripts.mini.paper_surrogate import PaperStep
 from util.distributed import DistInfo
@@ -24,7 +24,7 @@ class OneWeight(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(5.0))
 
-    def forward(self, samples: Samples, draws: Draws) -> PolicyOutput:
+    def forward(self, samples: Samples, draws: ScoringNoise) -> PolicyOutput:
         error = self.weight * torch.tensor([[1.0, 1.0], [3.0, 3.0]])
         return PolicyOutput(-error, error)
 
@@ -41,7 +41,9 @@ def scored() -> ScoredPass:
     orders = torch.stack([torch.arange(16), torch.arange(15, -1, -1)])
     samples = Samples(torch.zeros(2, 16, 4), orders, (4, 4), None, None)
     empty = torch.zeros(2, 0, dtype=torch.int64)
-    return ScoredPass(samples, ADVANTAGES, Draws(empty, empty, empty, None, None, 0), PolicyOutput(empty, empty), None)
+    return ScoredPass(
+        samples, ADVANTAGES, ScoringNoise(empty, empty, empty, None, None, 0), PolicyOutput(empty, empty), None
+    )
 
 
 def test_the_released_loss_by_hand() -> None:
@@ -55,7 +57,7 @@ def test_the_released_loss_by_hand() -> None:
 
 def test_every_inner_step_has_draws_of_its_own() -> None:
     step = PaperStep(grpo_step(OneWeight(), ElboEstimator(4, 2, 2)))
-    noises = [step._redrawn(scored(), (0, inner, 0)).draws.noise for inner in (0, 1, 0)]
+    noises = [step._redrawn(scored(), (0, inner, 0)).noise.noise for inner in (0, 1, 0)]
     assert all(noise is not None for noise in noises)
     assert torch.equal(noises[0], noises[2])  # type: ignore[arg-type]
     assert noises[0].shape != noises[1].shape or not torch.equal(noises[0], noises[1])  # type: ignore[union-attr,arg-type]
