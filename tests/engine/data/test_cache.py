@@ -340,7 +340,7 @@ def test_dataset_refuses_a_cache_that_lacks_an_image(cached):
 def test_script_runs_again_without_encoding_again(cached, monkeypatch):
     config, path = cached
     before = files(path / "latents") | files(path / "text")
-    monkeypatch.setattr(FakeCodec, "moments", None)
+    monkeypatch.setattr(FakeCodec, "encode", None)
     monkeypatch.setattr(FakeEncoder, "encode", None)
     command = ["--coco_root", config.coco_root, "--coco_split", "train2017", "--cached_path", str(path)]
     cache_latents.main([*command, "--img_size", "16", "--device", "cpu", "--num_workers", "0"])
