@@ -2,9 +2,8 @@
 
     python -m scripts.count_flops --model mar_huge
 
-For training the model is built on the meta device and PyTorch's counter follows the real forward and backward passes;
-sampling is what `engine/rl/cost.py` says of it, which tests hold to the counter. One multiply-add is two operations.
-Element-wise work, the frozen VAE and CLIP are not counted.
+The model is built on the meta device and its own passes are counted as they run (`models/flops.py`). One multiply-add
+is two operations. Element-wise work, the frozen VAE and CLIP are not counted.
 """
 
 from __future__ import annotations
@@ -13,55 +12,32 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from engine.rl.cost import rollout_flops
-from models.build import build_model
-from models.heads.diffloss import DiffusionNoise
+from models.flops import META, forward_backward, meta_conditions, meta_model, sampling_flops
 from models.masking import TokenMask
 from models.sampling.config import SamplingConfig
-from models.structmar import StructMAR, StructMARConfig, TrainingNoise, preset_config
+from models.structmar import StructMAR, TrainingNoise, preset_config
 from models.weights import select_trainable
 from util.config import parse_checked
 from util.ranges import positive_int
-from util.types import LayoutBatch, TextContext
 
 MEAN_MASK_RATIO = 0.867  # of MAR's truncated Gaussian
 TERA = 1e12
 
 
-def conditions(config: StructMARConfig, batch_size: int, num_text: int) -> tuple[TextContext, LayoutBatch]:
-    shape = (batch_size, config.max_objects)
-    layout = LayoutBatch(
-        torch.zeros(*shape, 4, device="meta"),
-        torch.zeros(shape, dtype=torch.int64, device="meta"),
-        torch.ones(shape, dtype=torch.bool, device="meta"),
-    )
-    text = TextContext(
-        torch.zeros(batch_size, num_text, config.text_dim, device="meta"),
-        torch.ones(batch_size, num_text, dtype=torch.bool, device="meta"),
-        torch.zeros(batch_size, config.text_dim, device="meta"),
-    )
-    return text, layout
-
-
 def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
     """Forward and backward of one image at the mean mask ratio."""
     config = model.config
-    model.train()
     select_trainable(model, mode)
     num_masked = round(config.num_tokens * MEAN_MASK_RATIO)
-    mask = TokenMask(torch.ones(1, config.num_tokens, dtype=torch.bool, device="meta"), num_masked)
+    mask = TokenMask(torch.ones(1, config.num_tokens, dtype=torch.bool, device=META), num_masked)
     rows = config.diffusion_batch_mul * num_masked
-    noise = DiffusionNoise(
-        torch.zeros(rows, dtype=torch.int64, device="meta"), torch.zeros(rows, config.token_dim, device="meta")
-    )
+    noise = TrainingNoise(mask, model.head.sample_noise(rows, torch.Generator()).to(META))
     side = config.img_size // config.vae_stride
-    latents = torch.zeros(1, config.vae_embed_dim, side, side, device="meta")
-    text, layout = conditions(config, 1, num_text)
-    with FlopCounterMode(display=False) as counter:
-        model(latents, TrainingNoise(mask, noise), text=text, layout=layout).backward()
-    return counter.get_total_flops()
+    latents = torch.zeros(1, config.vae_embed_dim, side, side, device=META)
+    conditions = meta_conditions(config, 1, num_text)
+    flops = forward_backward(model, lambda: model(latents, noise, **conditions))
+    return flops.forward + flops.backward
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text_dim=args.text_dim,
         diffusion_batch_mul=args.diffusion_batch_mul,
     )
-    with torch.device("meta"):
-        model = build_model(config)
+    model = meta_model(config)
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     for stage, mode in (("stage 1, text_layout", "text_layout"), ("stage 2, full", "full")):
         flops = training_flops(model, mode, args.num_text)
@@ -91,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if num_iter <= config.num_tokens:
             for scale, guided in ((1.0, "no guidance"), (3.0, "guidance")):
                 sampling = SamplingConfig(num_iter, args.num_sampling_steps, cfg_text=scale, cfg_layout=scale)
-                flops = rollout_flops(config, sampling, args.num_text)
+                flops = sampling_flops(model, sampling, args.num_text)
                 print(f"sampling, {num_iter} iterations, {guided}: {flops / TERA:.4g} TFLOP per image")
 
 

@@ -1,10 +1,8 @@
 """What a run asks of the machine, counted while it runs: FLOPs, bytes that matrix products touch, kernels, host syncs.
 
-One multiply-add is two FLOPs, by the formulas of `torch.utils.flop_counter`, which lacks the CPU's fused attention
-(its backward pass computes the logits again) and its linears on packed weights: added here. Bytes are those of every
-operand and result of a matrix product, as if no cache held them. A kernel is an operation that is no view. A host sync
-is an operation that a GPU would have to wait for: a value read back (`item`, `nonzero`), or a tensor made of the host's
-numbers (`torch.tensor`, `torch.from_numpy`).
+FLOPs are those of `util/flops.py`. Bytes are those of every operand and result of a matrix product, as if no cache held
+them. A kernel is an operation that is no view. A host sync is an operation that a GPU would have to wait for: a value
+read back (`item`, `nonzero`), or a tensor made of the host's numbers (`torch.tensor`, `torch.from_numpy`).
 """
 
 from __future__ import annotations
@@ -15,34 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+
+from util.flops import FORMULAS, FlopCounter
 
 Result = TypeVar("Result")
 aten = torch.ops.aten
 
-
-def _attention(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    """[B, H, n, d] and [B, H, m, d]: the products with keys and with values."""
-    return 4 * query.numel() * key.shape[2]
-
-
-def _attention_gradients(_gradient: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    """The logits once more, and four products for the gradients."""
-    return 10 * query.numel() * key.shape[2]
-
-
-def _packed_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    """[..., i] and [o, i]."""
-    return 2 * x.numel() * weight.shape[0]
-
-
-FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_gradients,
-    torch.ops.mkldnn._linear_pointwise: _packed_linear,
-}
 READ_BACK = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
 FROM_HOST = {aten.lift_fresh.default}
 FREE = {aten.detach.default, aten._unsafe_view.default, aten.alias.default, *FROM_HOST}
@@ -58,18 +35,16 @@ class Counts:
     syncs: int
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(FlopCounter):
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.product_bytes = self.kernels = self.syncs = 0
+        self.product_bytes = self.kernels = self.syncs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         self.kernels += not func.is_view and func not in FREE
         self.syncs += func in READ_BACK or func in FROM_HOST
         if func.overloadpacket in FORMULAS:
-            self.flops += FORMULAS[func.overloadpacket](*args, **kwargs, out_val=result)
             tensors = (leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
             self.product_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result

@@ -14,16 +14,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from engine.rl.cost import scoring_flops
 from engine.rl.rewards import RewardBatch
 from engine.rl.rollout import Rollout, RolloutWorker
-from engine.rl.step import GrpoConfig, GrpoStep, ScoredPass
+from engine.rl.step import GrpoConfig, GrpoStep
 from engine.train.optim import build_optimizer
 from engine.train.state import Position, TrainState
 from models.policy import ElboEstimator, Policy, Samples
 from models.weights import select_trainable
 from scripts.benchmark.table import OURS, Contender
-from scripts.benchmark.world import NUM_TEXT, TRAINED, World
+from scripts.benchmark.world import TRAINED, World
 from util.distributed import DistInfo
 from util.ema import Ema
 
@@ -75,8 +74,7 @@ def _contender(case: UpdateCase, world: World, state: TrainState, precision: str
     def log_probs() -> Tensor:
         return torch.cat([each.old.log_prob.flatten() for each in step.score(rollout, 0, 0)])
 
-    formula = sum(_formula(case, world, each) for each in step.score(rollout, 0, 0))
-    return Contender(OURS, precision, run, log_probs, formula)
+    return Contender(OURS, precision, run, log_probs)
 
 
 def _rollout(world: World, group_size: int) -> Rollout:
@@ -85,11 +83,3 @@ def _rollout(world: World, group_size: int) -> Rollout:
     rewards = RewardBatch(torch.rand(len(world), generator=generator), {}, [])
     samples = Samples(tokens, world.orders, world.model.config.grid, world.text, world.layout)
     return Rollout([], samples, [], rewards, group_size)
-
-
-def _formula(case: UpdateCase, world: World, scored: ScoredPass) -> float:
-    """Of one pass: old and reference policy, then forward and backward of every inner epoch."""
-    num_masked = scored.noise.token_ids.shape[1]
-    cost = scoring_flops(world.model.config, num_masked, num_masked * case.estimator.num_draws, NUM_TEXT)
-    gradients = cost.gradients(grad_checkpointing=False)
-    return len(world) * ((2 + case.inner_epochs) * cost.forward + case.inner_epochs * gradients)

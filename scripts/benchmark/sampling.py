@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from engine.cli.speed import speed_preset
-from engine.rl.cost import rollout_flops
 from engine.sample.generate import DTYPES
 from models.masking import cosine_masked_counts
 from models.sampling.config import SamplingConfig
@@ -26,7 +25,7 @@ from models.sampling.orders import PlannedOrder
 from models.sampling.sampler import SamplingRun, unmask
 from scripts.benchmark.baseline import build_baseline, sample_baseline
 from scripts.benchmark.table import OURS, PLAIN, PUBLIC, Contender
-from scripts.benchmark.world import NUM_TEXT, TRAINED, TRAINED_MAR, World, is_structured
+from scripts.benchmark.world import TRAINED, TRAINED_MAR, World
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,7 @@ def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleTyp
             tokens = unmask(job, job.start(), order, world.step_noise, iterations=chosen)[0]  # [B, L, C]
         return model.unpatchify(tokens, model.config.grid)  # [B, C, h, w]
 
-    formula = None
-    if entry.who != PLAIN and case.iterations is None:
-        num_text = NUM_TEXT if is_structured(world.model) else 0
-        formula = len(world) * rollout_flops(world.model.config, sampling, num_text)
-    return Contender(entry.who, entry.precision, run, formula=formula)
+    return Contender(entry.who, entry.precision, run)
 
 
 def sampling_options(speed: str, sampling: SamplingConfig) -> dict[str, Any]:

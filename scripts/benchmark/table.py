@@ -18,16 +18,13 @@ PUBLIC, PLAIN, OURS = "public code", "plain path", "ours"
 
 @dataclass(frozen=True)
 class Contender:
-    """Who runs a case, and how. run: what is timed.
-
-    output: what is compared, if that is not what the first `run` returns. formula: FLOPs that `engine/rl/cost.py` says.
-    """
+    """Who runs a case, and how. run: what is timed. output: what is compared, if that is not what the first `run`
+    returns."""
 
     who: str
     precision: str
     run: Callable[[], Tensor]
     output: Callable[[], Tensor] | None = None
-    formula: float | None = None
 
 
 class Case(Protocol):
@@ -62,7 +59,6 @@ class Row:
     ratios: Mapping[str, float]
     relative_mse: float
     counts: Counts
-    formula: float | None
     matmul_share: float
     copy_share: float
 
@@ -90,7 +86,6 @@ def measure(case: str, images: int, contenders: Sequence[Contender], repeats: in
                 ratios={name: median / seconds for name, median in medians.items()},
                 relative_mse=relative_mse(outputs[index], outputs[0]),
                 counts=counts[index],
-                formula=contender.formula,
                 matmul_share=counts[index].flops / seconds / ceilings.matmul[contender.precision],
                 copy_share=counts[index].product_bytes / seconds / ceilings.copy,
             )
@@ -110,7 +105,7 @@ def label(case: Case) -> str:
 
 HEADER = (
     "case", "batch", "who", "seconds", "fastest", "x first", "x public bf16", "x plain", "rel. MSE", "GFLOP",
-    "formula", "of matmul", "of copy",
+    "of matmul", "of copy",
 )  # fmt: skip
 
 
@@ -136,7 +131,6 @@ def cells(row: Row) -> list[str]:
         ratio(f"{PLAIN} fp32"),
         f"{row.relative_mse:.0e}",
         f"{row.counts.flops / 1e9:.4g}",
-        "" if row.formula is None else f"{row.formula / 1e9:.4g}",
         f"{row.matmul_share:.0%}",
         f"{row.copy_share:.0%}",
     ]

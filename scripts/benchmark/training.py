@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.inputs import StepInputs
-from engine.rl.cost import scoring_flops
 from engine.train.loop import SupervisedStep, TrainConfig
 from engine.train.optim import build_optimizer, parameter_groups
 from engine.train.state import Position, TrainState
@@ -28,7 +27,7 @@ from models.structmar import StructMAR, TrainingNoise
 from models.weights import select_trainable
 from scripts.benchmark.baseline import baseline_loss, build_baseline
 from scripts.benchmark.table import PUBLIC, Contender
-from scripts.benchmark.world import NUM_TEXT, TRAINED, TRAINED_MAR, World
+from scripts.benchmark.world import TRAINED, TRAINED_MAR, World
 from util.distributed import DistInfo
 from util.ema import Ema
 from util.rng import generator
@@ -122,10 +121,7 @@ def _our_step(who: str, state: TrainState, precision: str, batch: _Batch, compar
     def loss() -> Tensor:
         return model(inputs.latents, batch.noise, inputs.labels, inputs.text, inputs.layout)
 
-    rows = model.config.diffusion_batch_mul * batch.mask.num_masked
-    cost = scoring_flops(model.config, batch.mask.num_masked, rows, NUM_TEXT if inputs.text is not None else 0)
-    formula = len(inputs) * (cost.forward + cost.gradients(False)) if who != "stage 1" else None
-    return Contender(who, precision, run, lambda: _loss_and_gradients(model, loss, precision, compared), formula)
+    return Contender(who, precision, run, lambda: _loss_and_gradients(model, loss, precision, compared))
 
 
 def _public_step(baseline: nn.Module, precision: str, batch: _Batch, compared: list[str]) -> Contender:

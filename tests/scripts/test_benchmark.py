@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import models
-from engine.rl.cost import rollout_flops
-from models.heads.packed import PackedLinear
+from models.flops import meta_model, sampling_flops
 from models.masking import cosine_masked_counts
 from models.policy import ElboEstimator
 from models.structmar import StructMAR
@@ -64,22 +63,6 @@ def test_flops_and_bytes_of_products() -> None:
     assert counts.kernels == 2 and counts.syncs == 0  # the transposition is a view
 
 
-def test_flops_of_the_cpus_attention() -> None:
-    query, key = torch.ones(2, 4, 6, 8, requires_grad=True), torch.ones(2, 4, 10, 8, requires_grad=True)
-    one_product = 2 * 2 * 4 * 6 * 10 * 8
-    for bias in (None, torch.zeros(2, 1, 6, 10)):
-        result, counts = count(lambda bias=bias: F.scaled_dot_product_attention(query, key, key, attn_mask=bias))
-        assert counts.flops == 2 * one_product
-        _, counts = count(result.sum().backward)
-        assert counts.flops == 5 * one_product
-
-
-def test_flops_of_packed_linears() -> None:
-    packed = PackedLinear(torch.nn.Linear(5, 7), with_silu=True)
-    with torch.no_grad():
-        assert count(lambda: packed(torch.ones(2, 3, 5)))[1].flops == 2 * 6 * 5 * 7
-
-
 def test_host_syncs() -> None:
     x = torch.ones(3)
     for sync in (x.sum().item, x.nonzero, lambda: torch.tensor([1.0]), lambda: torch.from_numpy(x.numpy())):
@@ -105,8 +88,8 @@ def test_sampling(iterations: tuple[int, ...] | None) -> None:
     assert (plain.relative_mse, plain.ratios["plain path fp32"]) == (0.0, 1.0)
     assert ours.relative_mse < 1e-8 < bf16.relative_mse < 1e-2
     if iterations is None:
-        assert ours.formula == 4 * rollout_flops(model.config, QUICK, NUM_TEXT)
-        assert ours.counts.flops == pytest.approx(ours.formula, rel=0.02)  # some work is done once per batch
+        expected = 4 * sampling_flops(meta_model(model.config), QUICK, NUM_TEXT)
+        assert ours.counts.flops == pytest.approx(expected, rel=0.02)  # some work is done once per batch
     assert ours.counts.flops < plain.counts.flops and bf16.counts.product_bytes < ours.counts.product_bytes
 
 
@@ -129,14 +112,12 @@ def test_a_slice_stands_for_its_schedule() -> None:
 def test_stages() -> None:
     second, first, *_ = rows_of(TrainingCase("", "", 2, 2, STAGES[:2]), structured_model())
     assert first.counts.flops < second.counts.flops  # frozen weights need no gradients
-    assert second.counts.flops == pytest.approx(second.formula, rel=0.05)  # the logits are computed twice
     assert first.relative_mse < 1e-9
 
 
 def test_update() -> None:
     fp32, bf16 = rows_of(UpdateCase("", "", 2, 2, ElboEstimator(4, 2, 2)), structured_model())
-    assert fp32.counts.flops == pytest.approx(fp32.formula, rel=0.05)
-    assert 0 < bf16.relative_mse < 1e-2
+    assert fp32.relative_mse == 0 < bf16.relative_mse < 1e-2
 
 
 def test_operations() -> None:

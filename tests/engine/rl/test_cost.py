@@ -1,136 +1,85 @@
-"""The cost formulas against PyTorch's own counter, on the meta device, and what the user reads."""
+"""What an update costs, and what the user reads. How passes are counted: `tests/models/test_flops.py`."""
 
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from engine.rl.cost import (
-    describe_time_left,
-    estimate_cost,
-    format_duration,
-    format_flops,
-    rollout_flops,
-    scoring_flops,
-)
+from engine.rl.cost import describe_time_left, estimate_cost, format_duration, format_flops
+from models.flops import ScoringFlops, meta_model, sampling_flops
 from models.masking import cosine_masked_counts
 from models.sampling.config import SamplingConfig
-from models.sampling.sampler import sample
-from models.structmar import StructMAR, StructMARConfig, preset_config
+from models.structmar import preset_config
 from tests.helpers import tiny
-from util.types import LayoutBatch, TextContext
 
-META = torch.device("meta")
 NUM_TEXT = 5
 CONFIG = replace(tiny.CONFIG, img_size=16, encoder_depth=2, decoder_depth=1, diffloss_d=1)  # 16 tokens
-MAR_CONFIG = replace(tiny.MAR_CONFIG, img_size=16, encoder_depth=1)
 SAMPLING = SamplingConfig(num_iter=3, num_sampling_steps=6)
-SHORT = SamplingConfig(num_iter=2, num_sampling_steps=3)
 HUGE = preset_config("mar_huge", num_categories=80, text_dim=512)
 
-
-def conditions(config: StructMARConfig, n: int) -> tuple[TextContext | None, LayoutBatch | None]:
-    slots = (n, config.max_objects)
-    layout = LayoutBatch(
-        torch.zeros(*slots, 4, device=META),
-        torch.zeros(slots, dtype=torch.int64, device=META),
-        torch.ones(slots, dtype=torch.bool, device=META),
-    )
-    text = TextContext(
-        torch.zeros(n, NUM_TEXT, config.text_dim, device=META),
-        torch.ones(n, NUM_TEXT, dtype=torch.bool, device=META),
-        torch.zeros(n, config.text_dim, device=META),
-    )
-    return text if config.text_dim else None, layout if config.num_categories else None
-
-
-def build(config: StructMARConfig) -> StructMAR:
-    with META:
-        return StructMAR(config)
-
-
-def counted_rollout(config: StructMARConfig, sampling: SamplingConfig, n: int) -> int:
-    model = build(config).eval()
-    text, layout = conditions(config, n)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(n)]
-    with FlopCounterMode(display=False) as counter:
-        sample(model, sampling, generators, text=text, layout=layout)
-    return counter.get_total_flops()
-
-
-def counted_scoring(config: StructMARConfig, n: int, m: int, p: int, draws: int) -> tuple[int, int]:
-    """(forward, backward and recomputation) of n images with m tokens hidden, p of them scored `draws` times each."""
-    model = build(config).eval()
-    text, layout = conditions(config, n)
-    kept_ids = torch.zeros(n, config.num_tokens - m, dtype=torch.int64, device=META)
-    token_ids = torch.zeros(n, p, dtype=torch.int64, device=META)
-    tokens = torch.zeros(n, config.num_tokens, config.token_dim, device=META)
-    noisy = torch.zeros(n, p, draws, config.token_dim, device=META)
-    timesteps = torch.zeros(n, p, draws, dtype=torch.int64, device=META)
-    with FlopCounterMode(display=False) as counter:
-        output = model.denoise(tokens, kept_ids, token_ids, noisy, timesteps, text=text, layout=layout)
-        forward = counter.get_total_flops()
-        output.sum().backward()
-    return forward, counter.get_total_flops() - forward
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        CONFIG,
-        MAR_CONFIG,
-        replace(CONFIG, cross_attn_every=2, layout_fourier=False, decoder_embed_dim=64, mlp_ratio=2.0),
-    ],
-    ids=["all parts", "bare MAR", "odd sizes"],
-)
-@pytest.mark.parametrize("grad_checkpointing", [False, True])
-def test_forward_and_backward_equal_what_the_counter_counts(config, grad_checkpointing):
-    config = replace(config, grad_checkpointing=grad_checkpointing)
-    forward, backward = counted_scoring(config, n=2, m=10, p=5, draws=4)
-    num_text = NUM_TEXT if config.text_dim else 0
-    estimated = scoring_flops(config, num_masked=10, num_rows=5 * 4, num_text_tokens=num_text)
-    assert 2 * estimated.forward == forward
-    assert 2 * estimated.gradients(grad_checkpointing) == backward
+STEPS_16 = {"num_iter": 16, "num_sampling_steps": 25}
+MINI = {"num_categories": 12, "text_dim": 128}
+WRITTEN_OUT = {
+    "mini": ("mar_mini", MINI, STEPS_16, (16, 4, "elbo", 4, 8, 1, True, 77, 100), 525248364544, 1529793904640),
+    "mini, three branches, checkpointed": (
+        "mar_mini",
+        MINI | {"grad_checkpointing": True},
+        STEPS_16 | {"cfg_text": 3.0, "cfg_layout": 5.0, "guidance_interval": (0.2, 0.8)},
+        (2, 4, "trajectory", 16, None, 2, True, 20, 100, 2),
+        278068011008,
+        2217104637952,
+    ),
+    "mini, options that spend less": (
+        "mar_mini",
+        MINI | {"cross_attn_every": 2, "rope_mode": "off", "learned_pos": False},
+        {"num_iter": 32, "num_sampling_steps": 50, "num_sampling_steps_last": 5, "uncond_refresh": 4}
+        | {"cfg_text": 3.0, "cfg_layout": 3.0},
+        (4, 2, "elbo", 2, 4, 3, False, 77, 7),
+        131406528512,
+        110576565248,
+    ),
+    "mini without text": (
+        "mar_mini",
+        {"num_categories": 12, "layout_fourier": False},
+        STEPS_16 | {"cfg_text": 3.0, "cfg_layout": 3.0},
+        (4, 4, "elbo", 4, 8, 1, True, 77, 100),
+        239779381248,
+        352370941952,
+    ),
+    "bare mini, checkpointed": (
+        "mar_mini",
+        {"rope_mode": "off", "grad_checkpointing": True},
+        {"num_iter": 64, "num_sampling_steps": 10, "t_max": 950},
+        (4, 4, "trajectory", 4, 3, 1, True, 0, 100, 3),
+        685872513024,
+        251757723648,
+    ),
+    "base, pooled text": (
+        "mar_base",
+        {"num_categories": 80, "text_dim": 768, "cross_attn_every": 0, "decoder_embed_dim": 480, "mlp_ratio": 3.0},
+        {"num_iter": 64, "num_sampling_steps": 100, "cfg_layout": 3.0},
+        (4, 4, "trajectory", 16, 10, 1, False, 77, 1000),
+        141349118410752,
+        79957870870528,
+    ),
+    "huge, guided, checkpointed": (
+        "mar_huge",
+        {"num_categories": 80, "text_dim": 512, "grad_checkpointing": True},
+        {"num_iter": 256, "num_sampling_steps": 100, "cfg_text": 3.0, "cfg_layout": 3.0},
+        (4, 4, "trajectory", 16, None, 1, True, 77, 206_950, 2),
+        7725146995425280,
+        2354108475375616,
+    ),
+}
 
 
-def counted_per_image(config: StructMARConfig, sampling: SamplingConfig) -> int:
-    """What a further image adds: some work is done once per batch."""
-    return counted_rollout(config, sampling, 2) - counted_rollout(config, sampling, 1)
-
-
-def test_an_unguided_rollout_equals_what_the_counter_counts():
-    assert rollout_flops(CONFIG, SHORT, NUM_TEXT) == counted_per_image(CONFIG, SHORT)
-    assert 3 * rollout_flops(CONFIG, SHORT, NUM_TEXT) == pytest.approx(counted_rollout(CONFIG, SHORT, 3), rel=0.02)
-    cut = replace(SHORT, t_max=400)  # merges steps
-    assert rollout_flops(CONFIG, cut, NUM_TEXT) == counted_per_image(CONFIG, cut)
-    assert rollout_flops(CONFIG, cut, NUM_TEXT) < rollout_flops(CONFIG, SHORT, NUM_TEXT)
-
-
-@pytest.mark.parametrize(("cfg_text", "cfg_layout", "branches"), [(3.0, 3.0, 2), (1.0, 3.0, 2), (3.0, 5.0, 3)])
-def test_a_guided_rollout_counts_every_branch(cfg_text, cfg_layout, branches):
-    sampling = replace(SHORT, cfg_text=cfg_text, cfg_layout=cfg_layout)
-    estimated = rollout_flops(CONFIG, sampling, NUM_TEXT)
-    assert estimated == counted_per_image(CONFIG, sampling)
-    assert estimated == pytest.approx(branches * rollout_flops(CONFIG, SHORT, NUM_TEXT), rel=0.1)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_sampling_steps": 6, "num_sampling_steps_last": 2},
-        {"guidance_interval": (0.2, 0.8), "cfg_text": 3.0, "cfg_layout": 3.0},
-        {"uncond_refresh": 3, "cfg_text": 3.0, "cfg_layout": 5.0},
-    ],
-    ids=str,
-)
-def test_options_that_spend_less(options):
-    sampling = replace(SamplingConfig(num_iter=10, num_sampling_steps=3), **options)
-    off = replace(sampling, num_sampling_steps_last=None, guidance_interval=(0.0, 1.0), uncond_refresh=1)
-    estimated = rollout_flops(CONFIG, sampling, NUM_TEXT)
-    assert estimated == counted_per_image(CONFIG, sampling)
-    assert estimated < rollout_flops(CONFIG, off, NUM_TEXT)
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_counts_equal_the_arithmetic_written_out(name):
+    """The numbers were computed by hand-written formulas for every product of the model, before passes were counted."""
+    preset, sizes, options, arguments, rollout, scoring = WRITTEN_OUT[name]
+    cost = estimate_cost(preset_config(preset, **sizes), SamplingConfig(**options), *arguments)
+    assert cost.rollout_flops == rollout
+    assert cost.scoring_flops == pytest.approx(scoring, rel=1e-12)
 
 
 def test_annealed_steps_are_fewer_head_calls():
@@ -143,13 +92,13 @@ def test_an_elbo_update_adds_up():
     """The mean over the iterations that a mask may belong to, weighted with the tokens that each unmasks."""
     cost = estimate_cost(CONFIG, SAMPLING, 2, 3, "elbo", 3, 6, 2, True, NUM_TEXT, updates=10)
     counts = cosine_masked_counts(CONFIG.num_tokens, 3)
-    mean = backward = 0.0
+    flops, mean, backward = ScoringFlops(meta_model(CONFIG), NUM_TEXT), 0.0, 0.0
     for now, after in pairwise(counts):
-        forward, gradients = counted_scoring(CONFIG, 1, now, now, 6)
-        mean += forward * (now - after) / 16
-        backward += gradients * (now - after) / 16
+        scored = flops.at(now, 6 * now)
+        mean += scored.forward * (now - after) / 16
+        backward += scored.backward * (now - after) / 16
     assert cost.scoring_flops == pytest.approx(6 * 3 * (4 * mean + 2 * backward))  # old, reference, two inner epochs
-    assert cost.rollout_flops == 6 * rollout_flops(CONFIG, SAMPLING, NUM_TEXT)
+    assert cost.rollout_flops == 6 * sampling_flops(meta_model(CONFIG), SAMPLING, NUM_TEXT)
     assert cost.total_flops == pytest.approx(10 * (cost.rollout_flops + cost.scoring_flops))
     assert (cost.images, cost.iterations, cost.head_calls) == (6, 3, 18)
     assert (cost.rollout_passes, cost.scoring_passes) == (3, 12)
@@ -158,10 +107,10 @@ def test_an_elbo_update_adds_up():
 def test_a_trajectory_update_scores_the_tokens_of_an_iteration_and_its_other_branches_forward_only():
     arguments = (2, 3, "trajectory", 4, None, 1, False, NUM_TEXT, 1)
     one = replace(SAMPLING, num_iter=16)  # every iteration unmasks one token
-    forward = backward = 0.0
+    flops, forward, backward = ScoringFlops(meta_model(CONFIG), NUM_TEXT), 0.0, 0.0
     for m in range(1, 17):
-        part = scoring_flops(CONFIG, m, 6 - 4, NUM_TEXT)  # six steps, two at either end skipped
-        forward, backward = forward + part.forward / 16, backward + part.gradients(False) / 16
+        part = flops.at(m, 6 - 4)  # six steps, two at either end skipped
+        forward, backward = forward + part.forward / 16, backward + part.backward / 16
     plain = estimate_cost(CONFIG, one, *arguments)
     guided = estimate_cost(CONFIG, replace(one, cfg_text=3.0, cfg_layout=3.0), *arguments)
     assert plain.scoring_flops == pytest.approx(6 * 4 * (2 * forward + backward))  # old and one inner epoch
@@ -194,6 +143,7 @@ def test_the_huge_model_on_the_papers_command():
     which the sampler computes caption keys and values once (3.4 % of it) and the last block where needed (2.5 %)."""
     cost = estimate_cost(HUGE, SamplingConfig(256, 100), 4, 4, "elbo", 4, 8, 1, True, 77, updates=206_950)
     assert cost.rollout_flops / 16 == pytest.approx(137.7e12 * (1 - 0.034 - 0.025), rel=0.02)
+    assert (cost.rollout_flops, cost.scoring_flops) == (2072491988090880, pytest.approx(258393768067072, rel=1e-12))
     assert cost.head_calls == 25_600
     lines = cost.describe()
     for part in ("16 images", "256 iterations", "25,600 head calls", "2.07 PFLOP rollout"):
