@@ -8,14 +8,14 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers.source_files import LAYERS, imported_modules, source_files
 
-LAYERS = {"util": 0, "models": 1, "engine": 2, "scripts": 3, "main_mar": 3, "main_rl": 3}
 ROOMS = ("data", "train", "checkpoint", "sample", "eval", "rl", "cli")  # of engine, each stands on those before it
 MAX_LINES = 400
 CLI = ("arguments", "arguments_rl", "validate", "sampling", "build", "build_train", "build_rl")
@@ -31,27 +31,8 @@ MINI = re.compile(r"(?<![a-z])mini(?![a-z])", re.IGNORECASE)
 Rule = Callable[[Path], list[str]]
 
 
-def source_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """(path from the root, path) of every source file, tests apart."""
-    for layer in LAYERS:
-        single = root / f"{layer}.py"
-        for path in [single] if single.is_file() else sorted((root / layer).rglob("*.py")):
-            yield path.relative_to(root).as_posix(), path
-
-
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def imported_modules(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every import, wherever it stands; `from a import b` gives a.b."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            package = module.split(".")[: -node.level] if node.level else []
-            base = ".".join([*package, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
 
 def layering(root: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,52 +20,9 @@ from engine.cli.arguments import train_parser
 from engine.cli.build import model_config
 from scripts import cache_latents
 from tests.helpers.coco_fixture import FixtureBox, FixtureImage, annotation_path, write_coco
+from tests.helpers.paper_commands import STAGE_1, STAGE_2, words
 from tests.helpers.tiny_run import SIZES, argv, load_checkpoint, read_metrics, write_clip, write_vae, write_world
 from util.config import parse_args
-
-STAGE_1 = r"""
-python main_mar.py \
-    --output_dir "./output/stage1_align" \
-    --coco_root "./data/coco" \
-    --coco_split "train2014" \
-    --model mar_huge \
-    --diffloss_d 12 \
-    --diffloss_w 1536 \
-    --resume "./pretrained_models/mar_huge.safetensors" \
-    --batch_size 64 \
-    --epochs 20 \
-    --warmup_epochs 5 \
-    --train_mode "text_layout" \
-    --blr 1e-4 \
-    --label_drop_prob 0.1 \
-    --save_last_freq 5 \
-    --device cuda
-"""
-
-STAGE_2 = r"""
-python main_mar.py \
-    --output_dir "./output/stage2_sft" \
-    --coco_root "./data/coco" \
-    --coco_split "train2014" \
-    --model mar_huge \
-    --diffloss_d 12 \
-    --diffloss_w 1536 \
-    --resume "./output/stage1_align/checkpoint-last.pth" \
-    --batch_size 64 \
-    --epochs 100 \
-    --warmup_epochs 5 \
-    --train_mode "full" \
-    --blr 2e-5 \
-    --label_drop_prob 0.1 \
-    --grad_checkpointing \
-    --save_last_freq 5 \
-    --device cuda
-"""
-
-
-def words(command: str) -> list[str]:
-    """The arguments of a shell command, without `python main_mar.py`."""
-    return shlex.split(command.replace("\\\n", " "))[2:]
 
 
 @pytest.fixture(scope="module")

@@ -25,35 +25,15 @@ from engine.cli.arguments_rl import rl_parser
 from engine.cli.build import model_config
 from engine.eval.profiles import load_profile
 from engine.rl.rollout import RolloutWorker
-from tests.engine.checkpoint.test_resume import assert_same, in_child
-from tests.engine.train.test_parallel import in_two_processes
 from tests.helpers.coco_fixture import CATEGORIES, annotation_path
 from tests.helpers.eval_world import write_detector
+from tests.helpers.paper_commands import STAGE_3, words
+from tests.helpers.processes import in_two_processes
+from tests.helpers.runs import assert_same, in_child
 from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
-from tests.test_main_mar import words
 from util.config import parse_args
 from util.types import Category
 
-STAGE_3 = r"""
-python main_rl.py \
-    --output_dir "./output/stage3_rl_grpo" \
-    --coco_root "./data/coco" \
-    --coco_split "train2014" \
-    --model mar_huge \
-    --diffloss_d 12 \
-    --diffloss_w 1536 \
-    --resume "./output/stage2_sft/checkpoint-last.pth" \
-    --detector_path "./pretrained_models/fasterrcnn_resnet50_fpn_v2_coco.pth" \
-    --epochs 10 \
-    --batch_size 4 \
-    --group_size 4 \
-    --num_iter 256 \
-    --rl_step_ratio 1.0 \
-    --kl_coef 0.02 \
-    --lr 1e-6 \
-    --grad_checkpointing \
-    --device cuda
-"""
 NAMES = tuple(sorted((Category(each["id"], each["name"]) for each in CATEGORIES), key=lambda each: each.id))
 TIMES = ("images_per_second", "rollout_seconds", "update_seconds")
 PARTS = ("iou", "confidence", "centroid", "miss", "extra")

@@ -21,8 +21,7 @@ from PIL import Image
 from engine.cli.arguments import train_parser
 from engine.cli.arguments_rl import rl_parser
 from tests.conftest import ROOT
-from tests.test_main_mar import STAGE_1, STAGE_2, words
-from tests.test_main_rl import STAGE_3
+from tests.helpers.paper_commands import STAGE_1, STAGE_2, STAGE_3, words
 from util.ranges import check_ranges
 
 ROOMS = ("configs", "engine/eval", "engine/rl", "models/sampling", "scripts/benchmark", "scripts/mini")

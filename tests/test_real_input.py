@@ -20,8 +20,7 @@ import main_mar
 import main_rl
 import scripts.sample
 from tests.conftest import ROOT
-from tests.test_main_mar import words
-from tests.test_main_rl import STAGE_3
+from tests.helpers.paper_commands import STAGE_3, words
 from util.checkpoint import load_plain
 
 pytestmark = pytest.mark.integration

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_layers import imported_modules, source_files
+from tests.helpers.source_files import imported_modules, source_files
 
 PACKAGE_OF = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "PyYAML"}
 PROJECT = {"util", "models", "engine", "scripts", "tests", "main_mar", "main_rl"}

@@ -15,8 +15,7 @@ from engine.cli.build_train import train_config
 from engine.cli.sampling import sampling_config
 from engine.eval.profiles import available_profiles, load_profile
 from scripts import evaluate_layout, sample
-from tests.test_main_mar import STAGE_1, STAGE_2, words
-from tests.test_main_rl import STAGE_3
+from tests.helpers.paper_commands import STAGE_1, STAGE_2, STAGE_3, words
 from util.config import parse_args, resolved_dict
 
 ROOT = Path(__file__).resolve().parents[2]

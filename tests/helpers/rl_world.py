@@ -26,7 +26,7 @@ from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
 from models.structmar import StructMAR
 from models.weights import select_trainable
-from tests.engine.train.test_loop import CPU, tiny_inputs, tiny_model
+from tests.helpers.training import CPU, tiny_inputs, tiny_model
 from util.distributed import DistInfo
 from util.ema import Ema
 from util.rng import generator

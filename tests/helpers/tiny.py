@@ -16,7 +16,7 @@ from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec, VaeConfig, build_autoencoder, ldm_checkpoint
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable
-from tests.models.frozen.test_text import text_settings, write_tokenizer
+from tests.helpers.clip_files import text_settings, write_tokenizer
 from util.checkpoint import save_atomic, save_safetensors_atomic
 from util.ema import Ema
 from util.types import Category

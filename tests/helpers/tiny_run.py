@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from models.frozen.vae import VaeConfig, build_autoencoder, ldm_checkpoint
 from models.structmar import StructMAR, preset_config
 from models.weights import NEW_PARTS
+from tests.helpers.clip_files import text_settings, write_tokenizer
 from tests.helpers.coco_fixture import FixtureBox, FixtureImage, write_coco
-from tests.models.frozen.test_text import text_settings, write_tokenizer
 from util.rng import derive_seed
 
 VAE = VaeConfig((8, 8, 8, 8), 1, 4, encoder_attention=False, mid_attention=False, norm_num_groups=4)

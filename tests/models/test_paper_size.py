@@ -31,9 +31,9 @@ from engine.checkpoint.resume import check_identity, find_source, load_weights, 
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import is_trainable
 from tests.conftest import ROOT
+from tests.helpers.clip_files import text_settings, write_tokenizer
+from tests.helpers.paper_commands import STAGE_1, words
 from tests.helpers.weights_rule import deterministic_tensor
-from tests.models.frozen.test_text import text_settings, write_tokenizer
-from tests.test_main_mar import STAGE_1, words
 from util.checkpoint import load_plain
 from util.types import Category
 

@@ -13,8 +13,8 @@ import engine.eval.run
 import scripts.evaluate_layout
 from engine.checkpoint.load import load_for_sampling
 from engine.eval.profiles import load_profile
-from tests.engine.train.test_parallel import in_two_processes
 from tests.helpers.eval_world import BOXES, write_dataset, write_detector, write_profile
+from tests.helpers.processes import in_two_processes
 from tests.helpers.tiny import World, write_world
 from util.checkpoint import sha256_file, sha256_tensors
 from util.types import Category

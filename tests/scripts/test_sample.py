@@ -18,7 +18,7 @@ from engine.data.scenes import read_layout_file
 from models.frozen.vae import build_autoencoder, ldm_checkpoint
 from models.structmar import StructMARConfig
 from tests.conftest import ROOT
-from tests.engine.data.test_scenes import write_coco
+from tests.helpers.scene_files import write_coco
 from tests.helpers.tiny import CATEGORIES, MAR_CONFIG, VAE, World, write_checkpoint, write_world
 from util.checkpoint import save_atomic
 from util.images import read_png_text

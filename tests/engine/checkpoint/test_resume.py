@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,9 @@ from engine.checkpoint.files import read_weights_file
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import check_identity, find_source, resumed_position
 from models.structmar import preset_config
+from tests.helpers.runs import assert_same, in_child
 from tests.helpers.tiny_run import SIZES, argv, load_checkpoint, mar_state, read_metrics, write_world
 from util.types import Category
-
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +34,6 @@ def flags(world: Path, output: str, **more: Any) -> list[str]:
     return argv(world, output, **({"accum_iter": 2, "attn_dropout": 0.1, "proj_dropout": 0.1, "log_freq": 1} | more))
 
 
-def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
-    """Bit for bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key}]")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other, where
-
-
 def assert_same_run(world: Path, one: str, other: str) -> None:
     first, second = load_checkpoint(world, one), load_checkpoint(world, other)
     for state in (first, second):
@@ -64,15 +44,6 @@ def assert_same_run(world: Path, one: str, other: str) -> None:
 
 def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
-
-
-def in_child(target: Callable[[], Any]) -> int:
-    """Runs in a forked process; returns its exit code, -N if signal N ended it."""
-    child = FORK.Process(target=lambda: os._exit(target() or 0))
-    child.start()
-    child.join(120)
-    assert child.exitcode is not None, "the child hangs"
-    return child.exitcode
 
 
 @pytest.fixture(scope="module")

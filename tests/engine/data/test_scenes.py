@@ -9,8 +9,8 @@ import torch
 from engine.data.scenes import Scene, empty_layout, read_layout_file, scenes_from_dataset
 from util.coco import CocoIndex
 from util.types import Category, Layout
+from tests.helpers.scene_files import CATEGORIES, write_coco
 
-CATEGORIES = [Category(1, "person"), Category(18, "dog"), Category(37, "sports ball")]
 DOG = {"label": "dog", "bbox": [0.1, 0.2, 0.5, 0.6]}
 
 
@@ -119,20 +119,6 @@ def test_missing_and_binary_files(tmp_path):
         read_layout_file(tmp_path / "image.json", CATEGORIES, 4)
 
 
-def write_coco(root: Path) -> None:
-    """Three images of 200x100: one with a dog, one without boxes, one whose boxes are a person and a ball."""
-    (root / "annotations").mkdir(parents=True)
-    images = [{"id": i, "file_name": f"{i}.jpg", "width": 200, "height": 100} for i in (1, 2, 3)]
-    boxes = [(1, 18, [50, 0, 50, 100]), (3, 1, [100, 50, 50, 50]), (3, 37, [60, 10, 80, 80])]
-    annotations = [
-        {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for i, (image, category, box) in enumerate(boxes)
-    ]
-    captions = [{"id": 10 * i + k, "image_id": i, "caption": f"caption {k} of {i}"} for i in (1, 2, 3) for k in (0, 1)]
-    names = [{"id": category.id, "name": category.name} for category in CATEGORIES]
-    instances = {"images": images, "annotations": annotations, "categories": names}
-    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(instances))
-    (root / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": captions}))
 
 
 def test_scenes_from_dataset(tmp_path):

@@ -7,9 +7,9 @@ import yaml
 
 import main_mar
 from engine.eval.profiles import load_profile
-from tests.engine.train.test_parallel import in_two_processes
 from tests.helpers.coco_fixture import CATEGORIES
 from tests.helpers.eval_world import write_detector
+from tests.helpers.processes import in_two_processes
 from tests.helpers.tiny_run import argv, read_metrics, write_world
 from util.types import Category
 

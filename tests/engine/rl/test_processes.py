@@ -13,8 +13,7 @@ from torch.distributed.tensor import DTensor
 from engine.rl.step import GrpoStep
 from engine.train.parallel import gathered, shard
 from engine.train.state import Position
-from tests.engine.train.test_loop import tiny_inputs
-from tests.engine.train.test_parallel import assert_close, in_two_processes
+from tests.helpers.processes import assert_close, in_two_processes
 from tests.helpers.rl_world import (
     ESTIMATORS,
     Seen,
@@ -26,6 +25,7 @@ from tests.helpers.rl_world import (
     variant,
     weights,
 )
+from tests.helpers.training import tiny_inputs
 from util.distributed import DistInfo
 
 

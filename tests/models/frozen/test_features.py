@@ -30,7 +30,7 @@ from models.frozen.inception import (
     FidInceptionLast,
     load_inception,
 )
-from tests.models.frozen.test_text import text_settings, write_tokenizer
+from tests.helpers.clip_files import text_settings, write_tokenizer
 from util.checkpoint import save_atomic
 from util.images import Picture
 from util.types import Category

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models.heads.diffusion_sampler
-from engine.checkpoint.load import load_for_sampling
 from models.heads.diffusion import reverse_steps
-from models.heads.diffusion_sampler import DiffusionStep, Trace
+from models.heads.diffusion_sampler import DiffusionStep
 from models.heads.packed import can_pack
 from models.inference import inference_copy
 from models.masking import cosine_masked_counts, mask_from_orders, sample_orders
@@ -23,64 +22,21 @@ from models.rope import Rotation
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import Branches, embed_branches
 from models.structmar import StructMAR, gather_tokens
-from tests.conftest import ROOT
 from tests.helpers import reference
 from tests.helpers.plain_model import plain_predict
-from tests.helpers.plain_sampler import PlainNoise, plain_reverse_process, plain_unmask
+from tests.helpers.plain_sampler import plain_reverse_process
+from tests.helpers.sampled import QUICK, conditions, sampled, world
 from tests.helpers.sampling import run_unmask
-from tests.helpers.structured import generator, some_layout, some_text, structured_model
+from tests.helpers.structured import generator, structured_model
 from tests.helpers.tiny import shaken
 from util.types import LayoutBatch, TextContext
 
-QUICK = SamplingConfig(num_iter=3, num_sampling_steps=8, t_max=950)
 GUIDANCE = [
     {},
     {"cfg_text": 3.0, "cfg_layout": 3.0},
     {"cfg_layout": 3.0},
     {"cfg_text": 1.5, "cfg_layout": 3.0},
 ]  # 1, 2, 2 and 3 branches
-
-
-@lru_cache
-def world(name: str) -> StructMAR:
-    """On trained weights, not to be changed. tiny: MAR's, with every new part on; mini: a stage-2 model; mar: bare."""
-    if name == "mini":
-        return load_for_sampling(ROOT / "pretrained_models/mini/structmar_mini_stage2.safetensors").model
-    return structured_model() if name == "tiny" else reference.tiny_model()
-
-
-def conditions(model: StructMAR) -> tuple[TextContext, LayoutBatch]:
-    return some_text(model.config.text_dim), some_layout(model.config.max_objects)
-
-
-def repeated_noise(channels: int) -> PlainNoise:
-    """The same noise at every call."""
-
-    def noise(iteration: int, num_draws: int, num_tokens: int) -> Tensor:
-        return torch.randn(num_draws, 2, num_tokens, channels, generator=generator(iteration))
-
-    return noise
-
-
-@torch.no_grad()
-def sampled(
-    model: StructMAR,
-    config: SamplingConfig,
-    text: TextContext | None,
-    layout: LayoutBatch | None,
-    labels: Tensor | None = None,
-    record: bool = False,
-    plain: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Trace | None]:
-    orders = sample_orders(2, model.config.num_tokens, [generator(7)])
-    branches, config = embed_branches(model, config, 2, text, layout, labels)
-    noise = repeated_noise(model.config.token_dim)
-    if not plain:
-        return run_unmask(model, branches, orders, noise, config, dtype=dtype, record=record)
-    head = model.diffloss.sampler(model.diffloss, None)
-    trace = head.empty_trace(*orders.shape, config.reverse_options, orders.device) if record else None
-    return plain_unmask(model, branches, orders, noise, config, trace=trace), trace
 
 
 def head_step(model: StructMAR, config: SamplingConfig, dtype: torch.dtype = torch.float32) -> DiffusionStep:

@@ -16,8 +16,8 @@ import models.heads.diffusion_sampler
 from engine.train.parallel import compile_parts
 from models.weights import select_trainable
 from tests.helpers import reference
+from tests.helpers.sampled import QUICK, conditions, sampled, world
 from tests.helpers.structured import generator, some_layout, some_text, structured_model
-from tests.models.sampling.test_against_plain import QUICK, conditions, sampled, world
 
 
 @pytest.fixture(autouse=True)

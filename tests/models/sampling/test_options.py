@@ -27,9 +27,9 @@ from models.structmar import StructMAR
 from scripts.compare_heads import channel_changes, compare_steps, energy_distance, head_inputs
 from tests.conftest import ROOT
 from tests.helpers import reference
+from tests.helpers.sampled import conditions, sampled, world
 from tests.helpers.sampling import run_unmask
 from tests.helpers.structured import generator
-from tests.models.sampling.test_against_plain import conditions, sampled, world
 
 FULL, RUN, REUSE = "full only", "run", "reuse"
 QUICK = SamplingConfig(num_iter=10, num_sampling_steps=4, t_max=950, cfg_text=1.5, cfg_layout=3.0)
