@@ -71,10 +71,6 @@ class Attention(nn.Module):
         if rope_mode == "gated":
             self.rope_strength = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, angles: Tensor | None, bias: Tensor | None) -> Tensor:
-        """x: [B, n, D]; angles: [B or 1, n, d/2]; bias: [B, 1, n, n]; returns [B, n, D]."""
-        return self.attend(x, None if angles is None else self.rotation(angles), bias)  # [B, n, D]
-
     def rotation(self, angles: Tensor) -> Rotation:
         """angles: [..., n, d/2], at the full strength."""
         return Rotation.by(angles * self.rope_strength if self.rope_mode == "gated" else angles)
@@ -125,10 +121,6 @@ class GatedCrossAttention(nn.Module):
         self.kv = nn.Linear(text_dim, 2 * width)
         self.proj = nn.Linear(width, width)
         self.gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
-        """x: [B, n, D]; text: [B, T, C]; text_valid: [B, T] bool, at least one per row; returns [B, n, D]."""
-        return self.attend(x, self.keys_values(text, text_valid))  # [B, n, D]
 
     def keys_values(self, text: Tensor, text_valid: Tensor, null: Tensor | None = None) -> TextKV:
         """text: [R, T, C]; null: the token [C] that stands in for the text of all further images."""

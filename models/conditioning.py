@@ -48,7 +48,7 @@ class Conditions:
 
 
 def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
-    """Concatenates along the batch, those with captions first; shorter texts are padded, missing biases are zero."""
+    """Concatenates along the batch; shorter texts are padded, missing biases are zero."""
     first = parts[0]
     bias = None
     if any(part.layout_bias is not None for part in parts):
@@ -64,6 +64,9 @@ def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
         tokens = torch.cat([part.layout_tokens for part in parts if part.layout_tokens is not None])
     base = torch.cat([part.base for part in parts])
     num_with_text = sum(part.num_with_text for part in parts)
+    ends = [part.num_with_text == len(part.base) for part in parts]  # whether a part is all captions
+    if any(later.num_with_text and not all_before for later, all_before in zip(parts[1:], ends, strict=False)):
+        num_with_text = len(base)  # captions do not come first: every row reads its own tokens, the null token too
     return Conditions(base, tokens, bias, text, text_valid, num_with_text, first.grid)
 
 

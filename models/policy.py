@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import gather_tokens
+from models.heads.base import HeadTrace
 from models.heads.diffusion import NUM_TRAIN_STEPS, ReverseStep, normal_log_prob, reverse_steps
 from models.heads.diffusion_sampler import Trace
 from models.masking import cosine_masked_counts
@@ -57,7 +58,7 @@ class Samples:
     grid: tuple[int, int]
     text: TextContext | None
     layout: LayoutBatch | None
-    trace: Trace | None = None
+    trace: HeadTrace | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -279,8 +280,8 @@ class TrajectoryEstimator:
 
     def log_probs(self, model: StructMAR, samples: Samples, noise: ScoringNoise) -> PolicyOutput:
         """One pass: log_prob [n, p, K], mean and log_std (of the next state) [n, p, K, C]."""
-        if samples.trace is None:
-            raise ValueError("the samples have no trace: record them (sample(..., record=True))")
+        if not isinstance(samples.trace, Trace):
+            raise ValueError("the samples have no trace of a diffusion head: record them (sample(..., record=True))")
         if noise.steps is None:
             raise ValueError("this noise is another estimator's: it has no reverse steps")
         assert not model.training, "log-probabilities need model.eval()"

@@ -153,8 +153,11 @@ class StructMAR(ConditionEmbedder):
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, C, h, w]
 
     def grid_of(self, latents: Tensor) -> tuple[int, int]:
-        """(rows, columns) of the tokens of latents [B, C, h, w]."""
-        return latents.shape[2] // self.config.patch_size, latents.shape[3] // self.config.patch_size
+        """(rows, columns) of the tokens of latents [B, C, h, w]. Raises ValueError if these are no whole patches."""
+        p, (height, width) = self.config.patch_size, latents.shape[2:]
+        if height % p or width % p:
+            raise ValueError(f"latents of {height} x {width} cells are no whole patches of {p} x {p}")
+        return height // p, width // p
 
     def prepare(
         self, conditions: Conditions, dtype: torch.dtype | None = None, before: Context | None = None
@@ -264,7 +267,7 @@ class StructMAR(ConditionEmbedder):
         buffer, visible = x[:, : config.buffer_size], x[:, config.buffer_size :]  # [B, K, D], [B, n, D]
         image = self.mask_token.to(x.dtype).expand(len(x), num_tokens, -1)  # [B, L, D]
         image = image.scatter(1, kept_ids[..., None].expand(-1, -1, x.shape[-1]), visible)  # [B, L, D]
-        x = torch.cat([buffer, image], dim=1)  # [B, K + L, D]
+        x = torch.cat([buffer, image], dim=1).to(self.mask_token.dtype)  # [B, K + L, D], the residual stream: float32
         return x + self.decoder_pos_embed_learned if config.learned_pos else x  # [B, K + L, D]
 
     def sample_training_noise(
@@ -290,9 +293,12 @@ class StructMAR(ConditionEmbedder):
         """Mean loss of the masked tokens: a scalar.
 
         latents: [B, C, h, w] scaled; noise: of `sample_training_noise`, M rows of the head per masked token; labels:
-        [B] int64, -1 for none.
+        [B] int64, -1 for none. Raises ValueError for noise of another number of tokens than the latents have.
         """
         tokens = self.patchify(latents)  # [B, L, C']
+        if noise.mask.masked.shape != tokens.shape[:2]:
+            found, wanted = tuple(noise.mask.masked.shape), tuple(tokens.shape[:2])
+            raise ValueError(f"noise is for (images, tokens) {found}, the latents have {wanted}")
         conditions = self.embed_conditions(len(tokens), labels, text, layout, self.grid_of(latents))
         z = self.predict(tokens, noise.mask.kept_ids(), self.prepare(conditions))  # [B, L, D]
 

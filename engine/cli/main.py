@@ -6,13 +6,15 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from engine.cli.build import PreparedRun
+from engine.cli.sampling import parse_sampling_args
 from engine.train.loop import train
-from util.config import dump_yaml, parse_args
+from util.config import dump_yaml
 from util.distributed import DistInfo, init_distributed, shutdown
 from util.logging import MetricWriter, setup_logging
 from util.run_info import describe_environment
@@ -31,7 +33,7 @@ def run_main(
 
     Raises SystemExit with one line for a user's mistake; the run folder is untouched then.
     """
-    args = parse_args(parser, argv)
+    args, sampling_note = parse_sampling_args(parser, argv)
     try:
         validate(args)
         dist = init_distributed(args.device)
@@ -41,14 +43,19 @@ def run_main(
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{parser.prog}: error: {error}") from error
     try:
-        return _run_stage(parser.prog, args, build, dist)
+        return _run_stage(parser.prog, args, build, dist, sampling_note)
     finally:
         shutdown()
 
 
 def _run_stage(
-    program: str, args: argparse.Namespace, build: Callable[[argparse.Namespace, DistInfo], PreparedRun], dist: DistInfo
+    program: str,
+    args: argparse.Namespace,
+    build: Callable[[argparse.Namespace, DistInfo], PreparedRun],
+    dist: DistInfo,
+    sampling_note: str | None,
 ) -> int:
+    """sampling_note: what the log says of sampling options that come from the weights."""
     setup_logging(None, dist.rank)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
@@ -57,6 +64,8 @@ def _run_stage(
     except (ValueError, FileNotFoundError) as error:
         logger.debug("where it was found", exc_info=True)
         raise SystemExit(f"{program}: error: {error}") from error
+    if sampling_note is not None:
+        prepared = replace(prepared, notes=(sampling_note, *prepared.notes))
     with StopRequest() as stop, _open_run_folder(args, prepared, dist) as writer:
         signum = train(prepared.run, prepared.start, writer, stop)
     return 0 if signum is None else 128 + signum

@@ -37,6 +37,7 @@ from engine.rl.rollout import Rollout, RolloutObserver, RolloutWorker
 from engine.train.optim import clip_gradients
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position, TrainState
+from models.heads.diffusion_sampler import Trace
 from models.policy import Estimator, LossInputs, Policy, PolicyOutput, Samples, ScoringNoise
 from models.structmar import StructMAR
 from util.distributed import DistInfo, any_rank, reduce_mean
@@ -277,7 +278,7 @@ class GrpoStep:
 
     def _note_replay(self, samples: Samples, noise: ScoringNoise, old: PolicyOutput) -> None:
         """How far the old log-probabilities are from those recorded while sampling: a mismatch would show here."""
-        if samples.trace is None or noise.steps is None:
+        if not isinstance(samples.trace, Trace) or noise.steps is None:
             return
         rows = noise.token_ids[..., None].expand(-1, -1, samples.trace.log_probs.shape[-1])  # [n, p, S]
         recorded = samples.trace.log_probs.gather(1, rows)[..., list(noise.steps)]  # [n, p, K]

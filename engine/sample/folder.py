@@ -51,6 +51,8 @@ class FolderRecord:
             entries = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(entries, dict) or not isinstance(entries.get("contents", {}), dict):
+            raise ValueError(f"{path} must hold a json object with an object of contents, got {str(entries)[:60]}")
         if entries.get("format") != PIPELINE_FORMAT:
             raise ValueError(f"{path} has format {entries.get('format')!r}, this version reads {PIPELINE_FORMAT!r}")
         missing = [name for name in ("weights", "contents") if name not in entries]

@@ -5,7 +5,6 @@ Every mistake is one ValueError that names the argument and the values, as in a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -91,7 +90,11 @@ def read_generators(seed: Any, generator: Any, num_images: int) -> list[torch.Ge
     if generator is not None:
         given = list(generator) if isinstance(generator, list | tuple) else [generator] * num_images
         if len(given) != num_images or not all(isinstance(each, torch.Generator) for each in given):
-            raise ValueError(f"generator must be a torch.Generator, or one for each of the {num_images} images")
+            kinds = ", ".join(sorted({type(each).__name__ for each in given}))
+            raise ValueError(
+                f"generator must be a torch.Generator, or one for each of the {num_images} images, "
+                f"got {len(given)} ({kinds})"
+            )
         return given
     if seed is None:
         seed = int(torch.randint(MAX_SEED, ()))
@@ -103,9 +106,6 @@ def read_generators(seed: Any, generator: Any, num_images: int) -> list[torch.Ge
 def read_options(own: SamplingConfig, given: Mapping[str, Any], num_tokens: int) -> SamplingConfig:
     """The weights' own options with those of the call that are not None. Names as in the call or as the flags."""
     changes = {name: value for name, value in given.items() if value is not None}
-    for name, value in changes.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
     renamed = {OPTION_NAMES.get(name, name): value for name, value in changes.items()}
     config = from_plain(SamplingConfig, asdict(own) | renamed, "sampling options")
     if config.num_iter > num_tokens:

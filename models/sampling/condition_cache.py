@@ -1,8 +1,9 @@
 """The backbone under guidance: which branches an iteration runs, and what it takes over from an earlier one.
 
 With the condition cache (`SamplingConfig.uncond_refresh`), an iteration that runs all branches asks for every token
-that is unmasked until the next such iteration. It keeps the differences of the other branches' outputs to the full
-one's. Until then only the full branch runs, and the differences are added to its output.
+that is unmasked until the next such iteration (for all unknown ones, where the order decides as it goes). It keeps the
+differences of the other branches' outputs to the full one's. Until then only the full branch runs, and the differences
+are added to its output.
 
 Shape letters: B images, G guidance branches, L image tokens, D width, n visible tokens, p tokens unmasked in one
 iteration, P tokens unmasked until the next run of all branches (P >= p).
@@ -24,12 +25,14 @@ from models.sampling.orders import PlannedOrder, iteration_ids
 @dataclass(frozen=True)
 class IterationPlan:
     """kept_ids: [B, n], visible, and token_ids: [B, p], to draw, both ascending. use: what becomes of the branches.
-    asked_ids: [B, P], the tokens whose outputs a run of all branches computes."""
+    asked_ids: [B, P], the tokens whose outputs a run of all branches computes. is_reused: whether the differences of
+    this run are taken over by the next iteration."""
 
     kept_ids: Tensor
     token_ids: Tensor
     use: BranchUse
     asked_ids: Tensor
+    is_reused: bool
 
 
 def end_of_run(uses: Sequence[BranchUse], iteration: int) -> int:
@@ -47,7 +50,8 @@ def plan_iterations(order: PlannedOrder, uses: Sequence[BranchUse]) -> list[Iter
         kept_ids, token_ids = iteration_ids(order.orders, order.counts, iteration)  # [B, n], [B, p]
         end = end_of_run(uses, iteration) if use == "run" else iteration + 1
         until_next = order.orders[:, order.counts[end] : order.counts[iteration]]  # [B, P]
-        plans.append(IterationPlan(kept_ids, token_ids, use, until_next if end > iteration + 1 else token_ids))
+        is_reused = end > iteration + 1
+        plans.append(IterationPlan(kept_ids, token_ids, use, until_next if is_reused else token_ids, is_reused))
     return plans
 
 
@@ -65,7 +69,7 @@ class GuidedBackbone:
             return self._run(context.first(len(tokens)), 1, tokens, plan.kept_ids, plan.token_ids)  # [1, B, p, D]
         if plan.use == "run":
             z = self._run(context, self.num_branches, tokens, plan.kept_ids, plan.asked_ids)  # [G, B, P, D]
-            if plan.asked_ids is plan.token_ids:
+            if not plan.is_reused:
                 return z
             by_place = z.new_zeros(*z.shape[:2], tokens.shape[1], z.shape[3])  # [G, B, L, D]
             by_place.scatter_(2, _places(plan.asked_ids, z), z)

@@ -11,6 +11,7 @@ The options that spend less than MAR does, all off by default; each draws other 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -55,6 +56,10 @@ class SamplingConfig:
             raise ValueError(f"num_iter must be at least 1, got {self.num_iter}")
         if self.cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(f"cfg_schedule must be one of {CFG_SCHEDULES}, got {self.cfg_schedule!r}")
+        for name in ("cfg_text", "cfg_layout", "temperature", "clip_x0"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if self.clip_x0 is not None and self.clip_x0 <= 0:

@@ -25,8 +25,8 @@ ORDERS = ("random", "gtr", "halton")
 
 @dataclass(frozen=True)
 class DecodeState:
-    """Where sampling stands before an iteration. tokens: [B, L, C], meaningless where not known. known: [B, L] bool, as
-    many in every row. iteration: from 0. num_masked: tokens not known in a row. generators: one an image."""
+    """Where sampling stands before an iteration. tokens: [B, L, C], meaningless where not known. known: [B, L] bool,
+    the same number in every row. iteration: from 0. num_masked: unknown tokens of a row. generators: one an image."""
 
     tokens: Tensor
     known: Tensor

@@ -4,7 +4,8 @@ An iteration is one pass of the backbone per guidance branch (`condition_cache.p
 drawing of the tokens it unmasks. Every image draws from its own generator, so that it does not depend on its batch.
 Sampling may start from any known tokens; the iterations are then those of the unknown ones.
 
-Everything that needs the host or does not depend on the tokens comes before the loop, which only queues kernels.
+Everything that needs the host or does not depend on the tokens comes before the loop, which only queues kernels (but
+for orders by confidence, whose noise is drawn as it is needed, and for controls that change the conditions).
 
 Shape letters: B images, G guidance branches, L image tokens, D width, C token channels, S reverse steps, p tokens
 unmasked in one iteration, u tokens unknown.
@@ -23,8 +24,7 @@ from torch import Tensor
 from models.conditioning import Conditions
 from models.context import Context
 from models.heads.base import HeadOutput, HeadStep, HeadTrace
-from models.heads.diffusion_sampler import Trace
-from models.masking import cosine_masked_counts
+from models.masking import cosine_masked_counts, require_fitting_iterations
 from models.sampling.condition_cache import GuidedBackbone, IterationPlan, plan_iterations
 from models.sampling.config import BranchUse, SamplingConfig, guidance_scales
 from models.sampling.controls import Controls, NoControls
@@ -36,7 +36,8 @@ from util.types import LayoutBatch, TextContext
 NoiseSource = Callable[[int, HeadStep, int], Tensor]
 """(iteration, head, tokens an image) -> all randomness of these tokens, [..., B, p, C]."""
 OnIteration = Callable[[int, Tensor], Tensor | None]
-"""(iteration that is done, tokens [B, L, C]) -> None, or tokens to go on with."""
+"""(iteration that is done, tokens [B, L, C]) -> None, or tokens to go on with. With known tokens, images with as many
+unknown ones are sampled together, one such group after the other, each from iteration 0 on."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class SampleOutput:
     latents: Tensor
     orders: Tensor
     grid: tuple[int, int]
-    trace: Trace | None = None
+    trace: HeadTrace | None = None
 
 
 @torch.no_grad()
@@ -93,20 +94,30 @@ def sample(
     assert not model.training, "sampling needs model.eval()"
     if record:
         config.require_traceable()
+    if known is not None and order is not None:
+        raise ValueError(f"known tokens are sampled in config.order {config.order}, got order {type(order).__name__}")
+    num_tokens = math.prod(grid)
+    require_fitting_iterations(config.num_iter, num_tokens)
     branches, config = embed_branches(model, config, batch_size, text, layout, labels, grid)
     run = SamplingRun(model, branches, config, generators, controls or NoControls(), dtype, record)
     if known is not None:
         return _sample_unknown(run, known, on_iteration, should_stop)
     if order is None:
         orders = draw_orders(config.order, batch_size, grid, generators).to(device)  # [B, L]
-        order = PlannedOrder(orders, cosine_masked_counts(math.prod(grid), config.num_iter))
+        order = PlannedOrder(orders, cosine_masked_counts(num_tokens, config.num_iter))
+    if (len(order.counts), order.counts[0], order.counts[-1]) != (config.num_iter + 1, num_tokens, 0):
+        raise ValueError(
+            f"an order for {config.num_iter} iterations of {num_tokens} tokens has {config.num_iter + 1} counts from "
+            f"{num_tokens} to 0, got {list(order.counts)}"
+        )
     state = run.start()
     return run.output(*unmask(run, state, order, on_iteration=on_iteration, should_stop=should_stop))
 
 
 @dataclass(frozen=True)
 class SamplingRun:
-    """What all iterations share. branches: B images each."""
+    """What all iterations share. branches: of the whole batch; rows: the images of it that are sampled, None: all.
+    generators: one for each of these."""
 
     model: StructMAR
     branches: Branches
@@ -115,13 +126,14 @@ class SamplingRun:
     controls: Controls
     dtype: torch.dtype = torch.float32
     record: bool = False
+    rows: tuple[int, ...] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
         return self.branches.parts[0].grid
 
     def start(self, known: KnownTokens | None = None) -> DecodeState:
-        """The state before the first iteration. known: as many tokens in every row."""
+        """The state before the first iteration. known: of the images that are sampled, the same number in every row."""
         device, batch_size, num_tokens = self.model.fake_latent.device, len(self.generators), math.prod(self.grid)
         if known is None:
             tokens = self.model.head.empty_tokens(batch_size, num_tokens, device)  # [B, L, C]
@@ -130,14 +142,20 @@ class SamplingRun:
         num_masked = num_tokens - int(known.known[0].sum())
         return DecodeState(known.tokens.to(device), known.known.to(device), 0, num_masked, self.generators)
 
-    def rows(self, rows: Sequence[int]) -> SamplingRun:
-        """The same for some of the images."""
-        parts = tuple(part.rows(rows) for part in self.branches.parts)
+    def only(self, rows: Sequence[int], num_iter: int) -> SamplingRun:
+        """The same for some of the images, in so many iterations."""
         generators = [self.generators[row] for row in rows]
-        return replace(self, branches=replace(self.branches, parts=parts), generators=generators)
+        config = replace(self.config, num_iter=num_iter)
+        return replace(self, generators=generators, config=config, rows=tuple(rows))
+
+    def conditions(self, full: Conditions) -> Conditions:
+        """Of all branches of the images that are sampled. full: the full branch's, of the whole batch."""
+        branches = self.branches.with_full(full)
+        if self.rows is not None:
+            branches = replace(branches, parts=tuple(part.rows(self.rows) for part in branches.parts))
+        return branches.conditions
 
     def output(self, tokens: Tensor, orders: Tensor, trace: HeadTrace | None) -> SampleOutput:
-        assert trace is None or isinstance(trace, Trace)
         return SampleOutput(tokens, self.model.unpatchify(tokens, self.grid), orders, self.grid, trace)
 
 
@@ -149,12 +167,13 @@ def unmask(
     on_iteration: OnIteration | None = None,
     should_stop: Callable[[], bool] | None = None,
     iterations: Iterable[int] | None = None,
+    before: Context | None = None,
 ) -> tuple[Tensor, Tensor, HeadTrace | None]:
     """The loop. noise: by default each image's own generator's. iterations: those of a planned order that run, to time
-    a part of it; None: all. Returns tokens [B, L, C], the order in which they were unmasked [B, L], and the trace if it
-    is recorded."""
+    a part of it; None: all. before: a context of this model, whose cast weights are used again. Returns tokens
+    [B, L, C], the order in which they were unmasked [B, L], and the trace if it is recorded."""
     config, counts = run.config, order.counts
-    contexts = _Contexts(run)
+    contexts = _Contexts(run, before)
     head = contexts.at(0).head
     assert head is not None, "a context for sampling has a head"
     if order.uses_confidence and not head.has_confidence:
@@ -162,10 +181,14 @@ def unmask(
     options = [config.at(iteration).reverse_options for iteration in range(config.num_iter)]
     steps = {each: head.at(each) for each in dict.fromkeys(options)}
     draw_noise = noise or (lambda _, step, count: step.draw_noise(run.generators, count))
-    noises = [
-        draw_noise(iteration, steps[each], counts[iteration] - (0 if order.uses_confidence else counts[iteration + 1]))
-        for iteration, each in enumerate(options)
-    ]  # [..., B, p or u, C] each
+    noises = (
+        []
+        if order.uses_confidence
+        else [
+            draw_noise(iteration, steps[each], counts[iteration] - counts[iteration + 1])
+            for iteration, each in enumerate(options)
+        ]
+    )  # [..., B, p, C] each
     batch_size, num_tokens = state.known.shape
     trace = head.empty_trace(batch_size, num_tokens, options[0], state.tokens.device) if run.record else None
     uses = config.branch_uses(len(run.branches.names))
@@ -179,7 +202,9 @@ def unmask(
         z = backbone(contexts.at(iteration), state.tokens, plan).flatten(1, 2)  # [G, B * p, D]
         w_text, w_layout = guidance_scales(config, num_tokens, counts[iteration + 1])
         guide = partial(run.branches.combine, w_text=w_text, w_layout=w_layout)
-        drawn = steps[options[iteration]].sample(z, guide, noises[iteration].flatten(-3, -2), run.record)
+        step = steps[options[iteration]]
+        chosen = noises[iteration] if noises else draw_noise(iteration, step, counts[iteration])  # [..., B, p or u, C]
+        drawn = step.sample(z, guide, chosen.flatten(-3, -2), run.record)
         token_ids, state = keep_drawn(state, order, plan, drawn, counts[iteration + 1])
         if plans is None:
             orders[:, counts[iteration + 1] : counts[iteration]] = token_ids
@@ -197,7 +222,7 @@ def plan_next(state: DecodeState, order: Order, uses: Sequence[BranchUse]) -> It
     token_ids = unknown_ids if order.uses_confidence else order.next(state, None)  # [B, p]
     is_reused = state.iteration + 1 < len(uses) and uses[state.iteration + 1] == "reuse"
     asked_ids = unknown_ids if is_reused else token_ids  # [B, P]
-    return IterationPlan(state.known_ids(), token_ids, uses[state.iteration], asked_ids)
+    return IterationPlan(state.known_ids(), token_ids, uses[state.iteration], asked_ids, is_reused)
 
 
 def keep_drawn(
@@ -222,18 +247,20 @@ def keep_drawn(
 class _Contexts:
     """The context of each iteration; prepared anew only where the controls gave other conditions."""
 
-    def __init__(self, run: SamplingRun) -> None:
+    def __init__(self, run: SamplingRun, before: Context | None) -> None:
         self.run = run
+        self.iteration: int | None = None
         self.conditions: Conditions | None = None
-        self.context: Context | None = None
+        self.context = before
 
     def at(self, iteration: int) -> Context:
         run = self.run
-        conditions = run.controls.at(iteration, run.branches.parts[0])
-        if self.context is None or conditions is not self.conditions:
-            self.conditions = conditions
-            stacked = run.branches.with_full(conditions).conditions
-            self.context = run.model.prepare(stacked, run.dtype, before=self.context)
+        if iteration != self.iteration:  # the controls are asked once
+            conditions = run.controls.at(iteration, run.branches.parts[0])
+            if conditions is not self.conditions:
+                self.context = run.model.prepare(run.conditions(conditions), run.dtype, before=self.context)
+            self.iteration, self.conditions = iteration, conditions
+        assert self.context is not None
         return self.context
 
 
@@ -263,16 +290,20 @@ def _sample_unknown(
     orders = draw_orders(run.config.order, shape[0], run.grid, run.generators).to(device)  # [B, L]
     orders = unknown_first(orders, known.known.to(device))  # [B, L]
     num_unknown = (~known.known).sum(1).tolist()
+    context = run.model.prepare(run.branches.conditions, run.dtype)  # its cast weights serve all groups
     for count in sorted(set(num_unknown) - {0}, reverse=True):
         rows = [row for row, each in enumerate(num_unknown) if each == count]
-        part = replace(run.rows(rows), config=replace(run.config, num_iter=min(run.config.num_iter, count)))
+        part = run.only(rows, min(run.config.num_iter, count))
         order = PlannedOrder(orders[rows], cosine_masked_counts(count, part.config.num_iter))
 
         def follow(iteration: int, drawn: Tensor, rows: Sequence[int] = rows) -> Tensor | None:
             tokens[rows] = drawn
             changed = None if on_iteration is None else on_iteration(iteration, tokens)
-            return None if changed is None else changed[rows]
+            if changed is None:
+                return None
+            tokens.copy_(changed)
+            return tokens[rows]
 
         state = part.start(KnownTokens(tokens[rows], known.known[rows]))
-        tokens[rows] = unmask(part, state, order, on_iteration=follow, should_stop=should_stop)[0]
+        tokens[rows] = unmask(part, state, order, on_iteration=follow, should_stop=should_stop, before=context)[0]
     return run.output(tokens, orders, None)

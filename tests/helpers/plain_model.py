@@ -26,6 +26,8 @@ def plain_predict(model: StructMAR, tokens: Tensor, kept_ids: Tensor, conditions
     num_slots, num_images = config.buffer_size, len(tokens)
     rows = torch.arange(num_images, device=tokens.device)[:, None]  # [B, 1]
     position = weights["encoder_pos_embed_learned"]  # [1, K + L, D]
+    if not config.learned_pos:  # zeros then, of any grid's length
+        position = position.new_zeros(1, num_slots + math.prod(conditions.grid), position.shape[2])
 
     buffer = conditions.base[:, None].repeat(1, num_slots, 1)  # [B, K, D]
     if conditions.layout_tokens is not None:
@@ -40,14 +42,17 @@ def plain_predict(model: StructMAR, tokens: Tensor, kept_ids: Tensor, conditions
         x = _block(config, weights, "encoder", number, x, kept_ids, bias, conditions)  # [B, K + n, D]
     x = _linear(weights, "decoder_embed", _norm(weights, "encoder_norm", x))  # [B, K + n, D]
 
-    every = torch.arange(config.num_tokens, device=tokens.device).expand(num_images, -1)  # [B, L]
-    image = weights["mask_token"].to(x.dtype).repeat(num_images, config.num_tokens, 1)  # [B, L, D]
+    num_tokens = math.prod(conditions.grid)
+    every = torch.arange(num_tokens, device=tokens.device).expand(num_images, -1)  # [B, L]
+    image = weights["mask_token"].to(x.dtype).repeat(num_images, num_tokens, 1)  # [B, L, D]
     image[rows, kept_ids] = x[:, num_slots:]
-    x = torch.cat([x[:, :num_slots], image], 1) + weights["decoder_pos_embed_learned"]  # [B, K + L, D]
+    x = torch.cat([x[:, :num_slots], image], 1)  # [B, K + L, D]
+    x = x + weights["decoder_pos_embed_learned"] if config.learned_pos else x.float()  # [B, K + L, D]
     bias = _bias(config, conditions, every) if config.layout_bias_decoder else None
     for number in range(config.decoder_depth):
         x = _block(config, weights, "decoder", number, x, every, bias, conditions)  # [B, K + L, D]
-    return _norm(weights, "decoder_norm", x)[:, num_slots:] + weights["diffusion_pos_embed_learned"]  # [B, L, D]
+    x = _norm(weights, "decoder_norm", x)[:, num_slots:]  # [B, L, D]
+    return x + weights["diffusion_pos_embed_learned"] if config.learned_pos else x  # [B, L, D]
 
 
 def plain_head(model: StructMAR, x: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
@@ -90,11 +95,11 @@ def _bias(config: StructMARConfig, conditions: Conditions, ids: Tensor) -> Tenso
     return bias
 
 
-def _rotated(config: StructMARConfig, weights: Weights, name: str, x: Tensor, ids: Tensor) -> Tensor:
-    """x: [B, H, K + n, d], of which the last n stand at the raster positions `ids` [B, n]."""
+def _rotated(config: StructMARConfig, weights: Weights, name: str, x: Tensor, ids: Tensor, columns: int) -> Tensor:
+    """x: [B, H, K + n, d], of which the last n stand at positions `ids` [B, n] of rows of so many columns."""
     if config.rope_mode == "off":
         return x
-    half, columns = x.shape[-1] // 2, config.grid[1]
+    half = x.shape[-1] // 2
     frequencies = 10000 ** (-2 * torch.arange(half // 2, device=x.device) / half)  # [d/4]
     turns = torch.cat([(ids % columns)[..., None] * frequencies, (ids // columns)[..., None] * frequencies], -1)
     if config.rope_mode == "gated":
@@ -128,7 +133,9 @@ def _block(
     num_heads = config.encoder_num_heads if part == "encoder" else config.decoder_num_heads
     qkv = _linear(weights, f"{name}.attn.qkv", _norm(weights, f"{name}.norm1", x))  # [B, K + n, 3D]
     q, k, v = (_heads(each, num_heads) for each in qkv.chunk(3, -1))  # each [B, H, K + n, d]
-    q, k = (_rotated(config, weights, f"{name}.attn", each, ids) for each in (q, k))  # [B, H, K + n, d]
+    q, k = (
+        _rotated(config, weights, f"{name}.attn", each, ids, conditions.grid[1]) for each in (q, k)
+    )  # [B, H, K + n, d]
     x = x + _linear(weights, f"{name}.attn.proj", _attend(q, k, v, bias))  # [B, K + n, D]
     if config.has_cross_attention(number):
         assert conditions.text is not None and conditions.text_valid is not None

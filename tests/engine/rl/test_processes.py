@@ -139,7 +139,7 @@ def test_processes_sample_and_draw_their_own_noise_and_share_the_statistics() ->
         step.take(Position(), iter([batch]))
         (rollout,) = seen.rollouts
         passes = step.score(rollout, 0, 0)
-        noise, rewards = passes[0].draws.noise, rollout.grouped_rewards()
+        noise, rewards = passes[0].noise.noise, rollout.grouped_rewards()
         assert noise is not None
         return {
             "tokens": rollout.samples.tokens,

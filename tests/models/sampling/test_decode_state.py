@@ -11,12 +11,14 @@ from torch import Tensor
 from models.conditioning import Conditions
 from models.heads.base import HeadOutput
 from models.heads.diffusion_sampler import DiffusionSampler, DiffusionStep
-from models.masking import cosine_masked_counts
+from models.masking import cosine_masked_counts, mask_from_orders, sample_orders
 from models.sampling.config import SamplingConfig
+from models.sampling.guidance import embed_branches
 from models.sampling.orders import DecodeState, PlannedOrder, unknown_first
 from models.sampling.sampler import KnownTokens, sample
 from models.structmar import StructMAR
 from tests.helpers import reference
+from tests.helpers.plain_model import plain_predict
 from tests.helpers.structured import generator, some_layout, some_text, structured_model
 
 QUICK = SamplingConfig(num_iter=5, num_sampling_steps=4, t_max=950, cfg_text=1.5, cfg_layout=3.0)
@@ -122,7 +124,8 @@ class MostConfident:
         return state.unknown_ids().gather(1, best).sort(dim=1).values
 
 
-def test_an_order_by_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"num_iter": 9, "cfg_text": 1.5, "cfg_layout": 3.0, "uncond_refresh": 2}])
+def test_an_order_by_confidence(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every unknown token is drawn in every iteration, the surest stay; by the place here, so the first come first."""
     asked = []
     original = DiffusionStep.sample
@@ -134,8 +137,10 @@ def test_an_order_by_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(DiffusionStep, "sample", with_confidence)
     monkeypatch.setattr(DiffusionSampler, "has_confidence", True)
-    counts = cosine_masked_counts(NUM_TOKENS, QUICK.num_iter)
-    output = sample(structured_model(), QUICK, generators(), order=MostConfident(counts))
+    config = replace(QUICK, **options)
+    counts = cosine_masked_counts(NUM_TOKENS, config.num_iter)
+    conditions = (some_text(), some_layout()) if options else ()
+    output = sample(structured_model(), config, generators(), *conditions, order=MostConfident(counts))
     assert asked == [2 * count for count in counts[:-1]]
     assert output.orders.sort(dim=1).values.tolist() == [list(range(NUM_TOKENS))] * 2 and (output.tokens != 0).all()
 
@@ -233,3 +238,70 @@ def test_what_is_called_after_an_iteration() -> None:
     plain = sample(model, QUICK, generators()).tokens
     moved = sample(model, QUICK, generators(), on_iteration=lambda i, x: x + 1 if i == 0 else None).tokens
     assert reference.relative_error(moved, plain) > 1e-2
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (12, 8), (4, 10)])
+def test_every_grid_is_the_plain_models(grid: tuple[int, int]) -> None:
+    """Rotations, box cells and attention bias, by formulas that share no code."""
+    model = gridded_model()
+    num_tokens = grid[0] * grid[1]
+    kept = mask_from_orders(sample_orders(2, num_tokens, [generator(4)]), num_tokens // 2).kept_ids()
+    tokens = torch.randn(2, num_tokens, 16, generator=generator(5))
+    with torch.no_grad():
+        conditions = model.embed_conditions(2, None, some_text(), some_layout(), grid)
+        expected = plain_predict(model, tokens, kept, conditions)
+        for dtype in (None, torch.float32):
+            found = model.predict(tokens, kept, model.prepare(conditions, dtype))
+            assert reference.relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{}, {"cross_attn_every": 0}, {"text_dim": 0}], ids=str)
+def test_bf16_without_learned_positions(changes: dict) -> None:
+    """The residual stream is float32, whether positions are added to it or not."""
+    config = replace(structured_model().config, learned_pos=False, **changes)
+    model = StructMAR(config).eval()
+    output = sample(model, QUICK, generators(), layout=some_layout(), dtype=torch.bfloat16)
+    assert torch.isfinite(output.tokens).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = torch.zeros(2, 16, 8, 8)
+        conditions = model.embed_conditions(2)
+        encoded = model.encode(model.patchify(latents), torch.zeros(2, 3).long(), model.prepare(conditions))
+        assert model.decoder_input(encoded, torch.zeros(2, 3).long(), conditions).dtype == torch.float32
+
+
+def test_a_control_may_take_the_caption_away() -> None:
+    """Then the full branch has the null token, and the text branch below it still has its caption."""
+    model, text, layout = structured_model(), some_text(), some_layout()
+    with torch.no_grad():
+        branches, _ = embed_branches(model, QUICK, 2, text, layout, None)
+        bare = branches.with_full(model.embed_conditions(2, None, None, layout)).conditions
+        tokens, kept = reference.tensors()["train.tokens"].repeat(3, 1, 1), torch.arange(20).repeat(6, 1)
+        expected = plain_predict(model, tokens, kept, bare)
+        found = model.predict(tokens, kept, model.prepare(bare, torch.float32))
+    assert reference.relative_error(found, expected) < 1e-5
+
+
+def test_controls_with_known_tokens_see_the_whole_batch() -> None:
+    """Images of unequal numbers of unknown tokens are sampled apart; each gets its own rows of the controls'."""
+    model, text, layout, known = structured_model(), some_text(), some_layout(), some_known(20, 50)
+    other = type(layout)(layout.boxes_xyxy.flip(0), layout.categories.flip(0), layout.valid.flip(0))
+    with torch.no_grad():
+        embedded = model.embed_conditions(2, None, text, other)
+    expected = sample(model, QUICK, generators(), text, other, known=known).tokens
+    found = sample(model, QUICK, generators(), text, layout, known=known, controls=OtherLayout(0, embedded)).tokens
+    assert reference.relative_error(found, expected) < 1e-5
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    model, counts = structured_model(), cosine_masked_counts(NUM_TOKENS, 5)
+    with pytest.raises(ValueError, match="config.order random, got order BySize"):
+        sample(model, QUICK, generators(), known=some_known(1, 1), order=BySize(counts))
+    with pytest.raises(ValueError, match="3 iterations of 64 tokens has 4 counts from 64 to 0, got"):
+        sample(model, replace(QUICK, num_iter=3), generators(), order=BySize(counts))
+    with pytest.raises(ValueError, match="between 1 and the number of tokens, 64, got 80"):
+        sample(model, replace(QUICK, num_iter=80), generators(), known=some_known(0, 0))
+    patched = StructMAR(replace(model.config, patch_size=2, learned_pos=False)).eval()
+    with pytest.raises(ValueError, match="latents of 9 x 8 cells are no whole patches of 2 x 2"):
+        patched.grid_of(torch.zeros(1, 16, 9, 8))
+    with pytest.raises(ValueError, match=r"noise is for \(images, tokens\) \(2, 64\), the latents have \(2, 96\)"):
+        gridded_model()(torch.zeros(2, 16, 12, 8), model.sample_training_noise(2, generator(), 0.7))
