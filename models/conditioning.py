@@ -90,7 +90,7 @@ def drop_conditions(
     """Drops conditions of random images, for classifier-free guidance.
 
     `both_prob` drops text and layout together, `text_prob` and `layout_prob` each alone (independently of the rest), so
-    that the two can be guided apart. The draws come from `generator`, on its device.
+    that the two can be guided apart. They are chosen by `generator`, on its device.
     """
     both = _coin(len(text), both_prob, generator)
     drop_text = both | _coin(len(text), text_prob, generator)

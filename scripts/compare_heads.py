@@ -113,7 +113,7 @@ def draw_tokens(
     model: StructMAR, config: SamplingConfig, inputs: Sequence[HeadInputs], num_draws: int, seed: int
 ) -> Tensor:
     """Draws every token of `inputs` R = `num_draws` times, in the steps of its iteration by `config`: [n, R, C]."""
-    head = model.diffloss.sampler(model.diffloss, compile_mode=None)
+    head = model.head.sampler(model.head, compile_mode=None)
     drawn = []
     for given in inputs:
         step = head.at(config.at(given.iteration).reverse_options)
@@ -213,12 +213,12 @@ def run(args: argparse.Namespace) -> list[HeadComparison]:
     config = sampling_config(args)
     device = init_distributed(args.device).device
     parts = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device, not args.no_ema)
-    model = parts.model
+    model, identity = parts.model, parts.identity
+    assert identity is not None, "a checkpoint says what it is made for"
     index = CocoIndex.load(
         args.coco_root, args.coco_split, BoxFilters(max_objects=model.config.max_objects), model.config.img_size
     )
-    assert parts.identity is not None and parts.caption_encoder is not None
-    require_same_categories(index.categories, parts.identity.categories, f"{args.coco_root} {args.coco_split}")
+    require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
     scenes = scenes_from_dataset(index, model.config.img_size, args.num_images)
     conditions = scene_conditions(model, parts.caption_encoder, scenes)
     assert conditions.text is not None and conditions.layout is not None

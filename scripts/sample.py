@@ -38,7 +38,7 @@ from engine.cli.arguments import (
 )
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.data.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
-from engine.sample.generate import PRECISIONS, num_iterations
+from engine.sample.generate import MAX_SEED, PRECISIONS, num_iterations
 from engine.sample.grid import scene_grid
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import compile_parts
@@ -56,7 +56,6 @@ from util.ranges import Range, nonnegative_int, positive_int
 logger = logging.getLogger(__name__)
 
 GRID_MAX = 64
-MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -211,7 +210,7 @@ def prepare_classes(args: argparse.Namespace, config: SamplingConfig, device: to
     overrides = {name: value for name, value in sizes.items() if value is not None}
     architecture = preset_config(args.model, **overrides, rope_mode="off")
     model = load_mar_for_sampling(args.resume, architecture, device, use_ema=not args.no_ema)
-    require_fitting_codec(codec, args.vae_path, model)
+    require_fitting_codec(codec, args.vae_path, model.config)
     for label in args.class_label:
         if not 0 <= label < model.config.class_num:
             raise ValueError(f"--class_label {label} is outside 0 ... {model.config.class_num - 1}")

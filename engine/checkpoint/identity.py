@@ -10,7 +10,7 @@ The VAE and the text encoder are frozen and not inside: they are named by their 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ def require_same_identity(found: Identity, expected: Identity, source: str | Pat
 
     is_backbone: the weights have no text or layout parts, hence know no captions and no categories.
     """
-    _refuse_other_config(found.config, expected.config, source, is_backbone)
+    skipped = {*TRAINING_FIELDS, *(NOT_OF_BACKBONES if is_backbone else ())}
+    require_same_config(found.config, expected.config, source, skipped)
     frozen_flag = "--vae_path or --latent_scale"
     _refuse_other(source, "vae id", found.vae_id, expected.vae_id, frozen_flag)
     _refuse_other(source, "vae latent_scale", found.latent_scale, expected.latent_scale, frozen_flag)
@@ -139,10 +140,10 @@ def require_same_identity(found: Identity, expected: Identity, source: str | Pat
         )  # fmt: skip
 
 
-def _refuse_other_config(
-    found: StructMARConfig, expected: StructMARConfig, source: str | Path | None, is_backbone: bool
+def require_same_config(
+    found: StructMARConfig, expected: StructMARConfig, source: str | Path | None, skipped: Collection[str] = ()
 ) -> None:
-    skipped = {*TRAINING_FIELDS, *(NOT_OF_BACKBONES if is_backbone else ())}
+    """Raises ValueError naming the source, the fields and both values if the architectures differ."""
     here = expected.to_dict()
     differing = [
         f"{name} {value} in the file, {here[name]} here"

@@ -13,7 +13,7 @@ from engine.checkpoint.files import identity_of, read_weights_file
 from engine.checkpoint.identity import Identity
 from models.build import build_model
 from models.config import StructMARConfig
-from models.frozen.vae import LatentCodec
+from models.frozen.base import ImageCodec
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR
 from models.weights import is_mar_state, load_mar_weights, load_structmar_weights
@@ -116,12 +116,15 @@ def require_same_frozen(kind: str, path: str | Path, found: str, expected: str, 
         return
     message = f"{kind} {path} has id {found}, but the checkpoint was trained with {expected}"
     if not allow_other:
-        raise ValueError(f"{message}; pass --allow_other_frozen to sample with it anyway")
+        raise ValueError(f"{message}; --allow_other_frozen (allow_other_frozen=True) samples with it anyway")
     logger.warning(f"{message}; used anyway (--allow_other_frozen)")
 
 
-def require_fitting_codec(codec: LatentCodec, path: str, model: StructMAR) -> None:
-    """Raises ValueError naming both sizes if the VAE's latents are not the model's."""
-    found, expected = (codec.stride, codec.latent_channels), (model.config.vae_stride, model.config.vae_embed_dim)
-    if found != expected:
-        raise ValueError(f"VAE {path} has (stride, latent channels) {found}, the model {expected}")
+def require_fitting_codec(codec: ImageCodec, path: str | Path, config: StructMARConfig) -> None:
+    """Raises ValueError naming the field and both sizes if the VAE's latents are not those that the model takes."""
+    for name, wanted, found in (
+        ("vae_stride", config.vae_stride, codec.stride),
+        ("vae_embed_dim", config.vae_embed_dim, codec.latent_channels),
+    ):
+        if wanted != found:
+            raise ValueError(f"the model has {name} {wanted}, but the VAE {path} has {found}")

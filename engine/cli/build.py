@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from engine.checkpoint.identity import Identity, require_same_categories
+from engine.checkpoint.load import require_fitting_codec
 from engine.checkpoint.resume import (
     Source,
     check_identity,
@@ -132,16 +133,6 @@ def build_frozen(args: argparse.Namespace, device: torch.device) -> Frozen:
     return Frozen(codec, ClipTextEncoder.load(args.clip_path, device))
 
 
-def require_fitting_vae(config: StructMARConfig, codec: LatentCodec, vae_path: str) -> None:
-    """Raises ValueError if the VAE makes other latents than the model takes."""
-    for flag, wanted, found in (
-        ("vae_stride", config.vae_stride, codec.stride),
-        ("vae_embed_dim", config.vae_embed_dim, codec.latent_channels),
-    ):
-        if wanted != found:
-            raise ValueError(f"--{flag} is {wanted}, but the VAE {vae_path} has {found}")
-
-
 def build_dataset(
     args: argparse.Namespace, config: DataConfig, index: CocoIndex, frozen: Frozen, has_images: bool = True
 ) -> CocoLayoutDataset:
@@ -237,7 +228,7 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     if stage.has_pictures:
         require_fitting_iterations(sampling.num_iter, sizes.num_tokens)
     frozen = build_frozen(args, dist.device)
-    require_fitting_vae(sizes, frozen.codec, args.vae_path)
+    require_fitting_codec(frozen.codec, args.vae_path, sizes)
     dataset = stage.build_data(args, sizes, frozen)
     categories = dataset.index.categories
     config = model_config(args, len(categories), frozen.text_encoder.dim)

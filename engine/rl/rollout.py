@@ -64,7 +64,7 @@ class RolloutWorker:
 
     @torch.no_grad()
     def collect(self, batch: Batch, key: Sequence[int]) -> Rollout:
-        """key: what makes this batch's draws its own: step, pass, rank."""
+        """key: what makes this batch's noise its own: step, pass, rank."""
         model, device = self.pipeline.model, self.pipeline.codec.device
         model.eval()
         text = self.pipeline.caption_encoder.context(batch.captions) if batch.text is None else batch.text

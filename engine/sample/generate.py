@@ -10,20 +10,24 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine.data.scenes import Scene
-from models.frozen.base import TextEncoder
+from models.frozen.base import ImageCodec, TextEncoder
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import SampleOutput, sample
 from models.structmar import StructMAR
+from util.images import to_picture
 from util.rng import generator
 from util.types import LayoutBatch, TextContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRECISIONS = tuple(DTYPES)
+MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,18 @@ def class_conditions(model: StructMAR, labels: Sequence[int]) -> ImageConditions
         if not 0 <= label < model.config.class_num:
             raise ValueError(f"class label {label} is outside 0 ... {model.config.class_num - 1}")
     return ImageConditions(labels=torch.tensor(labels, dtype=torch.int64, device=model.fake_latent.device))  # [B]
+
+
+def output_of(codec: ImageCodec, drawn: Sequence[Tensor], output_type: str) -> Any:
+    """What a call gives. drawn: scaled latents [B, C, h, w] of each batch. pil: a list of images; np: an array
+    [n, H, W, 3], pt: a tensor [n, 3, H, W], both in [0, 1]; latent: [n, C, h, w]."""
+    if output_type == "latent":
+        return torch.cat(list(drawn))  # [n, C, h, w]
+    pixels = torch.cat([codec.decode(latents) for latents in drawn])  # [n, 3, H, W]
+    if output_type == "pil":
+        return [Image.fromarray(to_picture(each)) for each in pixels]
+    shares = pixels / 2 + 0.5  # [n, 3, H, W]
+    return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sampling_dtype(precision: str) -> torch.dtype:

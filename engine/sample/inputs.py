@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.data.scenes import Scene, read_entry
-from engine.sample.generate import Hooks, image_generator
+from engine.sample.generate import MAX_SEED, Hooks, image_generator
 from models.sampling.config import SamplingConfig
 from util.plain import from_plain
 from util.types import Category
@@ -26,7 +26,6 @@ OPTION_NAMES = {
     "layout_guidance_scale": "cfg_layout",
 }
 PRECISION_OF = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16"}
-MAX_SEED = 2**62
 
 
 def read_scenes(

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.checkpoint.identity import Identity
+from engine.checkpoint.identity import Identity, require_same_config
 from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
 from engine.data.scenes import Scene
 from engine.sample.folder import FolderRecord, align_memory, caption_encoder_of, contents_of
@@ -35,6 +34,7 @@ from engine.sample.generate import (
     draw_batch,
     image_generator,
     num_iterations,
+    output_of,
     scene_conditions,
 )
 from engine.sample.inputs import (
@@ -132,7 +132,7 @@ class StructMARPipeline(DiffusionPipeline):
         model, identity = loaded.model, loaded.identity
         codec = LatentCodec.load(vae_path, device, identity.latent_scale)
         require_same_frozen("VAE", vae_path, codec.id, identity.vae_id, allow_other_frozen)
-        require_fitting_codec(codec, str(vae_path), model)
+        require_fitting_codec(codec, vae_path, identity.config)
         encoder = ClipTextEncoder.load(clip_path, device)
         require_same_frozen("text encoder", clip_path, encoder.id, identity.text_encoder_id, allow_other_frozen)
         if encoder.dim != identity.config.text_dim:
@@ -161,8 +161,7 @@ class StructMARPipeline(DiffusionPipeline):
         pipeline = super().from_pretrained(folder, identity=record.identity, **kwargs)
         align_memory(pipeline.transformer, pipeline.vae, pipeline.text_encoder)
         record.require_same(pipeline._contents(), folder)
-        if pipeline.model.config != record.identity.config:
-            raise ValueError(f"{folder}: transformer/config.json names another architecture than the folder's record")
+        require_same_config(pipeline.model.config, record.identity.config, f"{folder}/transformer/config.json")
         pipeline.model.eval()
         pipeline.source, pipeline.precision = folder, precision
         return pipeline
@@ -264,7 +263,7 @@ class StructMARPipeline(DiffusionPipeline):
         per prompt; phrases: what each box holds, of `labels`. gligen_boxes and gligen_phrases mean the same.
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
         num_diffusion_steps: reverse steps per token. These and the options with the names of the command line's flags:
-        None means the weights' own (`own_sampling`).
+        None means the weights' own (`own_sampling`); a bound that these name can be changed, not taken away.
         seed: image i of the call is the image that scripts.sample draws with seed + i. generator: instead, one that all
         images draw from, or one for each. Without either, images differ from call to call.
         batch_size: images drawn at a time. output_type: pil, np, pt or latent. return_dict: False gives a tuple.
@@ -300,7 +299,7 @@ class StructMARPipeline(DiffusionPipeline):
             hooks = call_hooks(config, bar.update, callback, callback_on_step_end_tensor_inputs, lambda: self.interrupt)
             conditions = self._of_scenes(scenes)
             drawn = list(self._latents(conditions, config, generators, batch_size, self.precision, hooks))
-            images = self._output(drawn, output_type)
+            images = output_of(self.codec, drawn, output_type)
         return StructMARPipelineOutput(images=images) if return_dict else (images,)
 
     def draw(
@@ -381,19 +380,15 @@ class StructMARPipeline(DiffusionPipeline):
         precision: str,
         hooks: Hooks,
     ) -> Iterator[Tensor]:
-        """Scaled latents [B, C, h, w], batch by batch."""
+        """Scaled latents [B, C, h, w], batch by batch; zeros where the call was ended before."""
+        model = self.model
         for rows in batches(len(generators), batch_size):
-            yield self.sample(conditions_of(rows), config, generators[rows], precision, hooks).latents.float()
-
-    def _output(self, drawn: Sequence[Tensor], output_type: str) -> Any:
-        """drawn: latents of each batch. Gives what `StructMARPipelineOutput` describes."""
-        if output_type == "latent":
-            return torch.cat(list(drawn))  # [n, C, h, w]
-        pixels = torch.cat([self.codec.decode(latents) for latents in drawn])  # [n, 3, H, W]
-        if output_type == "pil":
-            return [Image.fromarray(to_picture(each)) for each in pixels]
-        shares = pixels / 2 + 0.5  # [n, 3, H, W]
-        return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
+            chosen = generators[rows]
+            if hooks.should_stop is None or not hooks.should_stop():
+                yield self.sample(conditions_of(rows), config, chosen, precision, hooks).latents.float()
+            else:
+                tokens = model.head.empty_tokens(len(chosen), model.config.num_tokens, self.codec.device)
+                yield model.unpatchify(tokens, model.config.grid)
 
     def _contents(self) -> dict[str, str]:
         return contents_of(self.model, self.vae, self.caption_encoder.model, self.caption_encoder.tokenizer)

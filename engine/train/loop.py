@@ -1,10 +1,10 @@
 """The training loop of every stage: takes ready objects, parses nothing, writes through the callbacks it is given.
 
-What a step does is a `Step`. The one of stages 1 and 2 is here (stage 3's: engine/rl/step.py): `accum_iter` passes
-over a batch each, one clip, one AdamW update, one EMA update. Everything random in a pass comes from a generator keyed
-by (seed, step, pass, rank), so a run that stops and continues makes the draws of one that did not: N + N steps are 2N
-steps, bit for bit on a CPU. Dropout has no generator of its own: PyTorch's global one is
-re-seeded by the same key before each pass.
+What a step does is a `Step`. The one of stages 1 and 2 is here (stage 3's: engine/rl/step.py): `accum_iter` passes over
+a batch each, one clip, one AdamW update, one EMA update. Everything random in a pass comes from a generator keyed by
+(seed, step, pass, rank), so a run that stops and continues makes the random choices of one that did not: N + N steps
+are 2N steps, bit for bit on a CPU. Dropout has no generator of its own: PyTorch's global one is re-seeded by the same
+key before each pass.
 
 Left out: gradient scaling (bf16 needs none), dynamic batch sizes, several data sources.
 """

@@ -294,8 +294,8 @@ class LatentCodec:
         if generators is not None:
             if len(generators) != len(mean):
                 raise ValueError(f"{len(mean)} images need as many generators, got {len(generators)}")
-            draws = [torch.randn(mean.shape[1:], generator=each, device=each.device) for each in generators]
-            noise = torch.stack(draws).to(mean)  # [B, C, h, w]
+            noises = [torch.randn(mean.shape[1:], generator=each, device=each.device) for each in generators]
+            noise = torch.stack(noises).to(mean)  # [B, C, h, w]
         assert noise is not None
         if noise.shape != mean.shape:
             raise ValueError(f"noise must have the latents' shape {tuple(mean.shape)}, got {tuple(noise.shape)}")

@@ -3,8 +3,8 @@
 One function, `run`, serves training, where every layer computes its modulation from its own condition, and sampling,
 where modulations of many steps are computed at once. Parameter names are MAR's (arXiv:2406.11838, section 4.1).
 
-Shape letters: r rows (draws of tokens), M draws of a token, C token channels, D backbone width, W head width,
-S timesteps, G guidance branches.
+Shape letters: r rows (noisy copies of tokens), M noisy copies of a token, C token channels, D backbone width, W head
+width, S timesteps, G guidance branches.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The public MAR code (a checkout of LTH14/mar) on our weights, our orders and our noise, unedited.
 
 It is imported as it stands; while it runs, `Tensor.cuda` is the identity (the code asks for CUDA everywhere), and what
-it draws comes from the tape: `torch.randn` and `randn_like` (it draws for both halves of a guided batch and uses the
-first), `torch.randint`, its order and its mask ratio. A slice of a schedule is run through its progress bar: between
-two iterations the mask is set to what the skipped ones would have left.
+it draws comes from the given noise: `torch.randn` and `randn_like` (it draws for both halves of a guided batch and uses
+the first), `torch.randint`, its order and its mask ratio. A slice of a schedule is run through its progress bar:
+between two iterations the mask is set to what the skipped ones would have left.
 """
 
 from __future__ import annotations
@@ -98,23 +98,23 @@ def sample_baseline(
     baseline: Any,
     labels: Tensor,
     orders: Tensor,
-    tape: Callable[[int], Tensor],
+    noise_of: Callable[[int], Tensor],
     sampling: SamplingConfig,
     masked_counts: Sequence[int],
     iterations: Sequence[int],
 ) -> Tensor:
-    """Its `sample_tokens`: [B, C, h, w]. tape(iteration): [S + 1, B * p, C]; masked_counts: the whole schedule's."""
+    """Its `sample_tokens`: [B, C, h, w]. noise_of(iteration): [S + 1, B * p, C]; masked_counts: of all iterations."""
     is_slice = len(iterations) < sampling.num_iter
-    draws = iter([draw for iteration in iterations for draw in tape(iteration)])
+    given = iter([noise for iteration in iterations for noise in noise_of(iteration)])
 
     def randn_like(x: Tensor) -> Tensor:
-        drawn = next(draws)  # [B * p, C]
+        drawn = next(given)  # [B * p, C]
         return drawn.repeat(len(x) // len(drawn), 1)
 
     with ExitStack() as patches:
         patches.enter_context(on_this_device())
         patches.enter_context(mock.patch.object(baseline, "sample_orders", return_value=orders))
-        patches.enter_context(mock.patch.object(torch, "randn", side_effect=draws))
+        patches.enter_context(mock.patch.object(torch, "randn", side_effect=given))
         patches.enter_context(mock.patch.object(torch, "randn_like", randn_like))
         if is_slice:
             masks = _Slice(module.mask_by_order, orders, masked_counts, iterations)

@@ -114,7 +114,7 @@ def _public_code(
     baseline = build_baseline(public, world.model, sampling.num_sampling_steps)
     counts = cosine_masked_counts(world.orders.shape[1], sampling.num_iter)
 
-    def tape(iteration: int) -> Tensor:
+    def noise_of(iteration: int) -> Tensor:
         num_tokens = counts[iteration] - counts[iteration + 1]
         return world.noise(iteration, sampling.num_sampling_steps + 1, num_tokens).flatten(1, 2)  # [S + 1, B * p, C]
 
@@ -122,7 +122,7 @@ def _public_code(
         assert world.labels is not None
         with torch.autocast("cpu", torch.bfloat16, enabled=entry.precision == "bf16"):
             return sample_baseline(
-                public, baseline, world.labels, world.orders, tape, sampling, counts, chosen
+                public, baseline, world.labels, world.orders, noise_of, sampling, counts, chosen
             )  # [B, C, h, w]
 
     return Contender(PUBLIC, entry.precision, run)

@@ -79,12 +79,12 @@ def test_recording_changes_nothing_and_keeps_every_state() -> None:
     assert states.shape == (2, 64, num_steps + 1, 16) and log_probs.shape == (2, 64, num_steps)
     assert torch.equal(states[:, :, -1], samples.tokens)
     assert (log_probs[:, :, -1] == 0).all() and (log_probs[:, :, :-1] != 0).all()
-    # The sampler noise one tape per iteration: the starting noises come first.
-    tape = generator(3)
-    order = torch.randperm(64, generator=tape)
+    # The sampler draws the noise of one iteration after the other: the starting noises come first.
+    rng = generator(3)
+    order = torch.randperm(64, generator=rng)
     assert torch.equal(order, samples.orders[0])
     counts = cosine_masked_counts(64, 4)
-    first = torch.randn(num_steps + 1, counts[0] - counts[1], 16, generator=tape)
+    first = torch.randn(num_steps + 1, counts[0] - counts[1], 16, generator=rng)
     assert torch.equal(states[0, order[counts[1] :].sort().values, 0], first[0])
 
 

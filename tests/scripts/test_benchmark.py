@@ -181,16 +181,16 @@ def test_it_is_imported_past_our_own_package(checkout: Path) -> None:
         load_baseline(checkout / "models")
 
 
-def test_a_slice_gets_its_masks_and_the_tape(checkout: Path) -> None:
+def test_a_slice_gets_its_masks_and_the_noise(checkout: Path) -> None:
     module = load_baseline(checkout)
     orders, counts = torch.randperm(8, generator=torch.Generator().manual_seed(1))[None], list(range(8, -1, -1))
 
-    def tape(iteration: int) -> Tensor:
+    def noise_of(iteration: int) -> Tensor:
         return torch.arange(2.0)[:, None, None] + iteration
 
     sampling = replace(GUIDED, num_iter=8)
     for iterations in (range(8), (2, 3, 6)):
-        seen = sample_baseline(module, module.Sampler(), orders, orders, tape, sampling, counts, iterations)
+        seen = sample_baseline(module, module.Sampler(), orders, orders, noise_of, sampling, counts, iterations)
         assert [step for step, *_ in seen] == list(iterations)
         for step, mask, start, noise in seen:
             assert sorted(mask.nonzero()[:, 1].tolist()) == sorted(orders[0, : counts[step]].tolist())
@@ -264,7 +264,7 @@ def test_a_plot_of_rows_and_curves() -> None:
         plot.plot([], [])
 
 
-def test_schedules_agree_with_the_tape() -> None:
+def test_schedules_agree_with_the_noise() -> None:
     """Whoever asks for as many tokens of an iteration gets the same noise."""
     world = build_world(reference.tiny_model(), 2)
     counts = cosine_masked_counts(64, 4)
