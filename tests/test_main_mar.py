@@ -16,8 +16,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_mar
+from engine.checkpoint.files import read_identity
 from engine.cli.arguments import train_parser
 from engine.cli.build import model_config
+from models.sampling.config import SamplingConfig
 from scripts import cache_latents
 from tests.helpers.coco_fixture import FixtureBox, FixtureImage, annotation_path, write_coco
 from tests.helpers.paper_commands import STAGE_1, STAGE_2, words
@@ -94,6 +96,19 @@ def test_loss_falls_on_pictures(world):
     losses = [line["loss"] for line in read_metrics(world, "falls")]
     assert len(losses) == 4
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.integration
+def test_sampling_options_go_from_weights_to_weights(world, caplog):
+    """Stage 2 previews and evaluates as stage 1 says, but for what its own flags say; its checkpoint says it too."""
+    length = {"max_steps": 1, "epochs": None, "warmup_epochs": None}
+    main_mar.main(argv(world, "says", num_iter=5, temperature=0.9, **length))
+    weights = world / "says" / "checkpoint-last.pth"
+    with caplog.at_level(logging.INFO):
+        main_mar.main(argv(world, "takes", train_mode="full", resume=weights, cfg=2.0, temperature=1.0, **length))
+    assert "sampling options from the weights: num_iter 5\n" in caplog.text
+    kept = read_identity(world / "takes" / "checkpoint-last.pth").sampling
+    assert kept == SamplingConfig(num_iter=5, cfg_text=2.0, cfg_layout=2.0)
 
 
 # --- the run folder ------------------------------------------------------------------------------------------------
