@@ -5,6 +5,7 @@ Every mistake is one ValueError that names the argument and the values, as in a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -106,7 +107,13 @@ def read_options(own: SamplingConfig, given: Mapping[str, Any], num_tokens: int)
     """The weights' own options with those of the call that are not None. Names as in the call or as the flags."""
     changes = {name: value for name, value in given.items() if value is not None}
     renamed = {OPTION_NAMES.get(name, name): value for name, value in changes.items()}
-    config = from_plain(SamplingConfig, asdict(own) | renamed, "sampling options")
+    try:
+        config = from_plain(SamplingConfig, asdict(own) | renamed, "sampling options")
+    except ValueError as error:
+        message = str(error)
+        for name in changes.keys() & OPTION_NAMES.keys():
+            message = re.sub(rf"\b{OPTION_NAMES[name]}\b", name, message)
+        raise ValueError(message) from error
     if config.num_iter > num_tokens:
         raise ValueError(f"num_inference_steps {config.num_iter} exceeds the {num_tokens} tokens of an image")
     return config

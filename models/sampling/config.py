@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from models.heads.diffusion import reverse_steps
+from models.heads.diffusion import NUM_TRAIN_STEPS, reverse_steps
 from models.heads.diffusion_sampler import ReverseOptions
 from models.sampling.orders import ORDERS
 
@@ -71,9 +71,10 @@ class SamplingConfig:
             raise ValueError(f"guidance_interval must be two rising numbers in [0, 1], got {low} and {high}")
         if self.uncond_refresh < 1:
             raise ValueError(f"uncond_refresh must be at least 1, got {self.uncond_refresh}")
-        for steps in (self.num_sampling_steps, self.num_sampling_steps_last):
-            if steps is not None:
-                reverse_steps(steps, self.t_max)  # raises on a bad number of steps or t_max
+        reverse_steps(self.num_sampling_steps, self.t_max)  # raises on a bad number of steps or t_max
+        last = self.num_sampling_steps_last
+        if last is not None and not 1 <= last <= NUM_TRAIN_STEPS:
+            raise ValueError(f"num_sampling_steps_last must lie between 1 and {NUM_TRAIN_STEPS}, got {last}")
 
     @property
     def is_annealed(self) -> bool:

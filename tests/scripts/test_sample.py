@@ -265,7 +265,7 @@ def test_another_vae_is_refused_or_allowed(sample, tmp_path, capfd):
     torch.manual_seed(1)
     save_atomic(ldm_checkpoint(build_autoencoder(VAE), 0.5, torch.float32), other)
     flags = ("--prompt", "a red dog", "--num_images", "1", "--vae_path", str(other))
-    with pytest.raises(SystemExit, match=r"VAE .*other\.ckpt has id \w{64}, but .* \w{64}; pass --allow"):
+    with pytest.raises(SystemExit, match=r"VAE .*other\.ckpt has id \w{64}, but .* \w{64}; --allow_other_frozen"):
         sample(*flags)
     out = sample(*flags, "--allow_other_frozen")
     assert (out / "0000.png").is_file()

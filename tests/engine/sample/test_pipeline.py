@@ -276,8 +276,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "output": ({"output_type": "jpg"}, r"output_type must be one of \('pil', .*got 'jpg'"),
     "callback": ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"may name \['tokens'\], got \['latents'\]"),
     "iterations": ({"num_inference_steps": 65}, "num_inference_steps 65 exceeds the 64 tokens of an image"),
-    "steps": ({"num_diffusion_steps": 0}, "num_sampling_steps must lie between 1 and 1000, got 0"),
-    "type": ({"num_inference_steps": "many"}, "num_iter must be int, got 'many'"),
+    "steps": ({"num_diffusion_steps": 0}, "num_diffusion_steps must lie between 1 and 1000, got 0"),
+    "type": ({"num_inference_steps": "many"}, "num_inference_steps must be int, got 'many'"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
     "order of tokens": ({"order": "spiral"}, "order must be one of .*, got 'spiral'"),
 }

@@ -204,7 +204,7 @@ def test_what_cannot_be_scored_is_not_recorded(options: dict[str, Any], message:
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval .* got 0.5 and 0.5"),
         ({"guidance_interval": (-0.1, 1.0)}, "guidance_interval .* got -0.1 and 1.0"),
         ({"uncond_refresh": 0}, "uncond_refresh must be at least 1, got 0"),
-        ({"num_sampling_steps_last": 0}, "num_sampling_steps must lie between 1 and 1000, got 0"),
+        ({"num_sampling_steps_last": 0}, "num_sampling_steps_last must lie between 1 and 1000, got 0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
