@@ -2,7 +2,7 @@
 # The whole story on a laptop, without a GPU or downloads beyond the packages: samples from the committed weights, then
 # data, the three stages, samples of your own, and the layout scores of all. After an interruption, run it again: it
 # goes on where it stopped.
-#   bash scripts/quickstart.sh            21 minutes on two cores
+#   bash scripts/quickstart.sh            24 minutes on two cores
 #   bash scripts/quickstart.sh --smoke    a few steps of everything, to see that it works
 # It writes to data/ and output/ of this folder, or of $QUICKSTART_ROOT if that is set (an absolute path).
 set -euo pipefail
@@ -47,11 +47,11 @@ step "4/8 stage 1, align: the new parts learn beside the frozen MAR (2 minutes)"
 $python main_mar.py --config configs/mini_stage1.yaml --output_dir "$OUT/stage1" --epochs "$EPOCHS1" \
     "${COMMON[@]}" ${EXTRA[@]+"${EXTRA[@]}"}
 
-step "5/8 stage 2, SFT: everything learns (6 minutes)"
+step "5/8 stage 2, SFT: everything learns (8 minutes)"
 $python main_mar.py --config configs/mini_stage2.yaml --output_dir "$OUT/stage2" --epochs "$EPOCHS2" \
     --resume "$OUT/stage1/checkpoint-last.pth" --ema_rate 0.99 "${COMMON[@]}" ${EXTRA[@]+"${EXTRA[@]}"}
 
-step "6/8 stage 3, GRPO: $UPDATES3 updates on the reward of a frozen detector (5 minutes)"
+step "6/8 stage 3, GRPO: $UPDATES3 updates on the reward of a frozen detector (9 minutes)"
 $python main_rl.py --config configs/mini_stage3.yaml --output_dir "$OUT/stage3" --max_rl_steps "$UPDATES3" \
     --resume "$OUT/stage2/checkpoint-last.pth" --eval_freq "$UPDATES3" --eval_images "$NUM_EVAL" \
     "${COMMON[@]}" ${EXTRA3[@]+"${EXTRA3[@]}"}
@@ -60,7 +60,7 @@ step "7/8 samples of your own model (under a minute)"
 $python -m scripts.sample --config configs/mini_sample.yaml --resume "$OUT/stage3/checkpoint-last.pth" \
     --output_dir "$OUT/samples" ${SAMPLE[@]+"${SAMPLE[@]}"}
 
-step "8/8 evaluation on $NUM_EVAL held-out scenes by another detector: the committed weights, then your own (5 minutes)"
+step "8/8 evaluation on $NUM_EVAL held-out scenes by another detector: the committed weights, then your own (3 minutes)"
 for which in committed own_stage2 own_stage3; do
     weights="$MINI/structmar_mini_stage2.safetensors"
     if [ $which != committed ]; then weights="$OUT/${which#own_}/checkpoint-last.pth"; fi
