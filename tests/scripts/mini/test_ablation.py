@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shlex
-import shutil
-import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from scripts import evaluate_layout
 from scripts.mini.ablation_table import VARIANTS, ablation_table
 from tests.conftest import ROOT
 from tests.helpers import reference
+from tests.helpers.script_tree import ScriptTree
 from tests.helpers.structured import generator, predict, some_layout, some_text
 from tests.helpers.tiny_run import argv, load_checkpoint, write_world
 from util.config import parse_args
@@ -125,28 +124,7 @@ case "$*" in
 esac
 """
 
-
-class Tree:
-    """The script in a copy of the repository's folders, with a python that only writes down what it is asked."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.log = root, root / "log"
-        (root / "scripts/mini").mkdir(parents=True)
-        for name in ("ablation.sh", "precision.sh"):
-            shutil.copy(ROOT / "scripts/mini" / name, root / "scripts/mini" / name)
-        (root / "scripts/setup_env.sh").write_text("")
-        python = root / ".venv/bin/python"
-        python.parent.mkdir(parents=True)
-        python.write_text("#!/bin/bash\n" + FAKE_PYTHON)
-        python.chmod(0o755)
-
-    def run(self, *arguments: str, **env: str) -> tuple[int, list[str]]:
-        """The exit code, and what was asked of python this time."""
-        self.log.write_text("")
-        script = self.root / "scripts/mini/ablation.sh"
-        values = {"PATH": os.environ["PATH"], "LOG": str(self.log), "ABLATION_ROOT": str(self.root)} | env
-        finished = subprocess.run(["bash", str(script), *arguments], env=values, capture_output=True, check=False)
-        return finished.returncode, self.log.read_text().splitlines()
+script_tree = partial(ScriptTree, script="ablation.sh", root_variable="ABLATION_ROOT", fake_python=FAKE_PYTHON)
 
 
 def trainings(lines: list[str]) -> list[str]:
@@ -166,7 +144,7 @@ def folder_of(line: str) -> str:
 @pytest.mark.parametrize("arguments", [(), ("--smoke",)])
 def test_variants_differ_in_one_part_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any) -> None:
     monkeypatch.chdir(ROOT)
-    code, lines = Tree(tmp_path / "tree").run(*arguments)
+    code, lines = script_tree(tmp_path / "tree").run(*arguments)
     assert code == 0
     assert [folder_of(line) for line in trainings(lines)] == list(DIFFERENCES) == list(VARIANTS)
     assert [folder_of(line) for line in evaluations(lines)] == list(VARIANTS)
@@ -191,7 +169,7 @@ def test_variants_differ_in_one_part_only(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    tree = Tree(tmp_path / "tree")
+    tree = script_tree(tmp_path / "tree")
     code, lines = tree.run(FAIL_AT="no_bias", STEPS="10")
     assert code == 7 and [folder_of(line) for line in trainings(lines)] == ["full", "no_rope", "no_bias"]
     code, lines = tree.run(STEPS="10", SEEDS="0 1", IMAGES="20")
@@ -206,7 +184,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_unknown_arguments_are_refused(tmp_path: Path) -> None:
-    code, lines = Tree(tmp_path / "tree").run("--fast")
+    code, lines = script_tree(tmp_path / "tree").run("--fast")
     assert code == 2 and lines == []
 
 

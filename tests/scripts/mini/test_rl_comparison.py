@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
-import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from scripts.mini import rl_table
 from scripts.mini.rl_curves import COLOURS, LEGEND_HEIGHT, PANEL_SIZE, learning_curves, read_metrics, smoothed, ticks
 from scripts.mini.rl_measures import Measured, load_evaluation, measure
 from tests.conftest import ROOT
+from tests.helpers.script_tree import ScriptTree
 from util.config import load_yaml, parse_args
 
 # script
@@ -42,28 +41,7 @@ esac
 """
 RUNS = ["elbo", "trajectory", "no_kl", "paper", "guided"]
 
-
-class Tree:
-    """The script in a copy of the repository's folders, with a python that only writes down what it is asked."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.log = root, root / "log"
-        (root / "scripts/mini").mkdir(parents=True)
-        for name in ("rl_comparison.sh", "precision.sh"):
-            shutil.copy(ROOT / "scripts/mini" / name, root / "scripts/mini" / name)
-        (root / "scripts/setup_env.sh").write_text("")
-        python = root / ".venv/bin/python"
-        python.parent.mkdir(parents=True)
-        python.write_text("#!/bin/bash\n" + FAKE_PYTHON)
-        python.chmod(0o755)
-
-    def run(self, *arguments: str, **env: str) -> tuple[int, list[str]]:
-        """The exit code, and what was asked of python this time."""
-        self.log.write_text("")
-        script = self.root / "scripts/mini/rl_comparison.sh"
-        values = {"PATH": os.environ["PATH"], "LOG": str(self.log), "RL_ROOT": str(self.root)} | env
-        finished = subprocess.run(["bash", str(script), *arguments], env=values, capture_output=True, check=False)
-        return finished.returncode, self.log.read_text().splitlines()
+script_tree = partial(ScriptTree, script="rl_comparison.sh", root_variable="RL_ROOT", fake_python=FAKE_PYTHON)
 
 
 def trainings(lines: list[str]) -> list[list[str]]:
@@ -79,7 +57,7 @@ def value_of(words: list[str], flag: str) -> str:
 
 
 def test_every_run_has_the_same_budget_and_start(tmp_path: Path) -> None:
-    code, lines = Tree(tmp_path / "tree").run(UPDATES="7")
+    code, lines = script_tree(tmp_path / "tree").run(UPDATES="7")
     assert code == 0
     found = trainings(lines)
     assert [Path(value_of(words, "--output_dir")).name for words in found] == RUNS
@@ -103,7 +81,7 @@ def test_every_run_has_the_same_budget_and_start(tmp_path: Path) -> None:
 
 
 def test_every_detector_judges_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = Tree(tmp_path / "tree")
+    tree = script_tree(tmp_path / "tree")
     code, lines = tree.run("--detector", "other.onnx", NAMES="elbo", SEEDS="3 4")
     assert code == 0
     monkeypatch.chdir(ROOT)
@@ -130,14 +108,14 @@ def test_every_detector_judges_the_same_pictures(tmp_path: Path, monkeypatch: py
 
 def test_rollouts_are_drawn_as_the_config_says(tmp_path: Path) -> None:
     """What the script passes is what configs/mini_stage3.yaml has: so a run without the script is the same run."""
-    (words,) = trainings(Tree(tmp_path / "tree").run(NAMES="elbo")[1])
+    (words,) = trainings(script_tree(tmp_path / "tree").run(NAMES="elbo")[1])
     config = load_yaml(ROOT / "configs/mini_stage3.yaml")
     for name in ("num_iter", "num_sampling_steps", "temperature"):
         assert float(value_of(words, f"--{name}")) == config[name]
     assert float(value_of(words, "--cfg_text")) == float(value_of(words, "--cfg_layout")) == config["cfg"] == 1
     assert config["detector_path"] != config["eval_detector"]
     assert int(value_of(words, "--max_rl_steps")) == config["max_rl_steps"]
-    (words,) = trainings(Tree(tmp_path / "guided").run(NAMES="guided")[1])
+    (words,) = trainings(script_tree(tmp_path / "guided").run(NAMES="guided")[1])
     args, started_from = parse_args(rl_parser(), words[1:]), read_identity(ROOT / str(config["resume"]))
     assert started_from is not None
     for name in ("cfg_text", "cfg_layout", "cfg_schedule"):  # mini_eval.yaml leaves them to the weights
@@ -145,7 +123,7 @@ def test_rollouts_are_drawn_as_the_config_says(tmp_path: Path) -> None:
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    tree = Tree(tmp_path / "tree")
+    tree = script_tree(tmp_path / "tree")
     code, lines = tree.run(FAIL_AT="no_kl")
     assert code == 7 and len(trainings(lines)) == 3 and evaluations(lines) == []
     code, lines = tree.run()
@@ -159,7 +137,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_smoke_is_apart_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    code, lines = Tree(tmp_path / "tree").run("--smoke")
+    code, lines = script_tree(tmp_path / "tree").run("--smoke")
     assert code == 0 and all(value_of(words, "--max_rl_steps") == "2" for words in trainings(lines))
     args = parse_args(rl_parser(), trainings(lines)[1][1:])
     estimator = build_estimator(args, sampling_config(args))  # scores no more steps than there are
@@ -169,7 +147,7 @@ def test_smoke_is_apart_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    tree = Tree(tmp_path / "tree")
+    tree = script_tree(tmp_path / "tree")
     for arguments, env in ((("--fast",), {}), (("--detector",), {}), ((), {"NAMES": "elbo ppo"})):
         code, lines = tree.run(*arguments, **env)
         assert code == 2 and lines == []
