@@ -195,7 +195,8 @@ def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
 
 def read_targets(args: argparse.Namespace, profile: Profile, detector: BoxDetector) -> tuple[EvalSet, Judge, list[str]]:
     """The targets, the detector fitted to their categories, and the categories left out."""
-    options = {"split": args.coco_split, "max_images": args.max_images}
+    needs_captions = bool(args.resume or args.clip_score)
+    options = {"split": args.coco_split, "max_images": args.max_images, "captions_required": needs_captions}
     eval_set = load_eval_set(args.coco_root, profile, **options)
     skipped = unknown_categories(detector, eval_set.categories) if args.skip_unknown else []
     if skipped:

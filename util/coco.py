@@ -124,18 +124,23 @@ class CocoSplit:
     removed: Mapping[str, int]
 
 
-def read_split(root: str | Path, split: str, keep_crowd: bool = False) -> CocoSplit:
+def read_split(root: str | Path, split: str, keep_crowd: bool = False, captions_required: bool = True) -> CocoSplit:
     """Reads both jsons. Crowd boxes are removed unless kept; degenerate ones always are.
 
+    captions_required: False for who needs boxes alone: without a captions file no image has a caption then.
     Raises FileNotFoundError naming a missing json, ValueError naming the file and entry that are malformed.
     """
     instances_path = _annotation_file(Path(root), "instances", split)
-    captions_path = _annotation_file(Path(root), "captions", split)
+    captions_path = _annotation_path(Path(root), "captions", split)
+    if captions_required:
+        _annotation_file(Path(root), "captions", split)
     instances = _read(instances_path, ("images", "annotations", "categories"), ("bbox", "category_id"))
-    captions = _read(captions_path, ("annotations",), ("caption",))
     categories = _categories(instances.dataset["categories"], instances_path)
     removed: Counter[str] = Counter()
-    caption_of = _captions(captions, captions_path, set(instances.imgs), removed)
+    caption_of = {}
+    if captions_path.is_file():
+        captions = _read(captions_path, ("annotations",), ("caption",))
+        caption_of = _captions(captions, captions_path, set(instances.imgs), removed)
     boxes_of = _boxes(instances, instances_path, categories, keep_crowd, removed)
     images = []
     for image_id in sorted(instances.imgs):
@@ -208,8 +213,12 @@ class CocoIndex:
 _NO_BOXES = (np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
 
 
+def _annotation_path(root: Path, kind: str, split: str) -> Path:
+    return root / "annotations" / f"{kind}_{split}.json"
+
+
 def _annotation_file(root: Path, kind: str, split: str) -> Path:
-    path = root / "annotations" / f"{kind}_{split}.json"
+    path = _annotation_path(root, kind, split)
     if not path.is_file():
         found = sorted(each.name for each in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise FileNotFoundError(

@@ -137,18 +137,19 @@ def load_eval_set(
     split: str | None = None,
     skip_categories: frozenset[str] = frozenset(),
     max_images: int | None = None,
+    captions_required: bool = True,
 ) -> EvalSet:
     """The targets of `profile` on the split (default: the profile's own). Needs the jsons, not the photos.
 
     skip_categories: names whose boxes vanish first of all, before any rule counts them. max_images: only the first
     ids of what the profile selects. Images without captions stay, with an empty prompt, and are counted in `removed`
-    under "images used without captions". Raises ValueError for unknown names and where no image is left, and whatever
-    `read_split` raises.
+    under "images used without captions"; with captions_required=False so do all of a split without a captions file.
+    Raises ValueError for unknown names and where no image is left, and whatever `read_split` raises.
     """
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images must be at least 1, got {max_images}")
     root, split = Path(root), split or profile.split
-    whole = read_split(root, split, keep_crowd=True)
+    whole = read_split(root, split, keep_crowd=True, captions_required=captions_required)
     unknown = sorted(skip_categories - {category.name for category in whole.categories})
     if unknown:
         raise ValueError(f"{whole.path} has no categories {', '.join(unknown)}, which were to be skipped")

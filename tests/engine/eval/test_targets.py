@@ -350,3 +350,15 @@ def test_counts_on_val2017_that_the_profiles_state(shared):
         profile = load_profile(name)
         assert f"{count:,}" in " ".join(profile.unknown)
         assert len(load_eval_set(root, profile).targets) == count
+
+
+def test_boxes_alone_need_no_captions(tmp_path):
+    """Without a captions file everything but the prompts is the same; who generates is told that it is missing."""
+    with_captions = load(tmp_path / "coco", CENTER)
+    annotation_path(tmp_path / "coco", "captions", SPLIT).unlink()
+    bare = load_eval_set(tmp_path / "coco", CENTER, SPLIT, captions_required=False)
+    assert bare.ground_truth("full") == with_captions.ground_truth("full")
+    assert bare.ids_hash == with_captions.ids_hash
+    assert {target.scene.prompt for target in bare.targets} == {""}
+    with pytest.raises(FileNotFoundError, match="captions_val2017.json"):
+        load_eval_set(tmp_path / "coco", CENTER, SPLIT)
