@@ -1,4 +1,7 @@
-"""Pictures as uint8 [H, W, 3] RGB arrays: reading, cropping, drawing boxes, grids, and PNG files with text."""
+"""Pictures as uint8 [H, W, 3] RGB arrays: cropping, drawing boxes, grids, and PNG files with text.
+
+How a file becomes a picture: util/picture_files.py.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from util.boxes import Crop, halved_sizes, plan_center_crop
+from util.picture_files import load_image, picture_size
+
+__all__ = ["load_image", "picture_size"]  # and all that is defined here
 
 Picture: TypeAlias = np.ndarray  # uint8 [H, W, 3], RGB
 
@@ -21,17 +27,6 @@ BLACK = (0, 0, 0)
 WHITE = (255, 255, 255)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 FONT_PX = 22  # height of a capital letter at font scale 1
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """Reads a whole image as RGB. Raises FileNotFoundError, ValueError if it cannot be decoded; both name the file."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image not found: {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
 
 
 def crop_image(image: Image.Image, crop: Crop) -> Picture:

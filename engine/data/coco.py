@@ -26,6 +26,7 @@ from engine.data.cache import LatentCache, TextCache
 from util.boxes import CROP_MODES, Crop, CropMode, flip_boxes, plan_center_crop, plan_random_crop
 from util.coco import BoxFilters, CocoImage, CocoIndex, fit_boxes
 from util.images import crop_image, load_image, to_model_range
+from util.picture_files import require_size
 from util.rng import generator
 from util.types import Layout, LayoutBatch, TextContext
 
@@ -247,8 +248,7 @@ def read_crop(index: CocoIndex, position: int, crop: Crop, is_flipped: bool = Fa
     """uint8 [H, W, 3]. Raises ValueError naming the file if it is unreadable or not of the size the json states."""
     path = index.image_path(position)
     image = load_image(path)
-    if image.size != crop.source:
-        raise ValueError(f"{path} is {image.size} (width, height), but instances_{index.split}.json says {crop.source}")
+    require_size(path, image, crop.source, f"instances_{index.split}.json")
     picture = crop_image(image, crop)
     return picture[:, ::-1] if is_flipped else picture
 
