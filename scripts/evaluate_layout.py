@@ -110,7 +110,7 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
 def add_judge_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what scores")
     group.add_argument("--detector", default=DEFAULT_DETECTOR,
-                       help="Faster R-CNN weights (.pth) or a YOLOX export (.onnx)")  # fmt: skip
+                       help="Faster R-CNN weights (.pth) or an export (.onnx: YOLOX, YOLOv8, DETR)")  # fmt: skip
     group.add_argument("--skip_unknown", action="store_true",
                        help="leave out the categories that the detector does not know")  # fmt: skip
     group.add_argument("--reward_detector", nargs="+", default=[],

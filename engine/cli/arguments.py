@@ -313,7 +313,7 @@ def add_preview_args(parser: argparse.ArgumentParser) -> None:
 def add_score_args(group: argparse._ArgumentGroup) -> None:
     """Which layouts are scored while training, and by what."""
     group.add_argument(
-        "--eval_detector", default="", help="detector that scores (Faster R-CNN or YOLOX .onnx); empty: pictures only"
+        "--eval_detector", default="", help="detector that scores (Faster R-CNN .pth or .onnx); empty: pictures only"
     )
     group.add_argument("--eval_profile", default="structmar-256", help="protocol of the scores: name or yaml file")
     group.add_argument("--eval_images", type=positive_int, default=64, help="layouts scored: the profile's first ones")

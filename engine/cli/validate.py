@@ -78,7 +78,7 @@ WHERE_TO_GET = {
     "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar",
     "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
     "detector_path": "fasterrcnn_resnet50_fpn_v2's weights are linked from torchvision's documentation",
-    "eval_detector": "a Faster R-CNN (.pth) or a YOLOX export (.onnx)",
+    "eval_detector": "a Faster R-CNN (.pth) or a YOLOX, YOLOv8 or DETR export (.onnx)",
     "quality_clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
     "resume": "MAR's weights are linked from https://github.com/LTH14/mar; checkpoints lie in the run folders",
 }

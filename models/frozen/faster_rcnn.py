@@ -1,6 +1,6 @@
 """The detectors that score and reward generated images: frozen, from a local file.
 
-A file `*.onnx` is a YOLOX (models/frozen/yolox.py); any other one is torchvision's Faster R-CNN, in one of three
+A file `*.onnx` is one of `onnx_detector.py`'s kinds; any other one is torchvision's Faster R-CNN, in one of three
 architectures: `fasterrcnn_resnet50_fpn_v2` (torchvision's, with its COCO weights file as it is downloaded: a bare state
 dict, whose 91 labels are COCO's category ids), and two for small images. `SMALL` is seven plain convolutions of stride
 8 with BatchNorm. `SMALL_FPN` has residual blocks with GroupNorm, a pyramid of strides 4 and 8, another input size and
@@ -15,7 +15,6 @@ Shape letters: n detections of an image, B images, C and D channels, K labels (c
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,11 +32,9 @@ from models.frozen.detections import BoxDetector as BoxDetector
 from models.frozen.detections import Detections as Detections
 from models.frozen.detections import DetectorSettings as DetectorSettings
 from models.frozen.detections import coco_categories
-from models.frozen.yolox import YoloxDetector
+from models.frozen.onnx_detector import OnnxDetector
 from util.checkpoint import load_plain, sha256_file
 from util.types import Category
-
-logger = logging.getLogger(__name__)
 
 SMALL = "fasterrcnn_mini"
 SMALL_FPN = "fasterrcnn_mini_fpn"
@@ -243,15 +240,13 @@ def detector_checkpoint(
 def load_detector(
     path: str | Path, device: torch.device | str = "cpu", settings: DetectorSettings | None = None
 ) -> BoxDetector:
-    """A YOLOX from a file `*.onnx`, else a Faster R-CNN; settings None: the detector's own thresholds.
+    """An `OnnxDetector` from a file `*.onnx`, else a Faster R-CNN; settings None: the detector's own thresholds.
 
     Raises FileNotFoundError or ValueError, one line that names the file and what is wrong with it.
     """
-    if Path(path).suffix.lower() != ".onnx":
-        return load_faster_rcnn(path, device, settings)
-    if torch.device(device).type != "cpu":
-        logger.warning("the ONNX detector %s runs on the CPU, not on %s: images are moved for it", path, device)
-    return YoloxDetector.load(path, settings)
+    if Path(path).suffix.lower() == ".onnx":
+        return OnnxDetector.load(path, device, settings)
+    return load_faster_rcnn(path, device, settings)
 
 
 def load_faster_rcnn(

@@ -1,4 +1,4 @@
-"""Does a detector trained on photographs recognise the drawn classes? AP of a YOLOX ONNX model on generated scenes.
+"""Does a detector trained on photographs recognise the drawn classes? AP of an ONNX model on generated scenes.
 
 python -m scripts.mini.yolox_ap --detector yolox_nano.onnx --num_scenes 150 --size 256
 
@@ -53,12 +53,17 @@ def ground_truth(scenes: Sequence[Scene]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--detector", type=Path, required=True, help="YOLOX ONNX file")
+    parser.add_argument(
+        "--detector", type=Path, required=True, help="ONNX file (YOLOX, YOLOv8 or DETR of COCO's classes)"
+    )
     parser.add_argument("--num_scenes", type=positive_int, default=150, help="number of scenes")
     parser.add_argument("--size", type=positive_int, default=256, help="resolution at which scenes are drawn")
     parser.add_argument("--seed", type=nonnegative_int, default=1000, help="seed of the scenes")
     args = parse_checked(parser)
-    detector = load_detector(args.detector, settings=SETTINGS)
+    try:
+        detector = load_detector(args.detector, settings=SETTINGS)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
     scenes = [render_scene(np.random.default_rng((args.seed, index)), args.size) for index in range(args.num_scenes)]
     truth = ground_truth(scenes)
     result = average_precision(truth, detect(detector, scenes), [image["id"] for image in truth["images"]])
