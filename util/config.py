@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from util.output import write_text_atomic
 from util.ranges import Range, check_ranges
 
 CONFIG_FLAG = "--config"
@@ -112,10 +113,8 @@ def resolved_dict(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def dump_yaml(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes plain values as YAML, in the mapping's order. Missing folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Writes plain values as YAML, in the mapping's order, whole or not at all. Missing folders are made."""
+    write_text_atomic(Path(path), yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from util.boxes import Crop, halved_sizes, plan_center_crop
+from util.output import write_atomic
 from util.picture_files import load_image, picture_size
 
 __all__ = ["load_image", "picture_size"]  # and all that is defined here
@@ -133,12 +134,12 @@ def make_grid(pictures: Sequence[Picture], columns: int, pad: int = 4) -> Pictur
 
 
 def save_png(picture: Picture, path: str | Path, text: Mapping[str, str] | None = None) -> None:
-    """Writes a PNG with `text` in its metadata (any Unicode), creating the folder."""
+    """Writes a PNG with `text` in its metadata (any Unicode), whole or not at all, creating the folder."""
     metadata = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         metadata.add_itxt(key, value)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, format="PNG", pnginfo=metadata)
+    image = Image.fromarray(picture)
+    write_atomic(Path(path), lambda file: image.save(file, format="PNG", pnginfo=metadata), is_durable=False)
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:

@@ -232,6 +232,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num_threads", type=positive_int, default=None, help="CPU threads per process; None: PyTorch's choice"
     )
+    add_failure_args(group)
     group.add_argument("--log_freq", type=positive_int, default=20, help="optimizer steps between log lines")
     group.add_argument(
         "--save_last_freq", type=positive_int, default=5, help="epochs between saves of checkpoint-last.pth"
@@ -239,6 +240,18 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save_freq_steps", type=nonnegative_int, default=0, help="optimizer steps between saves too; 0: epochs only"
     )
+
+
+def add_failure_args(group: argparse._ArgumentGroup) -> None:
+    """How a program ends that cannot go on; for all that may run under torchrun."""
+    group.add_argument(
+        "--debug", action=SWITCH, default=False, help="show the traceback of an error, not its line alone"
+    )
+    group.add_argument(
+        "--dist_timeout", type=positive_float, default=1800.0,
+        help="seconds that a process of torchrun waits for the others before the run ends, naming those that do not "
+             "answer; longer than a preview, an evaluation or a save takes"
+    )  # fmt: skip
 
 
 def add_sampling_args(parser: argparse.ArgumentParser) -> None:

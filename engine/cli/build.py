@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
                  "diffloss_w", "max_objects")  # fmt: skip
 FREE_FLAGS = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_workers", "pin_mem", "log_freq",
-              "save_last_freq", "save_freq_steps", "num_threads", "sample_freq")  # fmt: skip
+              "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "debug", "dist_timeout")  # fmt: skip
 """A continued run may change these without a word: they do not change what it learns."""
 
 

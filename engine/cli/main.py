@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from engine.cli.sampling import parse_sampling_args
 from engine.train.loop import train
 from util.config import dump_yaml
 from util.distributed import DistInfo, init_distributed, shutdown
+from util.failures import first_process_speaks, one_line_errors
 from util.logging import MetricWriter, setup_logging
+from util.output import held_folder, remove_unfinished, require_output_dir, write_text_atomic
 from util.run_info import describe_environment
 from util.signals import StopRequest
 
@@ -31,44 +34,41 @@ def run_main(
 ) -> int:
     """Returns the exit code: 0, or 128 + the number of the signal that stopped the run (after saving).
 
-    Raises SystemExit with one line for a user's mistake; the run folder is untouched then.
+    Raises SystemExit with one line for a user's mistake, the run folder is untouched then, and for what fails later.
     """
-    args, sampling_note = parse_sampling_args(parser, argv)
-    try:
+    with first_process_speaks():
+        args, sampling_note = parse_sampling_args(parser, argv)
+    with one_line_errors(parser.prog, args.debug):
         validate(args)
-        dist = init_distributed(args.device)
+        require_output_dir("--output_dir", args.output_dir)
+        if args.log_dir is not None:
+            require_output_dir("--log_dir", args.log_dir)
+        dist = init_distributed(args.device, args.dist_timeout)
         if args.fsdp and not torch.distributed.is_initialized():
             start = f"start with torchrun --nproc_per_node N {parser.prog} ..."
             raise ValueError(f"--fsdp shards over the processes of torchrun: {start}")
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"{parser.prog}: error: {error}") from error
-    try:
-        return _run_stage(parser.prog, args, build, dist, sampling_note)
-    finally:
+        signum = _run_stage(args, build, dist, sampling_note)
         shutdown()
+    return 0 if signum is None else 128 + signum
 
 
 def _run_stage(
-    program: str,
     args: argparse.Namespace,
     build: Callable[[argparse.Namespace, DistInfo], PreparedRun],
     dist: DistInfo,
     sampling_note: str | None,
-) -> int:
-    """sampling_note: what the log says of sampling options that come from the weights."""
+) -> int | None:
+    """Returns the signal that stopped the run. sampling_note: what the log says of sampling options that come from the
+    weights."""
     setup_logging(None, dist.rank)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    try:
+    with held_folder(args.output_dir) if dist.is_main else nullcontext():
         prepared = build(args, dist)
-    except (ValueError, FileNotFoundError) as error:
-        logger.debug("where it was found", exc_info=True)
-        raise SystemExit(f"{program}: error: {error}") from error
-    if sampling_note is not None:
-        prepared = replace(prepared, notes=(sampling_note, *prepared.notes))
-    with StopRequest() as stop, _open_run_folder(args, prepared, dist) as writer:
-        signum = train(prepared.run, prepared.start, writer, stop)
-    return 0 if signum is None else 128 + signum
+        if sampling_note is not None:
+            prepared = replace(prepared, notes=(sampling_note, *prepared.notes))
+        with StopRequest() as stop, _open_run_folder(args, prepared, dist) as writer:
+            return train(prepared.run, prepared.start, writer, stop)
 
 
 def _open_run_folder(args: argparse.Namespace, prepared: PreparedRun, dist: DistInfo) -> MetricWriter:
@@ -76,9 +76,10 @@ def _open_run_folder(args: argparse.Namespace, prepared: PreparedRun, dist: Dist
     folder = Path(args.output_dir)
     setup_logging(folder, dist.rank)
     if dist.is_main:
+        remove_unfinished(folder, folder / "samples", folder / "rollouts")
         dump_yaml(prepared.args, folder / "args.yaml")
         environment = {**describe_environment(dist.device), "processes": dist.world_size}
-        (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        write_text_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     logger.info("run folder %s, stage '%s', from step %d", folder, prepared.stage, prepared.start.step)
     for note in prepared.notes:
         logger.info("%s", note)

@@ -61,10 +61,6 @@ def _check_run(args: argparse.Namespace) -> None:
         )
     if args.use_cached and args.crop != "center":
         raise ValueError(f"caches hold centre crops: --use_cached does not go with --crop {args.crop}")
-    if not args.output_dir:
-        raise ValueError("--output_dir is empty")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise ValueError(f"--output_dir {args.output_dir} is a file")
 
 
 def _require_paths(args: argparse.Namespace, needed: Sequence[str], optional: Sequence[str]) -> None:

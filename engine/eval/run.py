@@ -35,10 +35,11 @@ from engine.eval.report.page import RESULTS_FORMAT, format_table, write_report
 from engine.eval.targets import EvalSet, Target
 from engine.sample.pipeline import StructMARPipeline
 from models.frozen.vae import LatentCodec
-from util.checkpoint import sha256_tensors, write_atomic
+from util.checkpoint import sha256_tensors
 from util.distributed import DistInfo, barrier, gather_objects
 from util.images import Picture, load_image, to_model_range, to_picture
 from util.logging import progress
+from util.output import write_atomic
 
 logger = logging.getLogger(__name__)
 

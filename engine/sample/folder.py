@@ -21,7 +21,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from engine.checkpoint.identity import Identity
 from models.frozen.text import IGNORED_NAMES, TEXT_PREFIX, ClipTextEncoder
 from models.structmar import StructMAR
-from util.checkpoint import sha256_tensors, write_atomic
+from util.checkpoint import sha256_tensors
+from util.output import write_atomic
 
 RECORD_NAME = "structmar.json"
 PIPELINE_FORMAT = "structmar-pipeline-1"
