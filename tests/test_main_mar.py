@@ -136,7 +136,7 @@ def test_metrics_and_events(finished):
     assert [line["lr"] for line in lines] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])  # warmup: four steps
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
-    assert "loss" in events.Tags()["scalars"]
+    assert "train/loss" in events.Tags()["scalars"]
     assert events.Tags()["images"] == ["samples"]
 
 

@@ -239,11 +239,11 @@ class MetricWriter:
                 self.close()
 
 
-def _without_board_thread(args: threading.ExceptHookArgs) -> None:
+def _without_board_thread(ended: threading.ExceptHookArgs) -> None:
     """TensorBoard hands its thread's OSError on to the next call here: no need to print it as well."""
-    is_told_later = type(args.thread).__name__ == "_AsyncWriterThread" and isinstance(args.exc_value, OSError)
+    is_told_later = type(ended.thread).__name__ == "_AsyncWriterThread" and isinstance(ended.exc_value, OSError)
     if not is_told_later:
-        threading.__excepthook__(args)
+        threading.__excepthook__(ended)
 
 
 def truncate_after(path: str | os.PathLike[str], step: int) -> None:

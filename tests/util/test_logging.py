@@ -83,7 +83,7 @@ def test_metrics_lines_and_board(tmp_path: Path) -> None:
         {"step": 2, "loss": None, "lr": 0.25},
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 0.5)]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 0.5)]
     assert (board.Images("samples")[0].width, board.Images("samples")[0].height) == (6, 4)
 
 
@@ -104,7 +104,7 @@ def test_resumed_run_takes_back_later_lines(tmp_path: Path) -> None:
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1), (2, 2), (3, 30)]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30)]
 
 
 def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
