@@ -52,6 +52,7 @@ from util.distributed import init_distributed
 from util.images import Picture, save_png
 from util.logging import progress, setup_logging
 from util.ranges import Range, nonnegative_int, positive_int
+from util.read import require_text
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ def read_scenes(args: argparse.Namespace, identity: Identity) -> list[Scene]:
         require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
         return scenes_from_dataset(index, identity.config.img_size, args.num_images)
     if not args.layout:
-        scenes = [text_scene(args.prompt)]
+        scenes = [text_scene(require_text(args.prompt, "--prompt"))]
     else:
         scenes = read_layout_file(args.layout, identity.categories, identity.config.max_objects, args.prompt)
     return [scene for scene in scenes for _ in range(args.num_images)]

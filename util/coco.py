@@ -1,4 +1,4 @@
-"""COCO captions and instances of one split, read through pycocotools, validated and filtered.
+"""COCO captions and instances of one split, filtered. What its jsons may hold: util/coco_json.py.
 
 Expects <root>/annotations/instances_<split>.json, captions_<split>.json and the images in <root>/<split>/ under the
 json's own file names, so 2014 (COCO_train2014_000000000009.jpg), 2017 and custom splits all work. Categories come from
@@ -9,20 +9,17 @@ Left out: segmentations, keypoints, "stuff".
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
 
 from util.boxes import Crop, areas, clip_boxes, crop_boxes, plan_center_crop, visibility, xywh_to_xyxy
+from util.coco_json import BoxEntry, CaptionEntry, ImageEntry, read_captions, read_instances
 from util.types import Category
 
 logger = logging.getLogger(__name__)
@@ -134,23 +131,20 @@ def read_split(root: str | Path, split: str, keep_crowd: bool = False, captions_
     captions_path = _annotation_path(Path(root), "captions", split)
     if captions_required:
         _annotation_file(Path(root), "captions", split)
-    instances = _read(instances_path, ("images", "annotations", "categories"), ("bbox", "category_id"))
-    categories = _categories(instances.dataset["categories"], instances_path)
+    instances = read_instances(instances_path)
+    entries = {entry.id: entry for entry in instances.images}
+    captions = read_captions(captions_path) if os.path.isfile(captions_path) else []
     removed: Counter[str] = Counter()
-    caption_of = {}
-    if captions_path.is_file():
-        captions = _read(captions_path, ("annotations",), ("caption",))
-        caption_of = _captions(captions, captions_path, set(instances.imgs), removed)
-    boxes_of = _boxes(instances, instances_path, categories, keep_crowd, removed)
+    caption_of = _captions_by_image(captions, entries, removed)
+    boxes_of = _boxes_by_image(instances.boxes, entries, removed)
+    position_of = {category.id: position for position, category in enumerate(instances.categories)}
     images = []
-    for image_id in sorted(instances.imgs):
-        entry = instances.imgs[image_id]
-        size = _image_size(entry, instances_path)
-        boxes_px, indices, crowd = boxes_of.get(image_id, _NO_BOXES)
-        ids = tuple(caption_id for caption_id, _ in caption_of.get(image_id, ()))
-        texts = tuple(text for _, text in caption_of.get(image_id, ()))
-        images.append(CocoImage(image_id, entry["file_name"], *size, boxes_px, indices, ids, texts, crowd))
-    return CocoSplit(instances_path, categories, tuple(images), removed)
+    for image_id in sorted(entries):
+        entry, own = entries[image_id], caption_of.get(image_id, [])
+        boxes = _placed(boxes_of.get(image_id, []), entry, position_of, keep_crowd, removed)
+        ids, texts = tuple(each.id for each in own), tuple(each.text for each in own)
+        images.append(CocoImage(image_id, entry.file_name, entry.width, entry.height, *boxes[:2], ids, texts, boxes[2]))
+    return CocoSplit(instances_path, instances.categories, tuple(images), removed)
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ class CocoIndex:
         root, filters = Path(root), filters or BoxFilters()
         whole = read_split(root, split, filters.keep_crowd)
         removed = Counter(whole.removed)
-        images = []
+        images, num_kept = [], 0
         for image in whole.images:
             fitted = fit_boxes(image.boxes_px, plan_center_crop(image.width, image.height, img_size), filters)
             if not image.captions:
@@ -184,9 +178,17 @@ class CocoIndex:
             else:
                 removed.update({f"boxes: {rule}": count for rule, count in fitted.removed.items()})
                 removed["images kept although without boxes"] += len(fitted.kept) == 0
+                num_kept += len(fitted.kept)
                 images.append(image)
         if not images:
-            raise ValueError(f"no image of {whole.path} is left: {dict(removed)}")
+            raise ValueError(f"no image of {whole.path} is left: {_counts(removed)}")
+        num_removed = sum(count for reason, count in removed.items() if reason.startswith("boxes: "))
+        if num_removed and num_kept == 0:
+            raise ValueError(
+                f"none of the {num_removed} boxes of {whole.path} is left: {_counts(removed)}; see --min_area "
+                f"{filters.min_area}, --min_visibility {filters.min_visibility}, --keep_crowd {filters.keep_crowd} "
+                f"and the {img_size} px centre crop"
+            )
         _log_summary(whole.path, images, removed)
         return cls(root, split, filters, whole.categories, tuple(images), dict(removed))
 
@@ -210,16 +212,13 @@ class CocoIndex:
                 )
 
 
-_NO_BOXES = (np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
-
-
 def _annotation_path(root: Path, kind: str, split: str) -> Path:
     return root / "annotations" / f"{kind}_{split}.json"
 
 
 def _annotation_file(root: Path, kind: str, split: str) -> Path:
     path = _annotation_path(root, kind, split)
-    if not path.is_file():
+    if not os.path.isfile(path):
         found = sorted(each.name for each in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise FileNotFoundError(
             f"COCO annotations not found: {path}. In {path.parent}: {', '.join(found) or 'no json files'}. "
@@ -228,111 +227,59 @@ def _annotation_file(root: Path, kind: str, split: str) -> Path:
     return path
 
 
-def _read(path: Path, fields: Sequence[str], annotation_fields: Sequence[str]) -> COCO:
-    """A pycocotools index of the file, after a check of what pycocotools takes for granted."""
-    try:
-        dataset = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid json: {error}") from error
-    if not isinstance(dataset, dict):
-        raise ValueError(f"{path} must hold a json object with {list(fields)}, got a {type(dataset).__name__}")
-    for field in fields:
-        if not isinstance(dataset.get(field), list):
-            raise ValueError(f"{path} has no list {field!r}; it holds {sorted(dataset)}")
-        _require(dataset[field], ("id",), f"{path}: {field}")
-    _require(dataset["annotations"], ("image_id", *annotation_fields), f"{path}: annotations")
-    for field in fields:
-        _unique([entry["id"] for entry in dataset[field]], f"{path}: {field}")
-    index = COCO()
-    index.dataset = dataset
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        index.createIndex()
-    logger.debug("pycocotools on %s: %s", path, " ".join(said.getvalue().split()))
-    return index
-
-
-def _require(entries: Sequence[Any], fields: Sequence[str], where: str) -> None:
-    for position, entry in enumerate(entries):
-        if not isinstance(entry, dict) or any(field not in entry for field in fields):
-            raise ValueError(f"{where}[{position}] must have {list(fields)}, got {str(entry)[:200]}")
-
-
-def _unique(ids: Sequence[int], where: str) -> None:
-    if len(set(ids)) != len(ids):
-        twice = next(each for each, count in Counter(ids).items() if count > 1)
-        raise ValueError(f"{where}: id {twice} occurs more than once")
-
-
-def _categories(entries: Sequence[dict[str, Any]], path: Path) -> tuple[Category, ...]:
-    _require(entries, ("id", "name"), f"{path}: categories")
-    return tuple(sorted((Category(entry["id"], entry["name"]) for entry in entries), key=lambda each: each.id))
-
-
-def _image_size(entry: dict[str, Any], path: Path) -> tuple[int, int]:
-    _require([entry], ("file_name", "width", "height"), f"{path}: images, id {entry['id']}")
-    if entry["width"] < 1 or entry["height"] < 1:
-        raise ValueError(f"{path}: image {entry['id']} has size {entry['width']}x{entry['height']}")
-    return entry["width"], entry["height"]
-
-
-def _captions(index: COCO, path: Path, image_ids: set[int], removed: Counter[str]) -> dict[int, list[tuple[int, str]]]:
-    """Image id -> its captions as (id, text with single spaces), sorted by id."""
-    captions: dict[int, list[tuple[int, str]]] = {}
-    for entry in sorted(index.dataset["annotations"], key=lambda each: each["id"]):
-        if not isinstance(entry["caption"], str):
-            raise ValueError(f"{path}: caption {entry['id']} must be a string, got {entry['caption']!r}")
-        text = " ".join(entry["caption"].split())
-        if entry["image_id"] not in image_ids:
+def _captions_by_image(
+    captions: Sequence[CaptionEntry], entries: Mapping[int, ImageEntry], removed: Counter[str]
+) -> dict[int, list[CaptionEntry]]:
+    """Those that say something about listed images."""
+    found: dict[int, list[CaptionEntry]] = {}
+    for caption in captions:
+        if caption.image_id not in entries:
             removed["captions of unlisted images"] += 1
-        elif not text:
+        elif not caption.text:
             removed["empty captions"] += 1
         else:
-            captions.setdefault(entry["image_id"], []).append((entry["id"], text))
-    return captions
+            found.setdefault(caption.image_id, []).append(caption)
+    return found
 
 
-def _boxes(
-    index: COCO, path: Path, categories: Sequence[Category], keep_crowd: bool, removed: Counter[str]
-) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Image id -> boxes_px [n, 4], contiguous categories [n], crowd [n]; no crowds (unless kept), none degenerate."""
-    position_of = {category.id: position for position, category in enumerate(categories)}
-    collected = {}
-    for image_id, entries in index.imgToAnns.items():
-        if image_id not in index.imgs:
-            removed["boxes: unlisted image"] += len(entries)
-            continue
-        for entry in entries:
-            _check_annotation(entry, position_of, path)
-        kept = [entry for entry in entries if keep_crowd or not entry.get("iscrowd", 0)]
-        removed["boxes: crowd"] += len(entries) - len(kept)
-        if not kept:
-            continue
-        boxes_xywh = np.array([entry["bbox"] for entry in kept], dtype=np.float64)
-        size = _image_size(index.imgs[image_id], path)
-        boxes_px = clip_boxes(xywh_to_xyxy(boxes_xywh), *size)
-        solid = (boxes_xywh[:, 2:] > 0).all(axis=1) & (areas(boxes_px) > 0)
-        removed["boxes: degenerate"] += int((~solid).sum())
-        indices = np.array([position_of[entry["category_id"]] for entry in kept], dtype=np.int64)
-        crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in kept])
-        collected[image_id] = (boxes_px[solid], indices[solid], crowd[solid])
-    return collected
+def _boxes_by_image(
+    boxes: Sequence[BoxEntry], entries: Mapping[int, ImageEntry], removed: Counter[str]
+) -> dict[int, list[BoxEntry]]:
+    found: dict[int, list[BoxEntry]] = {}
+    for box in boxes:
+        if box.image_id in entries:
+            found.setdefault(box.image_id, []).append(box)
+        else:
+            removed["boxes: unlisted image"] += 1
+    return found
 
 
-def _check_annotation(entry: dict[str, Any], position_of: Mapping[int, int], path: Path) -> None:
-    if entry["category_id"] not in position_of:
-        raise ValueError(
-            f"{path}: annotation {entry['id']} has category_id {entry['category_id']}, "
-            f"which is none of the {len(position_of)} ids in 'categories'"
-        )
-    box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
-        raise ValueError(f"{path}: annotation {entry['id']} must have a bbox [x, y, width, height], got {box!r}")
+def _placed(
+    boxes: Sequence[BoxEntry],
+    image: ImageEntry,
+    position_of: Mapping[int, int],
+    keep_crowd: bool,
+    removed: Counter[str],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """-> boxes_px [n, 4], contiguous categories [n], crowd [n]; no crowds (unless kept), none degenerate."""
+    kept = [box for box in boxes if keep_crowd or not box.is_crowd]
+    removed["boxes: crowd"] += len(boxes) - len(kept)
+    boxes_xywh = np.array([box.bbox for box in kept], dtype=np.float64).reshape(-1, 4)
+    with np.errstate(over="ignore"):  # two huge numbers; the edge of the image is nearer
+        boxes_px = clip_boxes(xywh_to_xyxy(boxes_xywh), image.width, image.height)
+    solid = (boxes_xywh[:, 2:] > 0).all(axis=1) & (areas(boxes_px) > 0)
+    removed["boxes: degenerate"] += int((~solid).sum())
+    indices = np.array([position_of[box.category_id] for box in kept], dtype=np.int64)
+    crowd = np.array([box.is_crowd for box in kept], dtype=bool)
+    return boxes_px[solid], indices[solid], crowd[solid]
 
 
 def _log_summary(path: Path, images: Sequence[CocoImage], removed: Mapping[str, int]) -> None:
     num_boxes = sum(len(image.boxes_px) for image in images)
     num_captions = sum(len(image.captions) for image in images)
-    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(removed.items()) if count)
     logger.info("%s: %d images, %d captions, %d boxes before the crop", path, len(images), num_captions, num_boxes)
-    logger.info("%s: left out or noted (crop rules for the centre crop): %s", path, counts or "nothing")
+    logger.info("%s: left out or noted (crop rules for the centre crop): %s", path, _counts(removed) or "nothing")
+
+
+def _counts(removed: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(removed.items()) if count)

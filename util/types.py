@@ -20,6 +20,20 @@ class Category:
     name: str
 
 
+def require_distinct(categories: Sequence[Category], where: str) -> None:
+    """Raises ValueError that begins with `where` if two categories have one id or one name."""
+    for field in ("id", "name"):
+        seen: dict[object, Category] = {}
+        for category in categories:
+            value = category.id if field == "id" else category.name
+            other = seen.setdefault(value, category)
+            if other is not category:
+                raise ValueError(
+                    f"{where}: two categories have the {field} {value!r}: {other.id} {other.name!r} and "
+                    f"{category.id} {category.name!r}"
+                )
+
+
 @dataclass(frozen=True)
 class Layout:
     """The boxes of one image.

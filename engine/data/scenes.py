@@ -9,7 +9,6 @@ Every mistake is one ValueError that names the file, the entry, the object and t
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,12 @@ import torch
 from engine.data.coco import make_layout
 from util.boxes import plan_center_crop
 from util.coco import CocoIndex
+from util.read import read_json, require_text, short_path, short_repr
 from util.types import Category, Layout
 
 ENTRY_KEYS = ("prompt", "objects")
 OBJECT_KEYS = ("label", "bbox")
+MAX_WORD = 60  # of a misspelt word that is compared with the known ones: the comparison is quadratic
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,11 @@ def read_layout_file(
 
     Raises FileNotFoundError for a missing file, ValueError for whatever is wrong inside it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"layout file {path} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"layout file {path} is not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"layout file {path} is not valid JSON: {error}") from error
+    content, where = read_json(path, "layout file"), f"layout file {short_path(path)}"
     entries = content if isinstance(content, list) else [content]
     if not entries:
-        raise ValueError(f"layout file {path} holds an empty list: there is nothing to generate")
-    return [
-        read_entry(entry, f"layout file {path}, entry {i}", categories, max_objects, prompt)
-        for i, entry in enumerate(entries)
-    ]
+        raise ValueError(f"{where} holds an empty list: there is nothing to generate")
+    return [read_entry(entry, f"{where}, entry {i}", categories, max_objects, prompt) for i, entry in enumerate(entries)]
 
 
 def scenes_from_dataset(index: CocoIndex, img_size: int, num_scenes: int) -> list[Scene]:
@@ -105,18 +95,19 @@ def read_entry(
     """One entry of a layout file, wherever it comes from: errors begin with `where`. `prompt` replaces its own."""
     indices = {category.name: index for index, category in enumerate(categories)}
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: must be an object with the keys {list(ENTRY_KEYS)}, got {_short(entry)}")
+        raise ValueError(f"{where}: must be an object with the keys {list(ENTRY_KEYS)}, got {short_repr(entry)}")
     _refuse_unknown_keys(entry, ENTRY_KEYS, where)
     prompt = entry.get("prompt") if prompt is None else prompt
     if prompt is None:
         raise ValueError(f"{where}: 'prompt' is missing; write it in the file or pass --prompt")
-    if not isinstance(prompt, str):
-        raise ValueError(f"{where}: 'prompt' must be a string, got {_short(prompt)}")
+    require_text(prompt, f"{where}: 'prompt'")
+    if prompt and not prompt.strip():
+        raise ValueError(f"{where}: 'prompt' is blank, got {short_repr(prompt)}; an empty one (\"\") stands for no text")
     if "objects" not in entry:
         raise ValueError(f"{where}: 'objects' is missing; it lists {{'label': ..., 'bbox': [x0, y0, x1, y1]}}")
     objects = entry["objects"]
     if not isinstance(objects, list):
-        raise ValueError(f"{where}: 'objects' must be a list, got {_short(objects)}")
+        raise ValueError(f"{where}: 'objects' must be a list, got {short_repr(objects)}")
     if len(objects) > max_objects:
         raise ValueError(f"{where}: {len(objects)} objects, but the checkpoint places at most {max_objects}")
     parsed = [_read_object(item, f"{where}, object {i}", indices) for i, item in enumerate(objects)]
@@ -129,53 +120,48 @@ def read_entry(
 
 def _read_object(item: Any, where: str, indices: dict[str, int]) -> tuple[str, list[float]]:
     if not isinstance(item, dict):
-        raise ValueError(f"{where}: must be an object with the keys {list(OBJECT_KEYS)}, got {_short(item)}")
+        raise ValueError(f"{where}: must be an object with the keys {list(OBJECT_KEYS)}, got {short_repr(item)}")
     _refuse_unknown_keys(item, OBJECT_KEYS, where)
     for key in OBJECT_KEYS:
         if key not in item:
-            raise ValueError(f"{where}: '{key}' is missing, got {_short(item)}")
+            raise ValueError(f"{where}: '{key}' is missing, got {short_repr(item)}")
     label = item["label"]
     if not isinstance(label, str):
-        raise ValueError(f"{where}: 'label' must be a string, got {_short(label)}")
+        raise ValueError(f"{where}: 'label' must be a string, got {short_repr(label)}")
     if label not in indices:
-        raise ValueError(f"{where}: unknown label '{label}'; {_suggest(label, list(indices))}")
+        raise ValueError(f"{where}: unknown label {short_repr(label)}; {_suggest(label, list(indices))}")
     return label, _read_box(item["bbox"], f"{where} ('{label}')")
 
 
 def _read_box(box: Any, where: str) -> list[float]:
     if not isinstance(box, list) or len(box) != 4:
-        raise ValueError(f"{where}: 'bbox' must be four numbers [x0, y0, x1, y1], got {_short(box)}")
+        raise ValueError(f"{where}: 'bbox' must be four numbers [x0, y0, x1, y1], got {short_repr(box)}")
     for name, value in zip(("x0", "y0", "x1", "y1"), box, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{where}: 'bbox' {name} must be a number, got {_short(value)} in {_short(box)}")
+            raise ValueError(f"{where}: 'bbox' {name} must be a number, got {short_repr(value)} in {short_repr(box)}")
         if not 0 <= value <= 1:  # also refuses NaN
             raise ValueError(
-                f"{where}: 'bbox' {name} = {_short(value)} is not in [0, 1] in {_short(box)}; "
+                f"{where}: 'bbox' {name} = {short_repr(value)} is not in [0, 1] in {short_repr(box)}; "
                 "boxes are fractions of the image's width and height"
             )
     x0, y0, x1, y1 = torch.tensor(box, dtype=torch.float32).tolist()
     if x0 >= x1:
-        raise ValueError(f"{where}: 'bbox' needs x0 < x1, got x0 = {box[0]}, x1 = {box[2]} in {_short(box)}")
+        raise ValueError(f"{where}: 'bbox' needs x0 < x1, got x0 = {box[0]}, x1 = {box[2]} in {short_repr(box)}")
     if y0 >= y1:
-        raise ValueError(f"{where}: 'bbox' needs y0 < y1, got y0 = {box[1]}, y1 = {box[3]} in {_short(box)}")
+        raise ValueError(f"{where}: 'bbox' needs y0 < y1, got y0 = {box[1]}, y1 = {box[3]} in {short_repr(box)}")
     return [x0, y0, x1, y1]
 
 
 def _refuse_unknown_keys(entry: dict[str, Any], allowed: Sequence[str], where: str) -> None:
     for key in entry:
         if key not in allowed:
-            raise ValueError(f"{where}: unknown key '{key}'; {_suggest(key, list(allowed))}")
+            raise ValueError(f"{where}: unknown key {short_repr(key)}; {_suggest(key, list(allowed))}")
 
 
 def _suggest(word: str, known: list[str]) -> str:
     lowered = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), list(lowered), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(word[:MAX_WORD].lower(), list(lowered), n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{lowered[name]}'" for name in close) + "?"
     listed = ", ".join(known[:100])
     return f"known: {listed}" + ("" if len(known) <= 100 else f", ... ({len(known)} in all)")
-
-
-def _short(value: Any, limit: int = 120) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."

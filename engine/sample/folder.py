@@ -23,6 +23,7 @@ from models.frozen.text import IGNORED_NAMES, TEXT_PREFIX, ClipTextEncoder
 from models.structmar import StructMAR
 from util.checkpoint import sha256_tensors
 from util.output import write_atomic
+from util.read import read_json
 
 RECORD_NAME = "structmar.json"
 PIPELINE_FORMAT = "structmar-pipeline-1"
@@ -48,10 +49,7 @@ class FolderRecord:
             raise FileNotFoundError(f"pipeline folder {path.parent} does not exist (nothing is downloaded)")
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent} is no pipeline folder: it has no {RECORD_NAME}")
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        entries = read_json(path, "pipeline record")
         if not isinstance(entries, dict) or not isinstance(entries.get("contents", {}), dict):
             raise ValueError(f"{path} must hold a json object with an object of contents, got {str(entries)[:60]}")
         if entries.get("format") != PIPELINE_FORMAT:

@@ -34,7 +34,7 @@ from models.frozen.detections import DetectorSettings as DetectorSettings
 from models.frozen.detections import coco_categories
 from models.frozen.onnx_detector import OnnxDetector
 from util.checkpoint import load_plain, sha256_file
-from util.types import Category
+from util.types import Category, require_distinct
 
 SMALL = "fasterrcnn_mini"
 SMALL_FPN = "fasterrcnn_mini_fpn"
@@ -306,6 +306,7 @@ def _read_described(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, T
         ) from error
     if not categories or min(category.id for category in categories) < 1:
         raise ValueError(f"{file}: categories need ids from 1 on, got {[category.id for category in categories]}")
+    require_distinct(categories, str(file))
     return dict(content["model"]), arch, dict(enumerate(categories, start=1))
 
 

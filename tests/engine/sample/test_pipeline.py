@@ -311,7 +311,7 @@ def test_folders_that_are_none(folder, tmp_path):
     with pytest.raises(ValueError, match=r"structmar\.json has format 'structmar-pipeline-9', this version reads"):
         StructMARPipeline.from_pretrained(other)
     (other / "structmar.json").write_text("{")
-    with pytest.raises(ValueError, match=r"structmar\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"structmar\.json is not valid JSON"):
         StructMARPipeline.from_pretrained(other)
 
 
