@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from util.boxes import Crop, halved_sizes, plan_center_crop
+from util.labels import Corners, place_labels
 from util.output import write_atomic
 from util.picture_files import load_image, picture_size
 
@@ -80,39 +81,31 @@ def draw_boxes(
     for color, thickness in ((WHITE, line + 2), (BLACK, line)):
         for x0, y0, x1, y1 in corners:
             cv2.rectangle(canvas, (x0, y0), (x1, y1), color, thickness, cv2.LINE_AA)
-    taken: list[tuple[int, int, int, int]] = []
-    for corner, label in zip(corners, labels, strict=True):
-        taken.append(_draw_label(canvas, label, corner, taken))
+    style = _label_style(min(height, width))
+    plates = place_labels(corners, [_plate_size(label, *style) for label in labels], (width, height))
+    for plate, label in zip(plates, labels, strict=True):
+        _draw_label(canvas, label, plate, *style)
     return canvas
 
 
-def _draw_label(
-    canvas: Picture, label: str, box: tuple[int, int, int, int], taken: Sequence[tuple[int, int, int, int]]
-) -> tuple[int, int, int, int]:
-    """White text on a black plate at the box's upper or lower edge; returns the plate's corners. Changes `canvas`."""
-    height, width = canvas.shape[:2]
-    scale = max(0.35, min(height, width) / 900)
-    thickness = max(1, round(2 * scale))
-    (text_width, text_height), baseline = cv2.getTextSize(label, FONT, scale, thickness)
-    pad = max(2, round(FONT_PX * scale / 5))
-    plate_width, plate_height = text_width + 2 * pad, text_height + baseline + 2 * pad
-    x0, y0, x1, y1 = box
-    places = [(x, y) for y in (y0 - plate_height, y0, y1 - plate_height, y1) for x in (x0, x1 - plate_width)]
-    inside = [(_clamp(x, width - plate_width), _clamp(y, height - plate_height)) for x, y in places]
-    plates = [(x, y, x + plate_width, y + plate_height) for x, y in inside]
-    plate = next((each for each in plates if not any(_overlap(each, other) for other in taken)), plates[0])
+def _label_style(side: int) -> tuple[float, int, int]:
+    """OpenCV's font scale and line thickness, and the room around a text in px, for a picture of this side."""
+    scale = max(0.35, side / 900)
+    return scale, max(1, round(2 * scale)), max(2, round(FONT_PX * scale / 5))
+
+
+def _plate_size(label: str, scale: float, thickness: int, pad: int) -> tuple[int, int]:
+    (width, height), baseline = cv2.getTextSize(label, FONT, scale, thickness)
+    return width + 2 * pad, height + baseline + 2 * pad
+
+
+def _draw_label(canvas: Picture, label: str, plate: Corners[int], scale: float, thickness: int, pad: int) -> None:
+    """White text on a black plate. Changes `canvas`."""
     cv2.rectangle(canvas, plate[:2], plate[2:], BLACK, cv2.FILLED)
-    origin = (plate[0] + pad, plate[1] + pad + text_height)
-    cv2.putText(canvas, label, origin, FONT, scale, WHITE, thickness, cv2.LINE_AA)
-    return plate
-
-
-def _clamp(value: int, high: int) -> int:
-    return max(0, min(value, high))
-
-
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    text_height = cv2.getTextSize(label, FONT, scale, thickness)[0][1]
+    cv2.putText(
+        canvas, label, (plate[0] + pad, plate[1] + pad + text_height), FONT, scale, WHITE, thickness, cv2.LINE_AA
+    )
 
 
 def make_grid(pictures: Sequence[Picture], columns: int, pad: int = 4) -> Picture:

@@ -19,6 +19,7 @@ from engine.data.scenes import Scene
 from engine.sample.grid import GRID_CELL, GRID_GAP, caption_bands, caption_font_size
 from models.frozen.detections import Detections
 from util.images import WHITE, Picture, make_grid
+from util.labels import Corners, place_labels
 from util.types import Category
 
 WANTED = (20, 90, 220)
@@ -27,7 +28,7 @@ UNSURE = (250, 190, 130)
 SURE_SCORE = 0.3  # from here on a detection gets its label: more labels than that cover the picture
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-Corners = tuple[int, int, int, int]
+Labelled = tuple[Corners[int], str]
 
 
 def rollout_grid(
@@ -84,16 +85,16 @@ def draw_sample(
     for corners, score in sorted(zip(detected, scores, strict=True), key=lambda pair: pair[1]):  # the best on top
         draw.rectangle(corners, outline=DETECTED if score >= SURE_SCORE else UNSURE, width=line)
     font = ImageFont.load_default(max(10, canvas.width // 24))
-    taken: list[Corners] = []
-    for corners, label in zip(wanted, scene.names, strict=True):
-        taken.append(_label(draw, label, corners, WANTED, font, taken))
-    for corners, kind, score in zip(detected, kinds, scores, strict=True):
-        if score >= SURE_SCORE:
-            taken.append(_label(draw, f"{kind} {score:.2f}", corners, DETECTED, font, taken, below=True))
+    sure = [
+        (box, f"{kind} {score:.2f}")
+        for box, kind, score in zip(detected, kinds, scores, strict=True)
+        if score >= SURE_SCORE
+    ]
+    _draw_labels(draw, [*zip(wanted, scene.names, strict=True)], sure, font)
     return np.asarray(canvas)
 
 
-def _corners(boxes_px: Tensor, canvas: Image.Image, scale: int) -> list[Corners]:
+def _corners(boxes_px: Tensor, canvas: Image.Image, scale: int) -> list[Corners[int]]:
     """Boxes of the image as corners on its enlargement, within it and at least a pixel wide."""
     corners = []
     for x0, y0, x1, y1 in (boxes_px.float().cpu() * scale).round().int().tolist():
@@ -103,35 +104,19 @@ def _corners(boxes_px: Tensor, canvas: Image.Image, scale: int) -> list[Corners]
     return corners
 
 
-def _label(
-    draw: ImageDraw.ImageDraw,
-    label: str,
-    box: Corners,
-    color: tuple[int, int, int],
-    font: Font,
-    taken: Sequence[Corners],
-    below: bool = False,
-) -> Corners:
-    """White text on a plate at the box, inside the picture; the first place that covers no earlier plate, else the
-    first of all. Returns the plate."""
-    x0, y0, x1, y1 = box
-    left, top, right, bottom = (math.ceil(side) for side in font.getbbox(label))
-    plate_width, plate_height = right - left + 4, bottom - top + 4
-    rows = (y0 - plate_height, y0, y1 - plate_height, y1 + 1)
-    plates = []
-    for y in reversed(rows) if below else rows:
-        for x in (x0, x1 - plate_width + 1):
-            x_in = max(0, min(x, draw.im.size[0] - plate_width))
-            y_in = max(0, min(y, draw.im.size[1] - plate_height))
-            plates.append((x_in, y_in, x_in + plate_width - 1, y_in + plate_height - 1))
-    plate = next((each for each in plates if not any(_overlap(each, other) for other in taken)), plates[0])
-    draw.rectangle(plate, fill=color)
-    draw.text((plate[0] + 2 - left, plate[1] + 2 - top), label, fill=WHITE, font=font)
-    return plate
-
-
-def _overlap(one: Corners, other: Corners) -> bool:
-    return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
+def _draw_labels(
+    draw: ImageDraw.ImageDraw, wanted: Sequence[Labelled], detected: Sequence[Labelled], font: Font
+) -> None:
+    """White texts on plates; wanted boxes' begin their search at the upper edge, detected ones' at the lower one."""
+    both = [*wanted, *detected]
+    insides = [tuple(math.ceil(side) for side in font.getbbox(label)) for _, label in both]  # left, top, right, bottom
+    sizes = [(right - left + 4, bottom - top + 4) for left, top, right, bottom in insides]
+    is_detected = [index >= len(wanted) for index in range(len(both))]
+    outer = [(x0, y0, x1 + 1, y1 + 1) for (x0, y0, x1, y1), _ in both]
+    plates = place_labels(outer, sizes, draw.im.size, is_detected)
+    for (x0, y0, x1, y1), (left, top, *_), (_, label), below in zip(plates, insides, both, is_detected, strict=True):
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=DETECTED if below else WANTED)
+        draw.text((x0 + 2 - left, y0 + 2 - top), label, fill=WHITE, font=font)
 
 
 def _legend(width: int, cell_width: int) -> Picture:

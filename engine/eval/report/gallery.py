@@ -19,11 +19,12 @@ from PIL import Image
 
 from engine.eval.report.charts import format_number
 from util.images import Picture
+from util.labels import Corners, place_labels
 from util.rng import generator
 
 Entry = dict[str, Any]  # one line of per_image.jsonl
 PictureOf = Callable[[Entry], Picture | None]
-Plate = tuple[float, float, float, float]  # x0, y0, x1, y1
+Plate = Corners[float]
 
 CASES = 8  # of each kind: 24 pictures for a row
 VIEW = 256.0  # width of the drawing; lengths below are in its units
@@ -127,7 +128,7 @@ def case_svg(entry: Entry, picture: Picture | None, resolution: int | None) -> s
             f'<svg class="case" viewBox="0 0 {VIEW:g} {view[1]:.1f}" role="img" aria-label="{escape(name)}">',
             ground,
             *(_outline(box) for box in boxes),
-            *(_label(box, plate) for box, plate in zip(boxes, place_labels(boxes, view), strict=True)),
+            *(_label(box, plate) for box, plate in zip(boxes, _plates(boxes, view), strict=True)),
             "</svg>",
         ]
     )
@@ -182,6 +183,12 @@ def _outline(box: _Box) -> str:
     )
 
 
+def _plates(boxes: Sequence[_Box], view: tuple[float, float]) -> list[Plate]:
+    """Labels of wanted boxes begin their search at the upper edge, detected ones' at the lower one."""
+    sizes = [(len(box.label) * CHAR_WIDTH + 6, PLATE_HEIGHT) for box in boxes]
+    return place_labels([box.corners for box in boxes], sizes, view, [not box.is_wanted for box in boxes])
+
+
 def _label(box: _Box, plate: Plate) -> str:
     x0, y0, x1, y1 = plate
     kind = "wanted" if box.is_wanted else "detected"
@@ -189,33 +196,6 @@ def _label(box: _Box, plate: Plate) -> str:
         f'<g class="{kind}-label"><rect x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}" rx="2"/>'
         f'<text x="{x0 + 3:.1f}" y="{y1 - 4:.1f}">{escape(box.label)}</text></g>'
     )
-
-
-def place_labels(boxes: Sequence[_Box], view: tuple[float, float]) -> list[Plate]:
-    """A plate per label, inside the view, free of earlier ones where it can be.
-
-    Wanted labels try their box's upper edge first, detected ones its lower edge.
-    """
-    plates: list[Plate] = []
-    for box in boxes:
-        x0, y0, x1, y1 = box.corners
-        width = len(box.label) * CHAR_WIDTH + 6
-        heights = (y0 - PLATE_HEIGHT, y0, y1 - PLATE_HEIGHT, y1)
-        rows = heights if box.is_wanted else heights[::-1]
-        columns = (x0, x1 - width) if box.is_wanted else (x1 - width, x0)
-        places = [_inside(x, y, width, view) for y in rows for x in columns]
-        plates.append(min(places, key=lambda place: sum(_overlap(place, other) for other in plates)))
-    return plates
-
-
-def _inside(x: float, y: float, width: float, view: tuple[float, float]) -> Plate:
-    x, y = max(0.0, min(x, view[0] - width)), max(0.0, min(y, view[1] - PLATE_HEIGHT))
-    return x, y, x + width, y + PLATE_HEIGHT
-
-
-def _overlap(a: Plate, b: Plate) -> float:
-    """Area that both cover."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def _identity(entry: Entry) -> str:
