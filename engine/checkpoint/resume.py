@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from engine.checkpoint.files import CHECKPOINT_FORMAT, MAR_STAGE, identity_of, read_weights_file
 from engine.checkpoint.identity import Identity, require_same_identity
 from engine.train.parallel import gathered
-from engine.train.state import Position, TrainState
+from engine.train.state import Course, Position, TrainState
 from models.structmar import StructMAR
 from models.weights import LoadReport, is_mar_state, load_mar_weights, load_structmar_weights
 from util.checkpoint import LAST_NAME, resolve_checkpoint
@@ -51,7 +51,9 @@ class Source:
     def position(self) -> Position:
         if self.kind != "continue":
             return Position()
-        return Position(self.state["epoch"], self.state["step"], self.state["batch_in_epoch"])
+        state = self.state
+        images = state.get("images_in_epoch", state["batch_in_epoch"] * state["global_batch"])  # once in batches alone
+        return Position(state["epoch"], state["step"], images)
 
 
 def find_source(output_dir: str | Path, resume: str, auto_resume: bool, stage: str) -> Source:
@@ -68,6 +70,10 @@ def find_source(output_dir: str | Path, resume: str, auto_resume: bool, stage: s
                 f"{own} was written by stage '{state['stage']}', this run is stage '{stage}' and would overwrite it: "
                 f"choose another --output_dir (and pass --resume {own} to start from it)"
             )
+        own_names = (own.resolve(), own.parent.resolve())
+        if resume and resume != state["args"].get("resume") and Path(resume).resolve() not in own_names:
+            logger.warning("--resume %s is not read: %s is continued; for the former choose another --output_dir, or "
+                           "--no_auto_resume, which overwrites the latter", resume, own)  # fmt: skip
         return Source("continue", own, state)
     if not resume:
         return Source("scratch", None, {})
@@ -107,8 +113,8 @@ def load_weights(model: StructMAR, source: Source, stage: str) -> LoadReport | N
     kinds = "EMA weights" if averaged else "weights"
     if source.kind == "continue":
         position = source.position
-        logger.warning("continuing stage '%s' from %s at epoch %d, step %d (batch %d of the epoch)",
-                       stage, source.path, position.epoch, position.step, position.batch)  # fmt: skip
+        logger.warning("continuing stage '%s' from %s at epoch %d, step %d (image %d of the epoch)",
+                       stage, source.path, position.epoch, position.step, position.images)  # fmt: skip
     else:
         logger.info("starting stage '%s' at epoch 0 with a fresh optimizer from the %s of %s (%s)",
                     stage, kinds, source.path, _describe(state))  # fmt: skip
@@ -143,18 +149,37 @@ def restore(state: TrainState, source: Source) -> None:
         raise ValueError(f"{source.path}: {error}") from error
 
 
-def resumed_position(source: Source, global_batch: int, accum_iter: int, steps_per_epoch: int) -> Position:
-    """Where training goes on. With other batch sizes than the file's, the epoch continues after about as many images,
-    at a whole step."""
-    at, batch = source.position, source.position.batch
-    if source.kind == "continue" and source.state["global_batch"] != global_batch:
-        batch = batch * source.state["global_batch"] // global_batch
-        logger.warning("%s was written with %d images per pass, here are %d: epoch %d goes on at batch %d",
-                       source.path, source.state["global_batch"], global_batch, at.epoch, batch)  # fmt: skip
-    step_of_epoch = batch // accum_iter
-    if step_of_epoch >= steps_per_epoch:
-        return Position(at.epoch + 1, at.step, 0)
-    return Position(at.epoch, at.step, step_of_epoch * accum_iter)
+def resumed_position(source: Source, course: Course) -> Position:
+    """Where training goes on: after as many images of the epoch as were seen, whatever the batches were and are."""
+    return course.entered(source.position)
+
+
+def log_continuation(source: Source, course: Course, global_batch: int) -> None:
+    """Says what a continued run does that one without a stop would not have done, and where nothing is left to do."""
+    if source.kind != "continue":
+        return
+    at, before = source.position, source.state["global_batch"]
+    start = resumed_position(source, course)
+    if before != global_batch:
+        logger.warning(
+            "%s was written with %d images per pass, here are %d: epoch %d goes on after its first %d images, the run "
+            "ends after %d epochs as before; what is drawn at random differs",
+            source.path, before, global_batch, at.epoch, at.images, course.epochs,
+        )  # fmt: skip
+    if at.images and start.epoch > at.epoch:
+        logger.warning("the last %d images of epoch %d do not fill a step of %d and are left out",
+                       max(0, course.images - at.images), at.epoch, course.images_per_step)  # fmt: skip
+    if course.is_finished(start):
+        logger.warning(
+            "nothing is left to do: %s has done %d epochs and %d steps, asked for are %s: raise them to go on, or, to "
+            "start afresh from its weights, export them (python -m scripts.export_weights) and --resume the export",
+            source.path, start.epoch, start.step, _describe_end(course),
+        )  # fmt: skip
+
+
+def _describe_end(course: Course) -> str:
+    steps = "" if course.max_steps is None else f" and at most {course.max_steps} steps"
+    return f"{course.epochs} (--epochs){steps}"
 
 
 def log_changed_args(source: Source, args: Mapping[str, Any], ignored: tuple[str, ...]) -> None:
@@ -181,7 +206,8 @@ def checkpoint_content(
         "model_ema": gathered(state.ema.state_dict()),
         "optimizer": optimizer,
         "epoch": position.epoch,
-        "batch_in_epoch": position.batch,
+        "images_in_epoch": position.images,
+        "batch_in_epoch": position.images // global_batch,
         "global_batch": global_batch,
         "args": dict(args),
         **replace(identity, stage=stage, step=position.step).to_dict(),

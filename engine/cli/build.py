@@ -30,6 +30,7 @@ from engine.checkpoint.resume import (
     find_source,
     load_weights,
     log_changed_args,
+    log_continuation,
     restore,
     resumed_position,
 )
@@ -43,7 +44,7 @@ from engine.eval.online import OnlineEvaluation
 from engine.eval.profiles import load_profile
 from engine.eval.targets import EvalSet, load_eval_set
 from engine.sample.pipeline import StructMARPipeline
-from engine.train.loop import Step, TrainConfig, TrainingRun
+from engine.train.loop import Step, TrainConfig, TrainingRun, course_of
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import compile_parts, shard, wrap
 from engine.train.state import Position, TrainState
@@ -220,6 +221,10 @@ class Parts:
     def config(self) -> StructMARConfig:
         return self.identity.config
 
+    def start(self, config: TrainConfig) -> Position:
+        """Where a run of that length goes on."""
+        return resumed_position(self.source, course_of(config, len(self.dataset), self.sampler.global_batch))
+
 
 def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     """Raises ValueError or FileNotFoundError, naming what is missing or does not fit."""
@@ -326,7 +331,7 @@ def prepare_run(
     dist, stage = parts.dist, parts.stage.name
     pin_memory = args.pin_mem and dist.device.type == "cuda"
     batches = coco_batches(parts.dataset, parts.sampler, parts.config.max_objects, args.num_workers, pin_memory)
-    global_batch = args.batch_size * dist.world_size
+    global_batch = parts.sampler.global_batch
     run = TrainingRun(
         config=config,
         state=state,
@@ -338,11 +343,12 @@ def prepare_run(
         preview=preview,
         evaluate=evaluate,
     )
+    start, course = parts.start(config), run.course
+    log_continuation(parts.source, course, global_batch)
     size = (
-        f"{len(parts.dataset)} images, {run.steps_per_epoch} steps per epoch, {run.total_steps} steps in all, "
-        f"{dist.world_size} processes on {dist.device}"
+        f"{len(parts.dataset)} images, {course.steps_per_epoch} steps per epoch, "
+        f"{start.step + course.steps_left(start)} steps in all, {dist.world_size} processes on {dist.device}"
     )
-    start = resumed_position(parts.source, global_batch, args.accum_iter, run.steps_per_epoch)
     return PreparedRun(run, start, stage, parts.flags, (size, *notes))
 
 

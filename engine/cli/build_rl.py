@@ -44,7 +44,7 @@ from engine.rl.rewards import LayoutReward, Quality, RewardSettings, RewardWeigh
 from engine.rl.rollout import RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
 from engine.sample.pipeline import StructMARPipeline
-from engine.train.loop import TrainConfig
+from engine.train.loop import TrainConfig, course_of
 from engine.train.parallel import gathered
 from engine.train.state import TrainState
 from models.build import build_model
@@ -79,7 +79,8 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     worker = RolloutWorker(
         pipeline, reward, parts.sampling, args.group_size, estimator.needs_trace, args.precision, args.seed
     )
-    updates = num_updates(args, parts)
+    train_config = rl_train_config(args)
+    updates = num_updates(parts, train_config)
     make_inputs = coco_inputs(args, parts) if args.rl_step_ratio < 1 else None
     held_out = build_held_out(args, parts, pipeline, state.ema)
     output_dir = Path(args.output_dir)
@@ -91,7 +92,7 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         args,
         parts,
         state,
-        rl_train_config(args),
+        train_config,
         step,
         preview,
         evaluate=held_out,
@@ -100,10 +101,10 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     )
 
 
-def num_updates(args: argparse.Namespace, parts: Parts) -> int:
-    """Of the whole run."""
-    updates: int = args.epochs * (parts.sampler.num_batches // args.accum_iter)
-    return updates if args.max_rl_steps is None else min(updates, args.max_rl_steps)
+def num_updates(parts: Parts, config: TrainConfig) -> int:
+    """Of the whole run: those that are done and those that are left."""
+    start, course = parts.start(config), course_of(config, len(parts.dataset), parts.sampler.global_batch)
+    return start.step + course.steps_left(start)
 
 
 def build_held_out(

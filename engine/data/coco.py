@@ -277,8 +277,8 @@ def _check_latents(latents: LatentCache, index: CocoIndex, config: DataConfig) -
 class ResumableSampler(Sampler[int]):
     """This rank's share of one permutation of `length` items, which (seed, epoch) fix for all ranks.
 
-    Global batch k is the permutation's k-th run of world_size * batch_size items, dealt to the ranks in turns; what
-    does not fill a last global batch is left out. Use with DataLoader(batch_size=batch_size).
+    Global batch k is the k-th run of world_size * batch_size of the items left to see, dealt to the ranks in turns;
+    what does not fill a last global batch is left out. Use with DataLoader(batch_size=batch_size).
     """
 
     def __init__(self, length: int, rank: int, world_size: int, seed: int, batch_size: int) -> None:
@@ -296,25 +296,30 @@ class ResumableSampler(Sampler[int]):
         self.seed = seed
         self.batch_size = batch_size
         self.epoch = 0
-        self.start_batch = 0
+        self.start = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Items of a batch of all ranks together."""
+        return self.world_size * self.batch_size
 
     @property
     def num_batches(self) -> int:
-        """Batches of a whole epoch, on every rank."""
-        return self.length // (self.world_size * self.batch_size)
+        """Batches that are left of the epoch, on every rank."""
+        return (self.length - self.start) // self.global_batch
 
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """start_batch: how many batches of this epoch are done already. Raises ValueError if there are not so many."""
-        if not 0 <= start_batch <= self.num_batches:
-            raise ValueError(f"start_batch must lie in [0, {self.num_batches}], got {start_batch}")
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """start: how many items of this epoch are done already, by all ranks together, in batches of whatever size.
+        Raises ValueError if there are not so many."""
+        if not 0 <= start <= self.length:
+            raise ValueError(f"start must lie in [0, {self.length}], got {start}")
         self.epoch = epoch
-        self.start_batch = start_batch
+        self.start = start
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.length, generator=generator(self.seed, "order", self.epoch))
-        global_batch = self.world_size * self.batch_size
-        used = order[self.start_batch * global_batch : self.num_batches * global_batch]
+        used = order[self.start : self.start + self.num_batches * self.global_batch]
         yield from used[self.rank :: self.world_size].tolist()
 
     def __len__(self) -> int:
-        return (self.num_batches - self.start_batch) * self.batch_size
+        return self.num_batches * self.batch_size

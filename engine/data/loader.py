@@ -1,4 +1,4 @@
-"""Batches of COCO samples for the loop: the same ones for the same (seed, epoch), from any batch on."""
+"""Batches of COCO samples for the loop: the same ones for the same (seed, epoch), from any image on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ class CocoBatches:
     sampler: ResumableSampler
     loader: DataLoader[Sample]
 
-    def __len__(self) -> int:
-        return self.sampler.num_batches
+    @property
+    def num_images(self) -> int:
+        return self.sampler.length
 
-    def of_epoch(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+    @property
+    def global_batch(self) -> int:
+        return self.sampler.global_batch
+
+    def of_epoch(self, epoch: int, start: int) -> Iterator[Batch]:
         self.dataset.set_epoch(epoch)
-        self.sampler.set_epoch(epoch, start_batch)
+        self.sampler.set_epoch(epoch, start)
         return iter(self.loader)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from engine.data.inputs import MakeInputs, StepInputs
 from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, clip_gradients, set_lr
 from engine.train.parallel import gradient_sync
-from engine.train.state import Position, TrainState
+from engine.train.state import Course, Position, TrainState
 from models.structmar import TrainingNoise
 from util.distributed import DistInfo, any_rank, reduce_mean
 from util.logging import MetricWriter, progress
@@ -56,11 +56,17 @@ class TrainConfig:
 
 
 class Batches(Protocol):
-    """Batches of one process. The same number on every process, the same ones for the same epoch."""
+    """Batches of one process. num_images: of an epoch. global_batch: images of a batch, of all processes together."""
 
-    def __len__(self) -> int: ...
+    @property
+    def num_images(self) -> int: ...
 
-    def of_epoch(self, epoch: int, start_batch: int) -> Iterator[Any]: ...
+    @property
+    def global_batch(self) -> int: ...
+
+    def of_epoch(self, epoch: int, start: int) -> Iterator[Any]:
+        """What is left after the epoch's first `start` images. The same order for the same epoch, however many
+        processes share it; the same number of batches on each."""
 
 
 class StopFlag(Protocol):
@@ -103,13 +109,12 @@ class TrainingRun:
     evaluate: Callable[[int, MetricWriter], str | None] | None = None
 
     @property
-    def steps_per_epoch(self) -> int:
-        return len(self.batches) // self.config.accum_iter
+    def course(self) -> Course:
+        return course_of(self.config, self.batches.num_images, self.batches.global_batch)
 
-    @property
-    def total_steps(self) -> int:
-        steps = self.config.epochs * self.steps_per_epoch
-        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+def course_of(config: TrainConfig, num_images: int, global_batch: int) -> Course:
+    return Course(num_images, global_batch * config.accum_iter, config.epochs, config.max_steps)
 
 
 def train(run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFlag) -> int | None:
@@ -118,13 +123,17 @@ def train(run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFla
     Returns the signal that stopped it. Raises ValueError if an epoch has no full step, FloatingPointError where a loss
     or gradient is not finite.
     """
-    if run.steps_per_epoch < 1:
-        raise ValueError(f"an epoch has {len(run.batches)} batches, fewer than accum_iter={run.config.accum_iter}")
-    left_over = len(run.batches) % run.config.accum_iter
-    if left_over:
-        logger.info(
-            "the last %d of %d batches of each epoch do not fill a step and are left out", left_over, len(run.batches)
+    images, images_per_step = run.course.images, run.course.images_per_step
+    if images < images_per_step:
+        raise ValueError(
+            f"an epoch has {images} images, fewer than the {images_per_step} of a step "
+            f"(accum_iter={run.config.accum_iter})"
         )
+    if images % images_per_step:
+        logger.info(
+            "the last %d of %d images of each epoch do not fill a step of %d and are left out",
+            images % images_per_step, images, images_per_step,
+        )  # fmt: skip
     loop = _Loop(run, start, writer, stop)
     return loop.run_epochs()
 
@@ -134,6 +143,7 @@ class _Loop:
 
     def __init__(self, run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFlag) -> None:
         self.run, self.position, self.writer, self.stop = run, start, writer, stop
+        self.course = run.course
         self.saved_step: int | None = None
         self.reason_to_end: str | None = None
         self.clock = time.perf_counter()
@@ -141,7 +151,8 @@ class _Loop:
 
     def run_epochs(self) -> int | None:
         run, signum = self.run, None
-        bar: Any = progress(total=run.total_steps, initial=self.position.step, unit="step", rank=run.dist.rank)
+        done, left = self.position.step, self.course.steps_left(self.position)
+        bar: Any = progress(total=done + left, initial=done, unit="step", rank=run.dist.rank)
         with bar:
             if run.config.eval_steps and self.position.step == 0:
                 self.evaluate()  # what the start is worth
@@ -154,19 +165,17 @@ class _Loop:
         return signum
 
     def is_finished(self) -> bool:
-        return self.position.step >= self.run.total_steps or self.reason_to_end is not None
+        return self.reason_to_end is not None or self.course.is_finished(self.position)
 
     def run_epoch(self, bar: Any) -> int | None:
         """One epoch, or what is left of it. Returns the signal that cut it short."""
         config, epoch = self.run.config, self.position.epoch
-        batches = self.run.batches.of_epoch(epoch, self.position.batch)
+        batches = self.run.batches.of_epoch(epoch, self.position.images)
         while self.position.epoch == epoch and not self.is_finished():
             micro_batches = islice(batches, config.accum_iter)
-            step_of_epoch = self.position.batch // config.accum_iter
-            end_of_step = epoch + (step_of_epoch + 1) / self.run.steps_per_epoch
-            set_lr(self.run.state.optimizer, self.run.schedule.at(end_of_step))
+            set_lr(self.run.state.optimizer, self.run.schedule.at(self.course.epochs_after(self.position)))
             self.num_images += self.run.step.take(self.position, micro_batches)
-            self.position = next_position(self.position, config.accum_iter, self.run.steps_per_epoch)
+            self.position = self.course.after_step(self.position)
             bar.update(1)
             self.after_step(is_epoch_end=self.position.epoch != epoch)
             if (signum := self.asked_to_stop()) is not None:
@@ -210,7 +219,7 @@ class _Loop:
         self.clock, self.num_images = now, 0
         means = reduce_mean(own)
         position, lr = self.position, self.run.state.optimizer.param_groups[0]["lr"]
-        epoch = position.epoch + position.batch / (self.run.steps_per_epoch * self.run.config.accum_iter)
+        epoch = self.course.epochs_done(position)
         self.writer.scalars(position.step, {**means, "lr": lr, "epoch": epoch, "images_per_second": rate})
         shown = "  ".join(
             f"{name.replace('_', ' ')} {means[name]:.4f}" for name in self.run.step.shown if name in means
@@ -289,14 +298,6 @@ def backward_pass(
             )
         (loss / accum_iter).backward()
     return loss.detach()
-
-
-def next_position(position: Position, accum_iter: int, steps_per_epoch: int) -> Position:
-    """The position after one more step: the next epoch's start once the epoch's steps are done."""
-    batch = position.batch + accum_iter
-    if batch >= steps_per_epoch * accum_iter:
-        return Position(position.epoch + 1, position.step + 1, 0)
-    return replace(position, step=position.step + 1, batch=batch)
 
 
 def _is_due(count: int, interval: int) -> bool:

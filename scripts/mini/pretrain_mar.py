@@ -77,13 +77,18 @@ class SingleObjects:
     batch_size: int
     seed: int
 
-    def __len__(self) -> int:
-        return len(self.labels) // self.batch_size
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
 
-    def of_epoch(self, epoch: int, start_batch: int) -> Iterator[ClassBatch]:
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size
+
+    def of_epoch(self, epoch: int, start: int) -> Iterator[ClassBatch]:
         order = torch.randperm(len(self.labels), generator=generator(self.seed, "order", epoch))
-        for batch in range(start_batch, len(self)):
-            ids = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        for first in range(start, len(order) - self.batch_size + 1, self.batch_size):
+            ids = order[first : first + self.batch_size]
             yield ClassBatch(ids.tolist(), self.labels[ids], moments=self.moments[ids])
 
 
@@ -125,20 +130,21 @@ def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     moments, labels = draw_and_encode(codec, args.num_images, config.img_size, args.seed)
     logger.info("standard deviation of the scaled latents: %.3f", float(codec.mode(moments).std()))
     batches = SingleObjects(moments, labels, args.batch_size, args.seed)
-    epochs = -(-args.steps // len(batches))
+    steps_per_epoch = args.num_images // args.batch_size
+    epochs = -(-args.steps // steps_per_epoch)
     settings = TrainConfig(
         args.seed, epochs, args.steps, precision=args.precision, log_freq=50, save_epochs=0, save_steps=250
     )
     run = TrainingRun(
         config=settings,
         state=state,
-        schedule=LrSchedule(args.lr, args.lr / 50, 2, args.steps / len(batches), "cosine"),
+        schedule=LrSchedule(args.lr, args.lr / 50, 2, args.steps / steps_per_epoch, "cosine"),
         batches=batches,
         step=SupervisedStep(settings, state, ClassInputs(codec, 0.1, args.seed, dist.device), dist),
         dist=dist,
         save=saver(state, Path(args.work_dir), STAGE, identity, vars(args), args.batch_size, dist),
     )
-    start = resumed_position(source, args.batch_size, 1, len(batches))
+    start = resumed_position(source, run.course)
     with StopRequest() as stop, MetricWriter(Path(args.work_dir), dist.rank, start.step) as writer:
         signum = train(run, start, writer, stop)
     if signum is None:

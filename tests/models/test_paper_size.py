@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import check_identity, find_source, load_weights, resumed_position
+from engine.train.state import Course, Position
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import is_trainable
 from tests.conftest import ROOT
@@ -203,7 +204,7 @@ def test_stage_2_would_start_fresh_from_it(checkpoint: dict, world: Path, caplog
         model = StructMAR(config)
     report = load_weights(model, source, "full")
     assert report is not None and report.new == report.ignored == ()
-    position = resumed_position(source, global_batch=64, accum_iter=1, steps_per_epoch=1293)
-    assert (source.kind, position.epoch, position.step, position.batch) == ("start", 0, 0, 0)
+    position = resumed_position(source, Course(images=82783, images_per_step=64, epochs=10))
+    assert (source.kind, position) == ("start", Position())
     message = f"starting stage 'full' at epoch 0 with a fresh optimizer from the EMA weights of {path}"
     assert message in caplog.text

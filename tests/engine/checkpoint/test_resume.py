@@ -17,7 +17,8 @@ import engine.train.loop
 import main_mar
 from engine.checkpoint.files import read_weights_file
 from engine.checkpoint.identity import Identity
-from engine.checkpoint.resume import check_identity, find_source, resumed_position
+from engine.checkpoint.resume import check_identity, find_source, log_continuation, resumed_position
+from engine.train.state import Course, Position
 from models.structmar import preset_config
 from tests.helpers.runs import assert_same, in_child
 from tests.helpers.tiny_run import SIZES, argv, load_checkpoint, mar_state, read_metrics, write_world
@@ -72,7 +73,7 @@ def test_explicit_resume_into_another_folder_continues(world, reference, caplog)
     with caplog.at_level(logging.INFO):
         main_mar.main(flags(world, "target", max_steps=5, resume=world / "source"))
     path = world / "source" / "checkpoint-last.pth"
-    assert f"continuing stage 'text_layout' from {path} at epoch 1, step 3 (batch 2 of the epoch)" in caplog.text
+    assert f"continuing stage 'text_layout' from {path} at epoch 1, step 3 (image 4 of the epoch)" in caplog.text
     first, second = load_checkpoint(world, "target"), load_checkpoint(world, reference)
     assert_same(first["model"], second["model"])
     assert_same(first["optimizer"], second["optimizer"])
@@ -318,10 +319,13 @@ def test_something_else_is_refused(tmp_path):
 def test_position_with_other_batch_sizes(tmp_path, caplog):
     source = find_source(tmp_path, str(minimal_checkpoint(tmp_path)), True, "full")
     assert source.kind == "continue"
-    same = resumed_position(source, global_batch=8, accum_iter=2, steps_per_epoch=10)
-    assert (same.epoch, same.step, same.batch) == (2, 9, 6)
-    larger = resumed_position(source, global_batch=16, accum_iter=2, steps_per_epoch=5)
-    assert (larger.epoch, larger.step, larger.batch) == (2, 9, 2)  # 48 images done, at least whole steps of 32
-    assert "was written with 8 images per pass" in caplog.text
-    past_the_end = resumed_position(source, global_batch=16, accum_iter=1, steps_per_epoch=3)
-    assert (past_the_end.epoch, past_the_end.step, past_the_end.batch) == (3, 9, 0)
+    for images_per_step in (8, 16, 32):
+        assert resumed_position(source, Course(80, images_per_step, epochs=4)) == Position(2, 9, 48)
+    too_large = Course(80, 40, epochs=4)  # 32 images are left
+    assert resumed_position(source, too_large) == Position(3, 9, 0)
+    log_continuation(source, too_large, 40)
+    assert "was written with 8 images per pass, here are 40" in caplog.text
+    assert "the last 32 images of epoch 2 do not fill a step of 40" in caplog.text
+    assert "nothing is left" not in caplog.text
+    log_continuation(source, Course(80, 40, epochs=3), 40)
+    assert "nothing is left to do" in caplog.text

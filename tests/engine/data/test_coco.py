@@ -243,9 +243,9 @@ def test_max_objects_of_the_config_are_the_largest(tmp_path):
     assert dataset[0].layout.categories.tolist() == [1, 2]
 
 
-def epoch_of(length, rank, world_size, batch_size, epoch=0, start_batch=0, seed=0):
+def epoch_of(length, rank, world_size, batch_size, epoch=0, start=0, seed=0):
     sampler = ResumableSampler(length, rank, world_size, seed, batch_size)
-    sampler.set_epoch(epoch, start_batch)
+    sampler.set_epoch(epoch, start)
     items = list(sampler)
     assert len(items) == len(sampler)
     return items
@@ -277,7 +277,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_resumed_epoch_is_the_rest_of_the_uninterrupted_one(start_batch):
     for rank in range(2):
         whole = epoch_of(50, rank, 2, 4, epoch=3)
-        assert epoch_of(50, rank, 2, 4, epoch=3, start_batch=start_batch) == whole[4 * start_batch :]
+        assert epoch_of(50, rank, 2, 4, epoch=3, start=8 * start_batch) == whole[4 * start_batch :]
 
 
 def test_resumed_batches_are_equal_through_the_loader(config):
@@ -285,11 +285,11 @@ def test_resumed_batches_are_equal_through_the_loader(config):
     dataset.set_epoch(2)
     sampler = ResumableSampler(len(dataset), 0, 1, 7, 2)
 
-    def batches(start_batch):
-        sampler.set_epoch(2, start_batch)
+    def batches(start):
+        sampler.set_epoch(2, start)
         return list(DataLoader(dataset, batch_size=2, sampler=sampler, collate_fn=collate(4)))
 
-    whole, rest = batches(0), batches(1)
+    whole, rest = batches(0), batches(2)
     assert (len(whole), len(rest)) == (2, 1)
     assert torch.equal(whole[1].pixels, rest[0].pixels) and whole[1].captions == rest[0].captions
 
@@ -299,8 +299,8 @@ def test_sampler_refuses_what_cannot_work():
         ResumableSampler(7, 0, 2, 0, 4)
     with pytest.raises(ValueError, match=r"rank must lie in \[0, 2\), got 2"):
         ResumableSampler(100, 2, 2, 0, 4)
-    with pytest.raises(ValueError, match=r"start_batch must lie in \[0, 3\], got 4"):
-        ResumableSampler(13, 0, 1, 0, 4).set_epoch(0, 4)
+    with pytest.raises(ValueError, match=r"start must lie in \[0, 13\], got 14"):
+        ResumableSampler(13, 0, 1, 0, 4).set_epoch(0, 14)
 
 
 @pytest.mark.parametrize(("folder", "split"), [("coco_mini", "train2017"), ("coco_fixture_ccby", "val2017")])

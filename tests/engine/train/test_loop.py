@@ -12,10 +12,10 @@ import torch
 
 import engine.train.loop
 from engine.data.inputs import StepInputs
-from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, backward_pass, next_position, train
+from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, backward_pass, train
 from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer, clip_gradients, parameter_groups
-from engine.train.state import Position, TrainState
+from engine.train.state import Course, Position, TrainState
 from tests.helpers.training import (
     CPU,
     gradients,
@@ -34,11 +34,14 @@ class FakeBatches:
 
     inputs: list[StepInputs]
 
-    def __len__(self) -> int:
-        return len(self.inputs)
+    global_batch: int = 4
 
-    def of_epoch(self, epoch: int, start_batch: int) -> Iterator[StepInputs]:
-        return iter(self.inputs[start_batch:])
+    @property
+    def num_images(self) -> int:
+        return self.global_batch * len(self.inputs)
+
+    def of_epoch(self, epoch: int, start: int) -> Iterator[StepInputs]:
+        return iter(self.inputs[start // self.global_batch :])
 
 
 @dataclass
@@ -169,10 +172,10 @@ def test_bf16_keeps_weights_and_gradients_in_fp32():
 
 
 def test_epochs_end_at_whole_steps():
-    position = Position()
+    position, course = Position(), Course(images=21, images_per_step=8, epochs=2)
     for _ in range(3):
-        position = next_position(position, accum_iter=2, steps_per_epoch=2)
-    assert position == Position(epoch=1, step=3, batch=2)
+        position = course.after_step(position)
+    assert position == Position(epoch=1, step=3, images=8)
 
 
 def test_loss_falls():
@@ -214,7 +217,7 @@ def test_left_over_batches_are_left_out():
 
 
 def test_an_epoch_without_a_step_is_an_error():
-    with pytest.raises(ValueError, match=r"an epoch has 4 batches, fewer than accum_iter=5"):
+    with pytest.raises(ValueError, match=r"an epoch has 16 images, fewer than the 20 of a step \(accum_iter=5\)"):
         tiny_run(accum_iter=5).train()
 
 
@@ -235,7 +238,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch():
 
     tiny.run.step.make_inputs = count
     assert tiny.train(stop=stop) == 15
-    assert tiny.saved == [Position(0, 2, 2)]
+    assert tiny.saved == [Position(0, 2, 8)]
 
 
 def test_only_what_trains_changes():
