@@ -35,12 +35,14 @@ from engine.cli.arguments import (
     add_speed_arg,
 )
 from engine.cli.sampling import parse_sampling_args, sampling_config
-from engine.eval.generation import GenerationPlan, PictureOf, find_images, folder_pictures
+from engine.eval.generation import GenerationPlan
 from engine.eval.judge import Judge, unknown_categories
-from engine.eval.profiles import Profile, available_profiles, load_profile
+from engine.eval.names import require_own_name
+from engine.eval.pictures import given_pictures
+from engine.eval.profiles import IMAGE_SIZES, Profile, available_profiles, load_profile
 from engine.eval.quality import QualityMetrics, load_quality_metrics
-from engine.eval.run import RESERVED_NAMES, EvaluationRun, Generation, round_trip, run_evaluation
-from engine.eval.targets import EvalSet, apply_geometry, load_eval_set
+from engine.eval.run import EvaluationRun, Generation, round_trip, run_evaluation
+from engine.eval.targets import EvalSet, load_eval_set
 from engine.sample.generate import PRECISIONS
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import compile_parts
@@ -51,14 +53,12 @@ from models.masking import require_fitting_iterations
 from util.checkpoint import sha256_file
 from util.config import HelpFormatter
 from util.distributed import DistInfo, init_distributed, shutdown
-from util.images import load_image
 from util.logging import setup_logging
 from util.ranges import nonnegative_int, positive_int
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_DETECTOR = f"./pretrained_models/{RESNET50_FPN_V2}_coco.pth"
-IMAGE_SIZES = ("profile", "source")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -89,9 +89,11 @@ def add_protocol_args(parser: argparse.ArgumentParser) -> None:
 def add_source_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is scored: a checkpoint's images, or a folder's")
     group.add_argument("--resume", default=None, help="training checkpoint, its folder, or exported .safetensors")
-    group.add_argument("--images", default=None, help="folder of PNG or JPG named by image id, of any model")
+    group.add_argument(
+        "--images", default=None, help="folder of any model's pictures, called as the dataset's files or by image id"
+    )
     group.add_argument("--image_size", default="profile", choices=IMAGE_SIZES,
-                       help="of --images: the profile's; source: the photographs' own, cropped as it says")  # fmt: skip
+                       help="of --images; source: the photographs' own; any: resized as photographs")  # fmt: skip
     group.add_argument("--name", default=None, help="name of the row (the stage or the folder)")
     group.add_argument("--no_ema", action="store_true", help="a checkpoint's raw weights, not their average")
     group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint; with --images for its bound only")
@@ -145,8 +147,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"say what is scored by exactly one of --resume, --images; got {given}")
     if len(set(args.seeds)) != len(args.seeds):
         raise ValueError(f"--seeds must be different numbers, got {args.seeds}")
-    if args.name in RESERVED_NAMES:
-        raise ValueError(f"--name {args.name!r} is the name of another row: {', '.join(RESERVED_NAMES)} are")
+    if args.name is not None:
+        require_own_name(args.name, "--name")
     for name in ("no_layout_run", "rescore"):
         if args.images and vars(args)[name]:
             raise ValueError(f"--{name} is for generated images (--resume), got --images {args.images}")
@@ -167,6 +169,7 @@ def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
     if args.real_bound:
         require_photos(eval_set)
     generation = plan_generation(args, eval_set, dist) if args.resume else None
+    given = given_pictures(args.images, args.image_size, eval_set) if args.images else None
     reward_ids = {reward_id(each) for each in args.reward_detector}
     if generation is not None:
         own = identity_of(generation.pipeline).reward_detector_id
@@ -178,8 +181,8 @@ def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
         is_reward=detector.id in reward_ids,
         name=row_name(args, generation),
         generation=generation,
-        folder_pictures=None if generation else given_pictures(args, eval_set),
-        source={"kind": "images", "folder": Path(args.images).name} if args.images else {},
+        folder_pictures=given.picture_of if given else None,
+        source={"kind": "images", "folder": Path(args.images).name, **given.note} if given else {},
         real_bound=args.real_bound,
         round_trip=None,
         no_layout_run=args.no_layout_run,
@@ -241,16 +244,6 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
     return Generation(pipeline, plan, tuple(args.seeds))
 
 
-def given_pictures(args: argparse.Namespace, eval_set: EvalSet) -> PictureOf:
-    """The pictures of --images, all of them checked."""
-    from_photographs = args.image_size == "source"
-    paths = find_images(args.images, eval_set.targets, from_photographs)
-    if not from_photographs:
-        return folder_pictures(paths)
-    profile = eval_set.profile
-    return lambda target: apply_geometry(load_image(paths[target.image_id]), profile.geometry, profile.resolution)
-
-
 def add_vae_bound(args: argparse.Namespace, run: EvaluationRun) -> EvaluationRun:
     """With the model's own VAE, or the one of --vae_path; needs the photographs."""
     wanted = args.vae_bound if args.vae_bound is not None else bool(args.resume) or Path(args.vae_path).is_file()
@@ -275,10 +268,10 @@ def read_quality(args: argparse.Namespace, dist: DistInfo) -> QualityMetrics | N
 
 
 def row_name(args: argparse.Namespace, generation: Generation | None) -> str:
-    if args.name:
+    if args.name is not None:
         return str(args.name)
     if generation is None:
-        return Path(args.images).resolve().name
+        return require_own_name(Path(args.images).resolve().name, "--images without --name: the folder's name")
     return f"StructMAR, {identity_of(generation.pipeline).stage}"
 
 

@@ -20,8 +20,8 @@ import torch
 from engine.eval import layout_metrics
 from engine.eval.ap import METRICS, ApResult, average_precision
 from engine.eval.bootstrap import Interval, bootstrap_weights, interval
-from engine.eval.generation import PictureOf
 from engine.eval.layout_metrics import LAYOUT_METRICS, ImageScore, score_image
+from engine.eval.pictures import PictureOf
 from engine.eval.targets import EvalSet, Target
 from models.frozen.detections import BoxDetector, Detections
 from util.boxes import xywh_to_xyxy
@@ -83,7 +83,7 @@ def detect(
     on_batch: Callable[[], None] | None = None,
 ) -> list[Json]:
     """COCO result entries of all targets, on every process; each takes its share of the batches."""
-    batches = [targets[start : start + batch_size] for start in range(0, len(targets), batch_size)]
+    batches = detection_batches(targets, batch_size)
     own: list[Json] = []
     for batch in batches[dist.rank :: dist.world_size]:
         pictures = [torch.from_numpy(np.array(picture_of(target))) for target in batch]  # [H, W, 3]
@@ -94,6 +94,16 @@ def detect(
             on_batch()
     entries = [entry for part in gather_objects(own) for entry in part]
     return sorted(entries, key=lambda entry: (entry["image_id"], -entry["score"]))
+
+
+def detection_batches(targets: Sequence[Target], batch_size: int) -> list[list[Target]]:
+    """At most `batch_size` targets each, whose pictures have one size: only these can share a detector's batch."""
+    by_size: dict[tuple[int, int], list[Target]] = {}
+    for target in targets:
+        by_size.setdefault(target.size, []).append(target)
+    return [
+        alike[start : start + batch_size] for alike in by_size.values() for start in range(0, len(alike), batch_size)
+    ]
 
 
 def result_entries(image_id: int, found: Detections, dataset_id: Mapping[int, int]) -> list[Json]:

@@ -19,6 +19,8 @@ from util.config import load_yaml
 
 Geometry = Literal["center_crop", "squash", "original"]
 GEOMETRIES: tuple[Geometry, ...] = get_args(Geometry)
+ImageSize = Literal["profile", "source", "any"]  # of the pictures of another model
+IMAGE_SIZES: tuple[ImageSize, ...] = get_args(ImageSize)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PREFIX = "eval_"
 

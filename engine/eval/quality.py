@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.eval.frechet import FrechetStatistics, collect_statistics, frechet_distance
-from engine.eval.generation import PictureOf
+from engine.eval.pictures import PictureOf
 from engine.eval.targets import EvalSet, Target
 from models.frozen.clip_score import ClipScorer, load_clip
 from models.frozen.features import FeatureExtractor, load_detector_features

@@ -22,14 +22,24 @@ from tqdm import tqdm
 from engine.data.scenes import Scene, empty_layout
 from engine.eval.generation import (
     GenerationPlan,
-    PictureOf,
-    folder_pictures,
     generate_chunk,
-    image_path,
+    is_generated,
     missing_chunks,
     scenes_hash,
 )
-from engine.eval.judge import Json, Judge, Row, Scorer, add_percent_of_bound, detect, shuffle_layouts, without_nan
+from engine.eval.judge import (
+    Json,
+    Judge,
+    Row,
+    Scorer,
+    add_percent_of_bound,
+    detect,
+    detection_batches,
+    shuffle_layouts,
+    without_nan,
+)
+from engine.eval.names import NO_LAYOUT, REAL, SHUFFLED, VAE, detections_file
+from engine.eval.pictures import PictureOf, folder_pictures, image_path
 from engine.eval.quality import QualityMetrics
 from engine.eval.report.page import RESULTS_FORMAT, format_table, write_report
 from engine.eval.targets import EvalSet, Target
@@ -40,11 +50,11 @@ from util.distributed import DistInfo, barrier, gather_objects
 from util.images import Picture, load_image, to_model_range, to_picture
 from util.logging import progress
 from util.output import write_atomic
+from util.read import read_json
 
 logger = logging.getLogger(__name__)
 
 IDENTITY_FILE = "generation.json"
-RESERVED_NAMES = REAL, VAE, NO_LAYOUT, SHUFFLED = "real images", "VAE round trip", "no layout", "shuffled layouts"
 
 
 @dataclass(frozen=True)
@@ -105,13 +115,18 @@ def round_trip(codec: LatentCodec, eval_set: EvalSet) -> PictureOf:
 
 
 def run_evaluation(run: EvaluationRun) -> str:
-    """Does it all and returns the table as text. Raises ValueError or FileNotFoundError before anything is written."""
+    """Does it all and returns the table as text. The bounds come first: what is wrong with a photograph is said before
+    images are generated. Raises ValueError or FileNotFoundError."""
+    bounds, own = bound_rows(run), model_rows(run)
     if run.generation is not None:
         require_same_generation(run)
+    detections = {row.name: detect_row(run, row) for row in bounds}
+    if run.generation is not None:
+        keep_generation(run)
         generate(run)
     barrier()
-    rows = picture_rows(run)
-    detections = {row.name: detect_row(run, row) for row in rows}
+    detections |= {row.name: detect_row(run, row) for row in own}
+    rows = [*bounds, *own]
     quality = measure_quality(run, rows)
     table = ""
     if run.dist.is_main:
@@ -137,10 +152,12 @@ def generation_identity(run: EvaluationRun) -> Json:
 
 
 def require_same_generation(run: EvaluationRun) -> None:
-    """Writes generation.json, or compares with the one that is there; ValueError names field and both values."""
+    """Compares with the generation.json that is there, if one is; ValueError names field and both values."""
     path, identity = run.output_dir / IDENTITY_FILE, generation_identity(run)
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, "record of a generation")
+        if not isinstance(before, dict):
+            raise ValueError(f"{path} must hold a json object, got a {type(before).__name__}; remove that folder")
         for key, value in identity.items():
             if before.get(key) != json.loads(json.dumps(value)):
                 raise ValueError(
@@ -149,8 +166,13 @@ def require_same_generation(run: EvaluationRun) -> None:
                 )
     elif run.rescore:
         raise FileNotFoundError(f"--rescore: no {path}, so no images were generated there")
-    elif run.dist.is_main:
-        write_json(path, identity)
+
+
+def keep_generation(run: EvaluationRun) -> None:
+    """Writes generation.json before the first image, where it is not there yet."""
+    path = run.output_dir / IDENTITY_FILE
+    if run.dist.is_main and not path.is_file():
+        write_json(path, generation_identity(run))
     barrier()
 
 
@@ -176,7 +198,7 @@ def generate(run: EvaluationRun) -> None:
     todo = [(each, chunk) for each in sets for chunk in missing_chunks(each[2], targets, plan)]
     if run.rescore:
         if any(gather_objects(len(todo))):
-            missing = sum(not image_path(folder, target).is_file() for _, _, folder, _ in sets for target in targets)
+            missing = sum(not is_generated(folder, target) for _, _, folder, _ in sets for target in targets)
             raise FileNotFoundError(f"--rescore: {missing} of {len(targets) * len(sets)} images are missing")
         return
     num_images = sum(len(chunk) for _, chunk in todo)
@@ -187,16 +209,22 @@ def generate(run: EvaluationRun) -> None:
             generate_chunk(run.generation.pipeline, chunk, scenes, seed, plan, folder, ticked(ticks))
 
 
-def picture_rows(run: EvaluationRun) -> list[PictureRow]:
-    """The bounds, the model and its control, in the table's order."""
+def bound_rows(run: EvaluationRun) -> list[PictureRow]:
+    """The real images, and what the VAE leaves of them."""
     rows = []
     if run.real_bound:
         rows.append(PictureRow(REAL, "bound", (None,), (run.eval_set.picture,), (None,)))
     if run.round_trip is not None:
         rows.append(PictureRow(VAE, "bound", (None,), (run.round_trip,), (None,)))
+    return rows
+
+
+def model_rows(run: EvaluationRun) -> list[PictureRow]:
+    """The model and its control, in the table's order."""
     if run.generation is None:
         assert run.folder_pictures is not None
-        return [*rows, PictureRow(run.name, "model", (None,), (run.folder_pictures,), (None,))]
+        return [PictureRow(run.name, "model", (None,), (run.folder_pictures,), (None,))]
+    rows = []
     sets = image_sets(run)
     for name in dict.fromkeys(name for name, *_ in sets):
         own = [(seed, folder) for set_name, seed, folder, _ in sets if set_name == name]
@@ -215,7 +243,7 @@ def detect_row(run: EvaluationRun, row: PictureRow) -> Row:
     """Runs the detector over all pictures of a row."""
     targets, size = run.eval_set.targets, run.detector_batch_size
     found = []
-    num_batches = -(-len(targets) // size)
+    num_batches = len(detection_batches(targets, size))
     own = len(range(run.dist.rank, num_batches, run.dist.world_size))
     with bar(run.dist, own * len(row.sources), f"detecting: {row.name}") as ticks:
         for source in row.sources:
@@ -242,9 +270,10 @@ def write_everything(
     """Scores, then writes every file of --output_dir, results.json last."""
     scorer = Scorer(run.eval_set, run.num_resamples)
     rows = list(detections.values())
-    model = detections[run.name]
-    shuffled = tuple(shuffle_layouts(run.eval_set.targets, found) for found in model.detections)
-    rows.append(Row(SHUFFLED, "control", model.seeds, shuffled))
+    if can_shuffle(run):
+        model = detections[run.name]
+        shuffled = tuple(shuffle_layouts(run.eval_set.targets, found) for found in model.detections)
+        rows.append(Row(SHUFFLED, "control", model.seeds, shuffled))
     entries, lines = [], []
     for row in rows:
         entry, row_lines = scorer.score(row)
@@ -256,14 +285,18 @@ def write_everything(
     results = without_nan({**describe(run), "rows": entries, "skipped": not_measured(run)})
     for kind, ground_truth in scorer.ground_truth.items():
         write_json(run.output_dir / f"ground_truth_{kind}.json", ground_truth, indent=None)
-    for row in rows[:-1]:
+    for row in detections.values():
         for seed, found in zip(row.seeds, row.detections, strict=True):
-            suffix = "" if seed is None else f"_seed_{seed}"
-            write_json(run.output_dir / "detections" / f"{file_stem(row.name)}{suffix}.json", found, indent=None)
+            write_json(detections_file(run.output_dir, row.name, seed), found, indent=None)
     write_text(run.output_dir / "per_image.jsonl", "".join(json.dumps(line) + "\n" for line in without_nan(lines)))
     write_report(results, without_nan(lines), run.output_dir, run.output_dir / "report.html", gallery_source(run))
     write_json(run.output_dir / "results.json", results)
     return format_table(results)
+
+
+def can_shuffle(run: EvaluationRun) -> bool:
+    """The layouts of a single image can only be handed to itself."""
+    return len(run.eval_set.targets) > 1
 
 
 def describe(run: EvaluationRun) -> Json:
@@ -307,6 +340,8 @@ def not_measured(run: EvaluationRun) -> dict[str, str]:
         skipped[VAE] = "needs the photographs, a VAE (--vae_path) and pictures of a size that fits it"
     if run.generation is not None and not run.no_layout_run:
         skipped[NO_LAYOUT] = "not asked for (--no_layout_run)"
+    if not can_shuffle(run):
+        skipped[SHUFFLED] = "needs at least two images"
     if run.quality is None:
         skipped["image quality"] = "not asked for (--fid, --clip_score, --features)"
     return skipped
@@ -314,6 +349,7 @@ def not_measured(run: EvaluationRun) -> dict[str, str]:
 
 def locate_pictures(run: EvaluationRun, rows: Sequence[PictureRow], lines: Sequence[Json]) -> None:
     """Fills in "picture", relative to --output_dir, where the row's pictures lie in it."""
+    targets = {target.image_id: target for target in run.eval_set.targets}
     folders = {
         (row.name, seed): folder
         for row in rows
@@ -323,8 +359,8 @@ def locate_pictures(run: EvaluationRun, rows: Sequence[PictureRow], lines: Seque
     for line in lines:
         folder = folders.get((line["row"], line["seed"]))
         if folder is not None:
-            name = f"{Path(line['file_name']).stem}.png"
-            line["picture"] = (folder / name).relative_to(run.output_dir).as_posix()
+            path = image_path(folder, targets[line["image_id"]])
+            line["picture"] = path.relative_to(run.output_dir).as_posix()
 
 
 def gallery_source(run: EvaluationRun) -> Callable[[Mapping[str, Any]], Picture | None]:
@@ -339,11 +375,6 @@ def gallery_source(run: EvaluationRun) -> Callable[[Mapping[str, Any]], Picture 
         return None
 
     return picture_of
-
-
-def file_stem(name: str) -> str:
-    """A row's name as a file name."""
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

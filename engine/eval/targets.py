@@ -62,7 +62,8 @@ class EvalSet:
     """The targets of a profile on a split, sorted by image id. categories: the dataset's, all of them.
 
     removed: images and boxes left out, per rule. The boxes are those of the images that are used, except for
-    degenerate, unlisted and skipped ones, which are counted over the whole split.
+    degenerate, unlisted and skipped ones, which are counted over the whole split. file_names: of every image of the
+    split, by id.
     """
 
     profile: Profile
@@ -71,6 +72,7 @@ class EvalSet:
     categories: tuple[Category, ...]
     targets: tuple[Target, ...]
     removed: Mapping[str, int]
+    file_names: Mapping[int, str]
 
     @property
     def ids_hash(self) -> str:
@@ -170,9 +172,10 @@ def load_eval_set(
             targets.append(_target(selection, whole.categories))
     if not targets:
         raise ValueError(f"profile {profile.name} leaves no image of {whole.path}: {_summary(removed)}")
+    file_names = {image.id: image.file_name for image in whole.images}
     logger.info("%s, profile %s (%s): %d images", whole.path, profile.name, profile.hash, len(targets))
     logger.info("%s: left out or noted: %s", whole.path, _summary(removed))
-    return EvalSet(profile, root, split, whole.categories, tuple(targets), dict(removed))
+    return EvalSet(profile, root, split, whole.categories, tuple(targets), dict(removed), file_names)
 
 
 @dataclass(frozen=True)

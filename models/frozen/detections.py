@@ -55,6 +55,19 @@ class BoxDetector(Protocol):
         ...
 
 
+def fitting_batches(images: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the images that may share a batch, so that none changes what is found in another.
+
+    Unlike sizes never share one: they would be padded to a common size, and that changes the detections. On a CPU every
+    image is alone: batches save little there and change the last bits of float32 sums.
+    """
+    groups: dict[object, list[int]] = {}
+    for position, image in enumerate(images):
+        key = position if image.device.type == "cpu" else image.shape
+        groups.setdefault(key, []).append(position)
+    return list(groups.values())
+
+
 def coco_categories() -> tuple[Category, ...]:
     """COCO's 80 categories by ascending id; ids lie within 1 and 90, ten of them were never used (torchvision: N/A)."""
     names = FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]

@@ -31,7 +31,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from models.frozen.detections import BoxDetector as BoxDetector
 from models.frozen.detections import Detections as Detections
 from models.frozen.detections import DetectorSettings as DetectorSettings
-from models.frozen.detections import coco_categories
+from models.frozen.detections import coco_categories, fitting_batches
 from models.frozen.onnx_detector import OnnxDetector
 from util.checkpoint import load_plain, sha256_file
 from util.types import Category, require_distinct
@@ -209,13 +209,16 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor]) -> list[Detections]:
-        """images: B tensors [3, H, W] in [0, 1] on the detector's device -> B `Detections`."""
-        found = []
-        for output in self.model(list(images)):
-            category_ids = self.category_ids[output["labels"]]  # [n]
-            named = category_ids > 0  # [n]
-            found.append(Detections(output["boxes"][named], category_ids[named], output["scores"][named]))
-        return found
+        """images: B tensors [3, H, W] in [0, 1] on the detector's device -> B `Detections`, each of its image alone."""
+        found: dict[int, Detections] = {}
+        for positions in fitting_batches(images):
+            outputs = self.model([images[position] for position in positions])
+            for position, output in zip(positions, outputs, strict=True):
+                category_ids = self.category_ids[output["labels"]]  # [n]
+                named = category_ids > 0  # [n]
+                boxes_px, scores = output["boxes"][named], output["scores"][named]  # [n, 4], [n]
+                found[position] = Detections(boxes_px, category_ids[named], scores)
+        return [found[position] for position in range(len(images))]
 
 
 def detector_checkpoint(

@@ -23,8 +23,8 @@ import numpy as np
 
 from engine.eval.ap import average_precision
 from engine.eval.bootstrap import Interval, bootstrap_weights, interval
+from engine.eval.names import detections_file
 from engine.eval.report.page import RESULTS_FORMAT
-from engine.eval.run import file_stem
 from engine.rl.rewards import RewardSettings, RewardWeights, layout_reward_parts, total_reward
 from util.boxes import xywh_to_xyxy
 
@@ -107,7 +107,7 @@ def measure(evaluation: Evaluation, row: str) -> dict[str, Measured]:
         raise ValueError(f"{evaluation.folder / 'results.json'}: expected one row {row!r}, found {len(entries)}")
     is_bound = entries[0]["kind"] == "bound"
     seeds: Sequence[int | None] = [None] if is_bound else evaluation.results["seeds"]
-    runs = [read_json(_detections_file(evaluation.folder, row, seed)) for seed in seeds]
+    runs = [read_json(detections_file(evaluation.folder, row, seed)) for seed in seeds]
     lines = _lines_of(evaluation.folder / "per_image.jsonl", row)
     numbers = [_per_image(lines[image_id]) for image_id in evaluation.image_ids]
     overlaps, found, wanted, extra, pictures = np.array(numbers, dtype=np.float64).T  # [N] each, summed over seeds
@@ -164,11 +164,6 @@ def _average_precision(evaluation: Evaluation, runs: Sequence[Sequence[Json]]) -
     ]
     samples = np.mean([result.resample(evaluation.weights)["AP50"] for result in results], axis=0)
     return Measured(float(np.mean([result.values["AP50"] for result in results])), samples)
-
-
-def _detections_file(folder: Path, row: str, seed: int | None) -> Path:
-    suffix = "" if seed is None else f"_seed_{seed}"
-    return folder / "detections" / f"{file_stem(row)}{suffix}.json"
 
 
 def _lines_of(path: Path, row: str) -> dict[int, list[Json]]:

@@ -54,9 +54,9 @@ def write_dataset(root: Path, split: str = "val2017", box_size: int = 64) -> Pat
     return root
 
 
-def tiny_profile(**changes: object) -> Profile:
-    """32 px centre crop of val2017, up to four objects."""
-    return replace(load_profile("mini"), name="tiny", resolution=32, max_objects=4, match_score=0.3, **changes)
+def tiny_profile(size: int | None = 32, **changes: object) -> Profile:
+    """Centre crop of val2017 to `size` px (None: for the geometry "original"), up to four objects."""
+    return replace(load_profile("mini"), name="tiny", resolution=size, max_objects=4, match_score=0.3, **changes)
 
 
 def write_profile(path: Path, **changes: object) -> Path:

@@ -170,6 +170,83 @@ def test_real_photos_as_a_folder_score_as_the_bound(world, evaluate):
     assert real["conditioned"] == model["conditioned"] and real["layout"] == model["layout"]
 
 
+def test_pictures_of_any_size_go_the_photographs_way(world, evaluate, tmp_path):
+    """Enlarged photographs, in several sizes, score about as the photographs; the sizes are on record."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for factor, image_id in zip((1, 2, 2, 3, 1), BOXES, strict=True):
+        with Image.open(world.root / "coco" / "val2017" / f"{image_id:012d}.png") as image:
+            image.resize((64 * factor, 64 * factor), Image.Resampling.NEAREST).save(folder / f"{image_id}.png")
+    flags = {"resume": None, "images": folder, "name": "theirs"}
+    with pytest.raises(SystemExit, match=r"3.png is 64x64, but profile tiny says 32x32"):
+        evaluate(**flags)
+    results = evaluate(**flags, image_size="any")
+    assert results["source"] == {
+        "kind": "images", "folder": "theirs", "image_size": "any",
+        "sizes": {"128x128": 2, "64x64": 2, "192x192": 1}, "resized": "center_crop to 32 px",
+    }  # fmt: skip
+    assert "center_crop to 32 px" in (tmp_path / "out" / "report.html").read_text()
+    real, theirs = results["rows"][0], results["rows"][2]
+    assert theirs["layout"]["extra_rate"]["value"] == pytest.approx(real["layout"]["extra_rate"]["value"], abs=0.5)
+    with pytest.raises(SystemExit, match="--image_size any: profile coco-original keeps every photograph's own size"):
+        evaluate(**flags, image_size="any", profile="coco-original")
+
+
+def test_one_image_has_no_layouts_to_shuffle(world, evaluate):
+    results = evaluate(resume=None, images=world.root / "coco" / "val2017", image_size="source", max_images=1)
+    assert [row["name"] for row in results["rows"]] == ["real images", "VAE round trip", "val2017"]
+    assert results["skipped"]["shuffled layouts"] == "needs at least two images"
+
+
+def test_a_folder_called_as_a_row_needs_a_name(evaluate, tmp_path):
+    folder = write_folder(tmp_path / "no_layout")
+    with pytest.raises(SystemExit, match="folder's name 'no_layout' is the name of another row.*another --name"):
+        evaluate(resume=None, images=folder)
+    assert evaluate(resume=None, images=folder, name="theirs")["source"]["folder"] == "no_layout"
+
+
+def test_a_picture_cut_off_is_made_again(world, evaluate, tmp_path):
+    whole = evaluate()
+    picture = tmp_path / "out" / "images" / "seed_0" / f"{11:012d}.png"
+    content = picture.read_bytes()
+    picture.write_bytes(content[: len(content) // 2])
+    with pytest.raises(SystemExit, match="--rescore: 1 of 5 images are missing"):
+        evaluate(rescore=True)
+    assert evaluate() == whole and picture.read_bytes() == content
+
+
+def test_a_broken_photograph_is_said_before_anything_is_generated(world, evaluate, tmp_path, monkeypatch):
+    """Its header is good and its end is there: only decoding shows it."""
+    monkeypatch.setattr(engine.eval.run, "generate_chunk", lambda *_: pytest.fail("generated"))
+    root = tmp_path / "coco"
+    shutil.copytree(world.root / "coco", root)
+    photo = root / "val2017" / f"{20:012d}.png"
+    content = photo.read_bytes()
+    photo.write_bytes(content[:60] + bytes(40) + content[100:])
+    with pytest.raises(SystemExit, match=f"cannot read image .*{20:012d}.png"):
+        evaluate(coco_root=root)
+    assert not (tmp_path / "out").exists()
+
+
+def test_speed_flags_change_no_number(world, evaluate, tmp_path):
+    """Photographs of unlike sizes, for which a shared batch would be padded, one or many at a time."""
+    root = tmp_path / "coco"
+    write_dataset(root)
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for image, size in zip(content["images"], ((64, 64), (80, 64), (64, 96), (80, 64), (120, 70)), strict=True):
+        photo = root / "val2017" / image["file_name"]
+        with Image.open(photo) as picture:
+            picture.resize(size).save(photo)
+        image["width"], image["height"] = size
+    path.write_text(json.dumps(content))
+    profile = write_profile(tmp_path / "original.yaml", geometry="original", size=None)
+    flags = {"resume": None, "images": root / "val2017", "image_size": "source", "coco_root": root, "profile": profile}
+    wanted = evaluate("one", **flags, detector_batch_size=1)
+    for name, speed in {"two": {"detector_batch_size": 2}, "all": {"detector_batch_size": 16, "batch_size": 7}}.items():
+        assert evaluate(name, **flags, **speed) == wanted, speed
+
+
 def test_the_reward_detector_is_recognised(world, evaluate, capsys):
     for name in (str(world.root / "detector.pth"), sha256_file(world.root / "detector.pth")):
         assert evaluate(reward_detector=[name])["detector"]["is_reward"]
@@ -215,6 +292,9 @@ def test_unknown_classes(world, evaluate, tmp_path):
         ({"num_iter": 65}, "num_iter must lie between 1 and the number of tokens, 64, got 65"),
         ({"fid": "nowhere.pth"}, "nowhere.pth"),
         ({"name": "real images"}, "--name 'real images' is the name of another row"),
+        ({"name": "Real_Images"}, "--name 'Real_Images' is the name of another row, or of its files: 'real images'"),
+        ({"name": "/"}, "--name '/' must be one line with a letter or digit"),
+        ({"name": "n" * 200}, "--name 'n+' must be .* at most 150 bytes"),
         ({"image_size": "source"}, "--image_size source is for --images"),
     ],
 )
@@ -226,13 +306,13 @@ def test_mistakes_are_one_line_before_anything_is_written(evaluate, tmp_path, fl
 
 def test_wrong_folders(evaluate, tmp_path):
     folder = write_folder(tmp_path / "big", size=48)
-    with pytest.raises(SystemExit, match=f"{3:012d}.png is 48x48 pixels, the profile asks for 32x32"):
+    with pytest.raises(SystemExit, match=f"{3:012d}.png is 48x48, but profile tiny says 32x32"):
         evaluate(resume=None, images=folder)
     folder = write_folder(tmp_path / "few", ids=(3, 11))
-    with pytest.raises(SystemExit, match=r"lacks 3 of 5 images, the first is 8 \(named 8.png"):
+    with pytest.raises(SystemExit, match=r"lacks 3 of 5 images, the first is 8 \(000000000008.png"):
         evaluate(resume=None, images=folder)
     shutil.copy(folder / f"{3:012d}.png", folder / "3.png")
-    with pytest.raises(SystemExit, match=f"2 files for image 3: {3:012d}.png, 3.png"):
+    with pytest.raises(SystemExit, match=rf"2 files for image 3 \({3:012d}.png\): {3:012d}.png, 3.png"):
         evaluate(resume=None, images=folder)
     folder = write_folder(tmp_path / "broken")
     content = (folder / f"{8:012d}.png").read_bytes()

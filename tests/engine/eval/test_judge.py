@@ -1,6 +1,7 @@
 """Detecting and scoring: perfect, wrong and shuffled pictures give the numbers they must."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def eval_set(tmp_path_factory) -> EvalSet:
     """Without the image that has two boxes of one class: the colour detector would find one around both."""
     whole = load_eval_set(write_dataset(tmp_path_factory.mktemp("data") / "coco"), tiny_profile())
     targets = tuple(target for target in whole.targets if target.image_id in DISTINCT)
-    return EvalSet(whole.profile, whole.root, whole.split, whole.categories, targets, whole.removed)
+    return replace(whole, targets=targets)
 
 
 def found_in_photos(eval_set: EvalSet, batch_size: int = 2) -> list[dict]:
@@ -47,7 +48,7 @@ def test_pixels_and_boxes_go_the_same_way(geometry, tmp_path):
     """Boxes found in the pixels are the ground truth at output size: AP and mIoU 1."""
     whole = load_eval_set(write_dataset(tmp_path / "coco"), tiny_profile(geometry=geometry))
     targets = tuple(target for target in whole.targets if target.image_id in DISTINCT)
-    exact = EvalSet(whole.profile, whole.root, whole.split, whole.categories, targets, whole.removed)
+    exact = replace(whole, targets=targets)
     entry, lines = Scorer(exact, 20).score(Row("real images", "bound", (None,), (found_in_photos(exact),)))
     assert entry["conditioned"]["AP"] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
     assert entry["full"]["AP50"]["value"] == entry["layout"]["mIoU"]["value"] == pytest.approx(1.0)

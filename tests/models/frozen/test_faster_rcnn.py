@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.frozen.detections import fitting_batches
 from models.frozen.faster_rcnn import (
     RESNET50_FPN_V2,
     SMALL,
@@ -27,6 +28,7 @@ from scripts.mini.scenes import render_scene
 from scripts.mini.train_detector import match_iou, soften
 from tests.conftest import ROOT
 from util.checkpoint import save_atomic
+from util.rng import generator
 from util.types import Category
 
 CATEGORIES = [Category(13, "stop sign"), Category(53, "apple"), Category(85, "clock")]
@@ -104,7 +106,7 @@ def test_file_round_trip(tmp_path: Path, arch: str) -> None:
     assert len(detector.id) == 64
     assert not any(p.requires_grad for p in detector.model.parameters())
     with torch.no_grad():
-        expected = model(images(2))
+        expected = [model([image])[0] for image in images(2)]
     for found, output in zip(detector(images(2)), expected, strict=True):
         assert len(found.scores) > 0
         assert torch.equal(found.boxes_px, output["boxes"])
@@ -288,3 +290,24 @@ def test_training_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = json.loads((tmp_path / "whole.json").read_text())["settings"]
     assert settings["arch"] == SMALL_FPN
     assert not train_detector.state_file(resumed).exists()
+
+
+@pytest.mark.parametrize("arch", [SMALL, SMALL_FPN])
+def test_an_image_is_not_changed_by_the_others_of_its_call(tmp_path: Path, arch: str) -> None:
+    """Unlike sizes would be padded to a common one, which changes what is found."""
+    save_atomic(detector_checkpoint(build_detector(arch, 4), arch, CATEGORIES, torch.float32), tmp_path / "d.pth")
+    detector = load_faster_rcnn(tmp_path / "d.pth", settings=DetectorSettings(min_score=0.0))
+    sizes = ((64, 64), (48, 96), (64, 64), (96, 48))
+    mixed = [torch.rand(3, *size, generator=generator("image", index)) for index, size in enumerate(sizes)]
+    for image, together in zip(mixed, detector(mixed), strict=True):
+        (alone,) = detector([image])
+        assert len(alone.scores) > 0
+        assert torch.equal(alone.boxes_px, together.boxes_px) and torch.equal(alone.scores, together.scores)
+
+
+def test_only_images_of_one_size_share_a_batch() -> None:
+    """On a GPU (here: without memory); on a CPU every image is alone."""
+    sizes = ((64, 64), (48, 96), (64, 64), (96, 48), (48, 96))
+    on_device = [torch.empty(3, *size, device="meta") for size in sizes]
+    assert fitting_batches(on_device) == [[0, 2], [1, 4], [3]]
+    assert fitting_batches([torch.empty(3, *size) for size in sizes]) == [[0], [1], [2], [3], [4]]
