@@ -15,8 +15,8 @@ def import_extra(package: str, purpose: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            f"{purpose} need the package {package}, which cannot be imported ({error}); "
-            f"install it: python -m pip install {pinned(package)}"
+            f"{purpose} need the package {package.split('.')[0]}, which cannot be imported ({error}); "
+            f"install it: python -m pip install {pinned(package.split('.')[0])}"
         ) from error
 
 

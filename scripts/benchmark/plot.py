@@ -1,90 +1,74 @@
-"""The benchmark as one PNG: seconds of every contender relative to its case's first, and the cost curves."""
+"""The benchmark as one PNG: how much faster every contender is than its case's first, and the cost curves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from scripts.benchmark.curves import Curve
 from scripts.benchmark.table import Row
 from util.images import Picture
+from util.plots import COLOURS, COLUMNS, GREY, PALE, PANEL_SIZE, new_figure, picture_of, style_axes
 
-WIDTH, BAR_HEIGHT, BAR_LEFT = 1040, 17, 430
-PANEL_SIZE = (520, 300)
-MARGINS = (64, 40, 24, 36)  # left, top, right, bottom of the plot in its panel
-BLACK, GREY, PALE = (0, 0, 0), (90, 90, 90), (225, 225, 225)
-FIRST, LATER, LINE = (160, 160, 160), (0, 114, 178), (213, 94, 0)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = COLUMNS * PANEL_SIZE[0]
+BAR_HEIGHT, BARS_EDGE = 18, 60  # px of a bar, and above and below them all
+FIRST, LATER, LINE = "#a0a0a0", COLOURS[0], COLOURS[-1]
 
 
 def plot(rows: Sequence[Row], curves: Sequence[Curve]) -> Picture:
     """[H, W, 3] uint8. Raises ValueError if there is nothing to draw."""
-    parts = [draw_bars(rows)] if rows else []
-    panels = [draw_curve(curve) for curve in curves]
-    parts += [beside(panels[index : index + 2]) for index in range(0, len(panels), 2)]
-    if not parts:
+    heights = [BAR_HEIGHT * len(rows) + BARS_EDGE] if rows else []
+    heights += [PANEL_SIZE[1]] * math.ceil(len(curves) / COLUMNS)
+    if not heights:
         raise ValueError("there is nothing to draw: no case was timed")
-    sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), "white")
-    top = 0
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height
-    return np.asarray(sheet)
+    figure = new_figure(WIDTH, sum(heights))
+    parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
+    if rows:
+        draw_bars(parts.pop(0).subplots(), rows)
+    for start, part in zip(range(0, len(curves), COLUMNS), parts, strict=True):
+        panels = list(part.subplots(1, COLUMNS, squeeze=False).flat)
+        for axes, curve in zip(panels, curves[start : start + COLUMNS], strict=False):
+            draw_curve(axes, curve)
+        for axes in panels[len(curves) - start :]:
+            axes.set_axis_off()
+    return picture_of(figure)
 
 
-def beside(panels: Sequence[Image.Image]) -> Image.Image:
-    sheet = Image.new("RGB", (WIDTH, PANEL_SIZE[1]), "white")
-    for index, panel in enumerate(panels):
-        sheet.paste(panel, (index * PANEL_SIZE[0], 0))
-    return sheet
-
-
-def draw_bars(rows: Sequence[Row]) -> Image.Image:
+def draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     """A bar per row, as long as the times it is faster than its case's first contender (grey)."""
     speedups = [next(iter(row.ratios.values())) for row in rows]
-    sheet = Image.new("RGB", (WIDTH, 40 + BAR_HEIGHT * len(rows) + 10), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    draw.text((8, 10), "times faster than the case's first contender", fill=BLACK, font=ImageFont.load_default(15))
-    unit = (WIDTH - BAR_LEFT - 60) / max(*speedups, 1.0)
-    for index, (row, speedup) in enumerate(zip(rows, speedups, strict=True)):
-        top = 40 + BAR_HEIGHT * index
-        is_first = index == 0 or (rows[index - 1].case, rows[index - 1].images) != (row.case, row.images)
-        colour = FIRST if is_first else LATER
-        label = f"{row.case}, batch {row.images}: {row.who}, {row.precision}"
-        draw.text((BAR_LEFT - 8, top + BAR_HEIGHT / 2), label, fill=BLACK, font=font, anchor="rm")
-        draw.rectangle((BAR_LEFT, top + 3, BAR_LEFT + unit * speedup, top + BAR_HEIGHT - 3), fill=colour)
-        right = BAR_LEFT + unit * speedup + 6
-        draw.text((right, top + BAR_HEIGHT / 2), f"{speedup:.2f}", fill=GREY, font=font, anchor="lm")
-    return sheet
+    cases = [(row.case, row.images) for row in rows]
+    is_first = [index == 0 or cases[index - 1] != case for index, case in enumerate(cases)]
+    labels = [f"{row.case}, batch {row.images}: {row.who}, {row.precision}" for row in rows]
+    style_axes(axes, "times faster than the case's first contender")
+    places = np.arange(len(rows))
+    bars = axes.barh(places, speedups, height=0.7, color=[FIRST if each else LATER for each in is_first])
+    axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=8, color=GREY)
+    axes.set_yticks(places, labels, fontsize=8, color="black")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
 
 
-def draw_curve(curve: Curve) -> Image.Image:
+def draw_curve(axes: Axes, curve: Curve) -> None:
     """Seconds over a number, both axes logarithmic; the pale line is proportional growth."""
-    panel = Image.new("RGB", PANEL_SIZE, "white")
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(12)
-    left, top = MARGINS[0], MARGINS[1]
-    right, bottom = PANEL_SIZE[0] - MARGINS[2], PANEL_SIZE[1] - MARGINS[3]
-    draw.text((left, 10), f"seconds over {curve.name}", fill=BLACK, font=ImageFont.load_default(15))
     values = np.array(list(curve.seconds), dtype=np.float64)
     seconds = np.array(list(curve.seconds.values()))
-    proportional = seconds[0] * values / values[0]
-    ends = (min(seconds.min(), proportional.min()) / 1.2, max(seconds.max(), proportional.max()) * 1.2)
-
-    def place(y: np.ndarray) -> list[tuple[float, float]]:
-        share_x = np.log(values / values[0]) / math.log(values[-1] / values[0])
-        share_y = np.log(y / ends[0]) / math.log(ends[1] / ends[0])
-        x, height = left + (right - left) * share_x, bottom - (bottom - top) * share_y
-        return list(zip(x.tolist(), height.tolist(), strict=True))
-
-    draw.line((left, bottom, right, bottom), fill=GREY)
-    draw.line((left, top, left, bottom), fill=GREY)
-    draw.line(place(proportional), fill=PALE, width=2)
-    points = place(seconds)
-    draw.line(points, fill=LINE, width=3, joint="curve")
-    for (x, y), value, second in zip(points, curve.seconds, seconds, strict=True):
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=LINE)
-        draw.text((x, bottom + 6), str(value), fill=GREY, font=font, anchor="mt")
-        draw.text((x, y - 8), f"{second:.3g}", fill=GREY, font=font, anchor="mb")
-    return panel
+    style_axes(axes, f"seconds over {curve.name}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.plot(values, seconds[0] * values / values[0], color=PALE, linewidth=2)
+    axes.plot(values, seconds, color=LINE, linewidth=2, marker="o", markersize=4)
+    for value, second in zip(values, seconds, strict=True):
+        axes.annotate(f"{second:.3g}", (value, second), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xticks(values, [str(value) for value in curve.seconds])
+    axes.minorticks_off()
+    axes.margins(y=0.15)
+    axes.set_yticks([])

@@ -258,7 +258,7 @@ def test_a_run_that_dies_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.
 def test_a_plot_of_rows_and_curves() -> None:
     rows = rows_of(SamplingCase("", "", 1, replace(QUICK, num_iter=1), OWN), structured_model())
     picture = plot.plot(rows, [Curve("images", {1: 0.5, 2: 0.8, 16: 5.0})] * 3)
-    assert picture.shape == (50 + 17 * 3 + 2 * 300, 1040, 3)
+    assert picture.shape == (60 + 18 * 3 + 2 * 300, 1040, 3)
     assert len(table.cells(rows[0])) == len(table.HEADER)
     with pytest.raises(ValueError, match="nothing to draw"):
         plot.plot([], [])

@@ -1,4 +1,4 @@
-"""The comparison of reward fine-tunings: one budget, resumable; numbers by hand; gains are paired; curves are drawn."""
+"""The comparison of reward fine-tunings: one budget, resumable; numbers by hand; gains are paired."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from engine.cli.build_rl import build_estimator
 from engine.cli.sampling import sampling_config
 from models.policy import TrajectoryEstimator
 from scripts import evaluate_layout
-from scripts.mini import rl_table
-from scripts.mini.rl_curves import COLOURS, LEGEND_HEIGHT, PANEL_SIZE, learning_curves, read_metrics, smoothed, ticks
+from scripts.mini import rl_curves, rl_table
 from scripts.mini.rl_measures import Measured, load_evaluation, measure
 from tests.conftest import ROOT
 from tests.helpers.script_tree import ScriptTree
@@ -286,41 +285,8 @@ def test_the_script_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "table.md").read_text() == capsys.readouterr().out and (tmp_path / "curves.png").is_file()
     with pytest.raises(SystemExit, match=r"error: .*trajectory/metrics.jsonl does not exist"):
         rl_table.main([*common, "--names", "stage2", "elbo", "trajectory"])
-
-
-# curves
-
-
-def test_lines_of_one_step_are_one_point(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 2, "reward": 0.5, "kl": null}\n{"step": 2, "eval/AP50": 0.7}\n{"step": 1, "reward": 0.4}\n'
-    )
-    assert read_metrics(path) == {1: {"reward": 0.4}, 2: {"reward": 0.5, "eval/AP50": 0.7}}
-    path.write_text('{"step": 1}\n{"loss"')
-    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is no line of metrics: '\{\"loss\"'"):
-        read_metrics(path)
-
-
-def test_ticks_and_medians_by_hand() -> None:
-    assert ticks(0.0, 300.0) == [0.0, 100.0, 200.0, 300.0]
-    assert ticks(0.41, 0.86) == [0.5, 0.6, 0.7, 0.8]
-    assert smoothed(np.arange(10.0)).tolist() == list(range(10))  # too short to smooth
-    values = np.tile([0.0, 1.0], 20)
-    assert smoothed(values)[[0, 1, 20, 21]].tolist() == [0.0, 0.5, 0.0, 1.0]  # two neighbours on either side
-    values = np.where(np.arange(40) == 20, 1000.0, np.arange(40.0))  # a single spike moves it by one place at most
-    assert smoothed(values)[18:23].tolist() == [18.0, 19.0, 21.0, 22.0, 23.0]
-
-
-def test_a_better_run_is_drawn_higher(tmp_path: Path) -> None:
-    paths = {}
-    for name, reward in (("low", 0.2), ("high", 0.8)):
-        paths[name] = tmp_path / f"{name}.jsonl"
-        paths[name].write_text("".join(json.dumps({"step": s, "reward": reward}) + "\n" for s in range(1, 41)))
-    picture = learning_curves(paths)
-    assert picture.shape == (2 * PANEL_SIZE[1] + LEGEND_HEIGHT, 2 * PANEL_SIZE[0], 3)
-    panel = picture[LEGEND_HEIGHT : LEGEND_HEIGHT + PANEL_SIZE[1], : PANEL_SIZE[0]]
-    heights = [np.argwhere((panel == colour).all(axis=2))[:, 0].mean() for colour in COLOURS[:2]]
-    assert heights[0] > heights[1] + 100  # rows count from the top
-    with pytest.raises(ValueError, match="expected 1 to 6 runs, got 0"):
-        learning_curves({})
+    curves = ["--output", str(tmp_path / "two.png"), "--runs", str(tmp_path / "elbo")]
+    rl_curves.main(curves)
+    assert capsys.readouterr().out == f"{tmp_path / 'two.png'}\n" and (tmp_path / "two.png").is_file()
+    with pytest.raises(SystemExit, match=r"error: .*ppo/metrics.jsonl does not exist"):
+        rl_curves.main([*curves, str(tmp_path / "ppo")])
