@@ -26,7 +26,6 @@ from engine.checkpoint.load import require_fitting_codec
 from engine.checkpoint.resume import (
     Source,
     check_identity,
-    checkpoint_content,
     find_source,
     load_weights,
     log_changed_args,
@@ -34,6 +33,7 @@ from engine.checkpoint.resume import (
     restore,
     resumed_position,
 )
+from engine.checkpoint.writer import CheckpointWriter
 from engine.cli.sampling import sampling_config
 from engine.data.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler
@@ -57,10 +57,9 @@ from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable, summarize_trainable
-from util.checkpoint import LAST_NAME, save_atomic
 from util.coco import CocoIndex
 from util.config import resolved_dict
-from util.distributed import DistInfo, barrier
+from util.distributed import DistInfo
 from util.ema import Ema
 from util.logging import MetricWriter
 from util.rng import derive_seed
@@ -332,6 +331,11 @@ def prepare_run(
     pin_memory = args.pin_mem and dist.device.type == "cuda"
     batches = coco_batches(parts.dataset, parts.sampler, parts.config.max_objects, args.num_workers, pin_memory)
     global_batch = parts.sampler.global_batch
+    if parts.source.kind == "continue":
+        restore_open_interval(step, parts.source, dist)
+    written = CheckpointWriter(
+        state, Path(args.output_dir), stage, parts.identity, parts.flags, global_batch, dist, step.open_interval, extra
+    )
     run = TrainingRun(
         config=config,
         state=state,
@@ -339,7 +343,8 @@ def prepare_run(
         batches=batches,
         step=step,
         dist=dist,
-        save=saver(state, Path(args.output_dir), stage, parts.identity, parts.flags, global_batch, dist, extra),
+        save=written.save,
+        save_alone=None if args.fsdp else written.save_alone,
         preview=preview,
         evaluate=evaluate,
     )
@@ -352,23 +357,8 @@ def prepare_run(
     return PreparedRun(run, start, stage, parts.flags, (size, *notes))
 
 
-def saver(
-    state: TrainState,
-    output_dir: Path,
-    stage: str,
-    identity: Identity,
-    args: dict[str, Any],
-    global_batch: int,
-    dist: DistInfo,
-    extra: Callable[[], dict[str, Any]] = dict,
-) -> Callable[[Position], None]:
-    """Writes checkpoint-last.pth, atomically, on rank 0. extra: what this stage keeps besides (every process calls)."""
-
-    def save(position: Position) -> None:
-        content = checkpoint_content(state, position, stage, identity, args, global_batch) | extra()
-        if dist.is_main:
-            save_atomic(content, output_dir / LAST_NAME)
-            logger.info("saved %s at epoch %d, step %d", output_dir / LAST_NAME, position.epoch, position.step)
-        barrier()
-
-    return save
+def restore_open_interval(step: Step, source: Source, dist: DistInfo) -> None:
+    """What was noted since the last log line, if as many processes go on as wrote it: each has its own part."""
+    parts: list[dict[str, Any]] = source.state.get("open_interval", [])
+    if len(parts) == dist.world_size:
+        step.reopen(parts[dist.rank])

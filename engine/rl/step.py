@@ -46,6 +46,7 @@ from util.rng import derive_seed, generator
 logger = logging.getLogger(__name__)
 
 MIXES = ("loss", "step")
+SECONDS = ("rollout_seconds", "update_seconds")  # not in checkpoints: two equal runs write equal files
 MAX_SKIPPED = 10  # optimizer steps in a row without a finite gradient
 
 
@@ -106,18 +107,20 @@ class GrpoStep:
         self.make_inputs, self.observers = make_inputs, observers
         self.skipped_in_a_row = 0
         self.is_first = True
-        self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._values: defaultdict[str, list[float]] = defaultdict(list)  # since the last `read`, of whole steps
+        self._noted: list[tuple[str, Tensor]] = []  # of the step that is being taken
 
     # --- a Step ----------------------------------------------------------------------------------------------------
 
     def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
+        self._noted.clear()
         batches, step = list(micro_batches), position.step
         rl_share = self._rl_share(step)
         started = time.perf_counter()
         rollouts = []
         if rl_share > 0:
             rollouts = [self.worker.collect(batch, (step, k, self.dist.rank)) for k, batch in enumerate(batches)]
-            self._show(rollouts)
+            self._note_rollouts(rollouts)
         rolled_out = time.perf_counter()
         passes = [each for k, rollout in enumerate(rollouts) for each in self.score(rollout, step, k)]
         for inner in range(self.config.inner_epochs if rollouts else 1):
@@ -128,15 +131,25 @@ class GrpoStep:
         if self.is_first and updates_left > 0:
             logger.info("%s", describe_time_left(finished - started, updates_left))
         self.is_first = False
+        self._keep_notes()
+        if rollouts:
+            self._show(rollouts)
         return sum(map(len, rollouts)) or sum(map(len, batches))
 
     def check(self) -> None:
         """Steps that are not finite are left out as they happen: there is nothing to find later."""
 
     def read(self) -> dict[str, float]:
-        means = {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
+        self._keep_notes()
+        means = {name: float(torch.tensor(values, dtype=torch.float64).mean()) for name, values in self._values.items()}
         self._values.clear()
         return {**dict.fromkeys(self.shown, math.nan), **means}
+
+    def open_interval(self) -> dict[str, Any]:
+        return {name: list(values) for name, values in self._values.items() if name not in SECONDS}
+
+    def reopen(self, interval: Mapping[str, Any]) -> None:
+        self._values.update({name: list(values) for name, values in interval.items()})
 
     # --- the update ------------------------------------------------------------------------------------------------
 
@@ -259,10 +272,15 @@ class GrpoStep:
 
     def _note(self, values: Mapping[str, Tensor | float]) -> None:
         for name, value in values.items():
-            self._values[name].append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
+            self._noted.append((name, torch.as_tensor(value, dtype=torch.float64).detach().cpu()))
 
-    def _show(self, rollouts: Sequence[Rollout]) -> None:
-        """To the log and to the observers."""
+    def _keep_notes(self) -> None:
+        """The step is whole: what it noted counts."""
+        for name, value in self._noted:
+            self._values[name].append(float(value))
+        self._noted.clear()
+
+    def _note_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         totals = torch.cat([rollout.rewards.total for rollout in rollouts])  # [n of all]
         self._note({"reward": totals.mean(), "reward_std": totals.std(correction=0)})
         for name in rollouts[0].rewards.parts:
@@ -272,6 +290,10 @@ class GrpoStep:
             rewards = rollout.grouped_rewards()
             self._note({"zero_std_share": zero_std_share(rewards), "token_std": rollout.samples.tokens.std()})
             self._note({"group_std": rewards.std(1, correction=0).mean()})
+
+    def _show(self, rollouts: Sequence[Rollout]) -> None:
+        """To the observers, once the step is whole: a step that fails is taken again."""
+        totals = torch.cat([rollout.rewards.total for rollout in rollouts])  # [n of all]
         mean_reward = reduce_mean({"reward": float(totals.mean())})["reward"]
         for observer in self.observers:
             observer(rollouts, mean_reward)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -27,9 +27,11 @@ from engine.train.optim import LrSchedule, clip_gradients, set_lr
 from engine.train.parallel import gradient_sync
 from engine.train.state import Course, Position, TrainState
 from models.structmar import TrainingNoise
-from util.distributed import DistInfo, any_rank, reduce_mean
+from util.distributed import DistInfo, any_rank, failing_together, reduce_mean
+from util.failures import RanksFailed, one_line
 from util.logging import MetricWriter, progress
 from util.rng import derive_seed, generator
+from util.run_info import memory_gb
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,9 @@ class Step(Protocol):
     """What one step does with its batches. shown: the metrics of a log line.
 
     take: one step; returns how many images this process saw. check: raises FloatingPointError where a value was not
-    finite. read: the metrics since the last read, the same names on every process; checks first.
+    finite. read: the metrics since the last read, the same names on every process; checks first. open_interval: what
+    has been noted since then, plain values for a checkpoint; reopen takes them back, so that the first log line of a
+    continued run covers the same steps. What a step notes counts once the step is whole.
     """
 
     @property
@@ -92,11 +96,16 @@ class Step(Protocol):
 
     def read(self) -> dict[str, float]: ...
 
+    def open_interval(self) -> dict[str, Any]: ...
+
+    def reopen(self, interval: Mapping[str, Any]) -> None: ...
+
 
 @dataclass(frozen=True)
 class TrainingRun:
     """A stage, ready to go. save writes checkpoint-last.pth; preview shows images; evaluate scores some and may return
-    a reason to end the run (every process calls all three)."""
+    a reason to end the run (every process calls all three). save_alone: as save, for a process that has lost the
+    others; None where one process does not have it all."""
 
     config: TrainConfig
     state: TrainState
@@ -105,6 +114,7 @@ class TrainingRun:
     step: Step
     dist: DistInfo
     save: Callable[[Position], None]
+    save_alone: Callable[[Position], None] | None = None
     preview: Callable[[int, MetricWriter], None] | None = None
     evaluate: Callable[[int, MetricWriter], str | None] | None = None
 
@@ -121,7 +131,7 @@ def train(run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFla
     """Trains from `start` to the end, until `stop` or until an evaluation says so, and saves then.
 
     Returns the signal that stopped it. Raises ValueError if an epoch has no full step, FloatingPointError where a loss
-    or gradient is not finite.
+    or gradient is not finite. Whatever else is raised, what the last whole step left is saved first, if it can be.
     """
     images, images_per_step = run.course.images, run.course.images_per_step
     if images < images_per_step:
@@ -135,7 +145,11 @@ def train(run: TrainingRun, start: Position, writer: MetricWriter, stop: StopFla
             images % images_per_step, images, images_per_step,
         )  # fmt: skip
     loop = _Loop(run, start, writer, stop)
-    return loop.run_epochs()
+    try:
+        return loop.run_epochs()
+    except Exception as error:
+        loop.save_what_is_whole(error)
+        raise
 
 
 class _Loop:
@@ -145,9 +159,15 @@ class _Loop:
         self.run, self.position, self.writer, self.stop = run, start, writer, stop
         self.course = run.course
         self.saved_step: int | None = None
+        self.first_step = start.step
         self.reason_to_end: str | None = None
         self.clock = time.perf_counter()
         self.num_images = 0
+        self.is_whole = True  # weights and position belong together
+        run.state.optimizer.register_step_pre_hook(self.note_update)
+
+    def note_update(self, *_: Any) -> None:
+        self.is_whole = False
 
     def run_epochs(self) -> int | None:
         run, signum = self.run, None
@@ -158,11 +178,28 @@ class _Loop:
                 self.evaluate()  # what the start is worth
             while not self.is_finished() and signum is None:
                 signum = self.run_epoch(bar)
-        if self.position.step % run.config.log_freq and self.num_images:
-            self.log()
+        if signum is None and self.position.step % run.config.log_freq and self.num_images:
+            self.log()  # a run that was stopped logs when it has gone on
         if self.saved_step != self.position.step:
             self.save()
         return signum
+
+    def save_what_is_whole(self, error: Exception) -> None:
+        """Before the run ends by `error`: this process's last chance."""
+        run, step = self.run, self.position.step
+        has_news = self.is_whole and step not in (self.saved_step, self.first_step)
+        if isinstance(error, FloatingPointError) or not has_news:
+            return
+        is_together = run.dist.world_size == 1 or isinstance(error, RanksFailed)
+        save = run.save if is_together else run.save_alone
+        if save is None or not (is_together or run.dist.is_main):
+            return
+        try:
+            run.step.check()
+            save(self.position)
+        except (OSError, FloatingPointError, RuntimeError) as second:
+            with suppress(OSError):  # the log's disk may be full as well
+                logger.warning("step %d could not be saved: %s", step, one_line(second))
 
     def is_finished(self) -> bool:
         return self.reason_to_end is not None or self.course.is_finished(self.position)
@@ -172,15 +209,25 @@ class _Loop:
         config, epoch = self.run.config, self.position.epoch
         batches = self.run.batches.of_epoch(epoch, self.position.images)
         while self.position.epoch == epoch and not self.is_finished():
-            micro_batches = islice(batches, config.accum_iter)
+            micro_batches = self.next_batches(batches)
             set_lr(self.run.state.optimizer, self.run.schedule.at(self.course.epochs_after(self.position)))
             self.num_images += self.run.step.take(self.position, micro_batches)
             self.position = self.course.after_step(self.position)
+            self.is_whole = True
             bar.update(1)
             self.after_step(is_epoch_end=self.position.epoch != epoch)
             if (signum := self.asked_to_stop()) is not None:
                 return signum
         return None
+
+    def next_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """A step's batches. Where one process cannot read its own, all end here, at a whole step."""
+        for _ in range(self.run.config.accum_iter):
+            with failing_together():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def after_step(self, is_epoch_end: bool) -> None:
         config, step, epoch = self.run.config, self.position.step, self.position.epoch
@@ -189,11 +236,11 @@ class _Loop:
         is_preview_epoch = is_epoch_end and _is_due(epoch, config.preview_epochs)
         if _is_due(step, config.eval_steps) or is_preview_epoch:
             self.evaluate()  # before saving: what it remembers is saved too
-        if _is_due(step, config.save_steps) or (is_epoch_end and _is_due(epoch, config.save_epochs)):
-            self.save()
         if self.run.preview is not None and (_is_due(step, config.preview_steps) or is_preview_epoch):
             self.run.step.check()
             self.run.preview(step, self.writer)
+        if _is_due(step, config.save_steps) or (is_epoch_end and _is_due(epoch, config.save_epochs)):
+            self.save()  # after all else: a run that is killed before does it again
 
     def evaluate(self) -> None:
         if self.run.evaluate is None:
@@ -219,12 +266,15 @@ class _Loop:
         self.clock, self.num_images = now, 0
         means = reduce_mean(own)
         position, lr = self.position, self.run.state.optimizer.param_groups[0]["lr"]
-        epoch = self.course.epochs_done(position)
-        self.writer.scalars(position.step, {**means, "lr": lr, "epoch": epoch, "images_per_second": rate})
+        epoch, memory = self.course.epochs_done(position), memory_gb(self.run.dist.device)
+        values = {**means, "lr": lr, "epoch": epoch, "images_per_second": rate}
+        self.writer.scalars(position.step, values, board_only={"memory/gb": memory})
         shown = "  ".join(
             f"{name.replace('_', ' ')} {means[name]:.4f}" for name in self.run.step.shown if name in means
         )
-        logger.info("step %d  epoch %.2f  %s  lr %.2e  %.1f images/s", position.step, epoch, shown, lr, rate)
+        logger.info(
+            "step %d  epoch %.2f  %s  lr %.2e  %.1f images/s  %.2f GB", position.step, epoch, shown, lr, rate, memory
+        )
 
     def save(self) -> None:
         self.run.step.check()
@@ -247,7 +297,7 @@ class SupervisedStep:
     def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
         config, state, meter, rank = self.config, self.state, self.meter, self.dist.rank
         state.model.train()
-        num_images = 0
+        num_images, losses = 0, []
         for micro, batch in enumerate(micro_batches):
             rng = generator(config.seed, "train", position.step, micro, rank)
             inputs = self.make_inputs(batch, position.epoch, rng)
@@ -260,9 +310,11 @@ class SupervisedStep:
             meter.watch("latents", inputs.latents, position.step)
             if inputs.text is not None:
                 meter.watch("text", inputs.text.pooled, position.step)
-            meter.add_loss(loss, position.step)
+            losses.append(loss)
             num_images += len(inputs)
         assert micro + 1 == config.accum_iter, "an epoch's batches ended in the middle of a step"
+        for loss in losses:
+            meter.add_loss(loss, position.step)
         meter.add_norm(clip_gradients(state.trainable.values(), config.grad_clip), position.step)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -275,6 +327,12 @@ class SupervisedStep:
     def read(self) -> dict[str, float]:
         loss, grad_norm = self.meter.read()
         return {"loss": loss, "grad_norm": grad_norm}
+
+    def open_interval(self) -> dict[str, Any]:
+        return self.meter.state()
+
+    def reopen(self, interval: Mapping[str, Any]) -> None:
+        self.meter.restore(interval)
 
 
 def backward_pass(

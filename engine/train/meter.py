@@ -6,6 +6,9 @@ part, and raised when the meter is read: at log lines and before every save, so 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,6 +49,14 @@ class Meter:
             raise FloatingPointError(
                 f"the {part} is not finite at step {step} on rank {self.rank}; nothing was saved since"
             )
+
+    def state(self) -> dict[str, Any]:
+        """The open interval's sums, plain values for a checkpoint; `restore` takes them back."""
+        return {"sums": self._sums.tolist(), "num_losses": self._num_losses, "num_norms": self._num_norms}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._sums.copy_(torch.tensor(state["sums"], dtype=self._sums.dtype))
+        self._num_losses, self._num_norms = state["num_losses"], state["num_norms"]
 
     def read(self) -> tuple[float, float]:
         """(mean loss, mean gradient norm) since the last read, after `check`. Waits for the device."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import check_identity, find_source, load_weights, restore, resumed_position
-from engine.cli.build import saver
+from engine.checkpoint.writer import CheckpointWriter
 from engine.data.inputs import ClassBatch, ClassInputs
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, train
@@ -135,17 +135,20 @@ def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     settings = TrainConfig(
         args.seed, epochs, args.steps, precision=args.precision, log_freq=50, save_epochs=0, save_steps=250
     )
+    step = SupervisedStep(settings, state, ClassInputs(codec, 0.1, args.seed, dist.device), dist)
+    work_dir = Path(args.work_dir)
+    written = CheckpointWriter(state, work_dir, STAGE, identity, vars(args), args.batch_size, dist, step.open_interval)
     run = TrainingRun(
         config=settings,
         state=state,
         schedule=LrSchedule(args.lr, args.lr / 50, 2, args.steps / steps_per_epoch, "cosine"),
         batches=batches,
-        step=SupervisedStep(settings, state, ClassInputs(codec, 0.1, args.seed, dist.device), dist),
+        step=step,
         dist=dist,
-        save=saver(state, Path(args.work_dir), STAGE, identity, vars(args), args.batch_size, dist),
+        save=written.save,
     )
     start = resumed_position(source, run.course)
-    with StopRequest() as stop, MetricWriter(Path(args.work_dir), dist.rank, start.step) as writer:
+    with StopRequest() as stop, MetricWriter(work_dir, dist.rank, start.step) as writer:
         signum = train(run, start, writer, stop)
     if signum is None:
         with state.ema.applied():

@@ -1,0 +1,55 @@
+"""How a run's checkpoint gets onto the disk: by all processes together, or by the one that is left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.resume import checkpoint_content
+from engine.train.state import Position, TrainState
+from util.checkpoint import LAST_NAME, save_atomic
+from util.distributed import DistInfo, failing_together, gather_objects
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writes checkpoint-last.pth, atomically, on rank 0. args: every flag by name. open_interval: a process's part of
+    the next log line. extra: what this stage keeps besides."""
+
+    state: TrainState
+    output_dir: Path
+    stage: str
+    identity: Identity
+    args: dict[str, Any]
+    global_batch: int
+    dist: DistInfo
+    open_interval: Callable[[], dict[str, Any]]
+    extra: Callable[[], dict[str, Any]] = dict
+
+    def save(self, position: Position) -> None:
+        """Every process calls it, and all fail if the file cannot be written."""
+        content = self.content(position) | {"open_interval": gather_objects(self.open_interval())}
+        with failing_together():
+            self.write(content, position)
+
+    def save_alone(self, position: Position) -> None:
+        """For rank 0 when the others are gone: without their parts of the next log line."""
+        self.write(self.content(position), position)
+
+    def content(self, position: Position) -> dict[str, Any]:
+        return (
+            checkpoint_content(self.state, position, self.stage, self.identity, self.args, self.global_batch)
+            | self.extra()
+        )
+
+    def write(self, content: dict[str, Any], position: Position) -> None:
+        if self.dist.is_main:
+            path = self.output_dir / LAST_NAME
+            save_atomic(content, path)
+            logger.info("saved %s at epoch %d, step %d", path, position.epoch, position.step)
