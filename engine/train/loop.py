@@ -206,7 +206,7 @@ class _Loop:
 
     def run_epoch(self, bar: Any) -> int | None:
         """One epoch, or what is left of it. Returns the signal that cut it short."""
-        config, epoch = self.run.config, self.position.epoch
+        epoch = self.position.epoch
         batches = self.run.batches.of_epoch(epoch, self.position.images)
         while self.position.epoch == epoch and not self.is_finished():
             micro_batches = self.next_batches(batches)
@@ -278,8 +278,8 @@ class _Loop:
 
     def save(self) -> None:
         self.run.step.check()
+        self.saved_step = self.position.step  # or tried to: what fails here is not tried again at once
         self.run.save(self.position)
-        self.saved_step = self.position.step
 
 
 DEFAULT_SIGNUM = 15  # SIGTERM, for a process that hears of the signal from another one
