@@ -35,13 +35,15 @@ from engine.cli.arguments import (
     add_speed_arg,
 )
 from engine.cli.sampling import parse_sampling_args, sampling_config
+from engine.eval.bounds import BoundStore
 from engine.eval.generation import GenerationPlan
 from engine.eval.judge import Judge, unknown_categories
 from engine.eval.names import require_own_name
 from engine.eval.pictures import given_pictures
+from engine.eval.plan import EvaluationRun, Generation
 from engine.eval.profiles import IMAGE_SIZES, Profile, available_profiles, load_profile
 from engine.eval.quality import QualityMetrics, load_quality_metrics
-from engine.eval.run import EvaluationRun, Generation, round_trip, run_evaluation
+from engine.eval.run import round_trip, run_evaluation
 from engine.eval.targets import EvalSet, load_eval_set
 from engine.sample.generate import PRECISIONS
 from engine.sample.pipeline import StructMARPipeline
@@ -107,6 +109,8 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--real_bound", action=SWITCH, default=True, help="score the real images (they must be there)")
     group.add_argument("--vae_bound", action=SWITCH, default=None,
                        help="score the VAE round trip; default: with --resume, or when --vae_path exists")  # fmt: skip
+    group.add_argument("--bounds_dir", default=None,
+                       help="folder of bounds, for evaluations of the same data, profile and detector")  # fmt: skip
 
 
 def add_judge_args(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +189,8 @@ def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
         source={"kind": "images", "folder": Path(args.images).name, **given.note} if given else {},
         real_bound=args.real_bound,
         round_trip=None,
+        vae_id=None,
+        bounds=BoundStore(Path(args.bounds_dir)) if args.bounds_dir else None,
         no_layout_run=args.no_layout_run,
         quality=read_quality(args, dist),
         num_resamples=args.num_resamples,
@@ -256,7 +262,7 @@ def add_vae_bound(args: argparse.Namespace, run: EvaluationRun) -> EvaluationRun
         if args.vae_bound:
             raise ValueError(f"--vae_bound: {message} {codec.stride}")
         return run
-    return replace(run, round_trip=round_trip(codec, run.eval_set))
+    return replace(run, round_trip=round_trip(codec, run.eval_set), vae_id=codec.id)
 
 
 def read_quality(args: argparse.Namespace, dist: DistInfo) -> QualityMetrics | None:

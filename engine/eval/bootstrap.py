@@ -13,6 +13,7 @@ import numpy as np
 from util.rng import derive_seed
 
 COVERAGE_PERCENT = 95.0
+BOOTSTRAP_SEED = 0  # of every evaluation, so that all draw the same images
 
 
 @dataclass(frozen=True)

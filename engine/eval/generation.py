@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,6 @@ def generate_chunk(
     wanted = [scenes[target.image_id] for target in chunk]
     pictures = pipeline.draw(wanted, plan.config, seeds, plan.chunk, plan.precision, progress)
     for target, image_seed, picture in zip(chunk, seeds, pictures, strict=True):
-        path = image_path(folder, target)
-        temporary = path.with_suffix(f".{plan.dist.rank}.tmp")
-        save_png(picture, temporary, {"prompt": scenes[target.image_id].prompt, "seed": str(image_seed)})
-        os.replace(temporary, path)
+        save_png(
+            picture, image_path(folder, target), {"prompt": scenes[target.image_id].prompt, "seed": str(image_seed)}
+        )

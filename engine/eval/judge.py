@@ -19,7 +19,7 @@ import torch
 
 from engine.eval import layout_metrics
 from engine.eval.ap import METRICS, ApResult, average_precision
-from engine.eval.bootstrap import Interval, bootstrap_weights, interval
+from engine.eval.bootstrap import BOOTSTRAP_SEED, Interval, bootstrap_weights, interval
 from engine.eval.layout_metrics import LAYOUT_METRICS, ImageScore, score_image
 from engine.eval.pictures import PictureOf
 from engine.eval.targets import EvalSet, Target
@@ -28,7 +28,6 @@ from util.boxes import xywh_to_xyxy
 from util.distributed import DistInfo, gather_objects
 from util.types import Category
 
-BOOTSTRAP_SEED = 0
 SUCCESS_IOU = 0.5
 COMPARED = (("conditioned", "AP"), ("conditioned", "AP50"), ("layout", "mIoU"))
 

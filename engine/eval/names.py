@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 RESERVED_NAMES = REAL, VAE, NO_LAYOUT, SHUFFLED = "real images", "VAE round trip", "no layout", "shuffled layouts"
+RESULTS_FILE, PER_IMAGE_FILE = "results.json", "per_image.jsonl"
 MAX_NAME_BYTES = 150  # of a row's name: "_seed_<number>.json" follows it in a file name of at most 255
 
 
@@ -33,3 +34,8 @@ def require_own_name(name: str, where: str) -> str:
 def file_stem(name: str) -> str:
     """A row's name as a file name."""
     return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def ground_truth_file(folder: Path, kind: str) -> Path:
+    """COCO instances of one kind of ground truth ("full", "conditioned") in an evaluation's folder."""
+    return folder / f"ground_truth_{kind}.json"

@@ -1,106 +1,40 @@
 """One evaluation from beginning to end: generate what is missing, detect, score, write.
 
 <output_dir>/generation.json says what the images there were made with; another model or other settings are refused, so
-that images of two models never mix. Everything else is made anew from the images each time, and equal images give an
-equal results.json: it holds no times, no paths and nothing that depends on the number of processes.
+that images of two models never mix. Everything else is made anew from the images each time.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine.data.scenes import Scene, empty_layout
-from engine.eval.generation import (
-    GenerationPlan,
-    generate_chunk,
-    is_generated,
-    missing_chunks,
-    scenes_hash,
-)
-from engine.eval.judge import (
-    Json,
-    Judge,
-    Row,
-    Scorer,
-    add_percent_of_bound,
-    detect,
-    detection_batches,
-    shuffle_layouts,
-    without_nan,
-)
-from engine.eval.names import NO_LAYOUT, REAL, SHUFFLED, VAE, detections_file
+from engine.eval.bounds import bound_identity
+from engine.eval.generation import generate_chunk, is_generated, missing_chunks
+from engine.eval.judge import Json, Row, detect, detection_batches
+from engine.eval.names import NO_LAYOUT, REAL, VAE
 from engine.eval.pictures import PictureOf, folder_pictures, image_path
-from engine.eval.quality import QualityMetrics
-from engine.eval.report.page import RESULTS_FORMAT, format_table, write_report
+from engine.eval.plan import EvaluationRun, PictureRow, generation_identity
+from engine.eval.results import write_everything, write_json
 from engine.eval.targets import EvalSet, Target
-from engine.sample.pipeline import StructMARPipeline
 from models.frozen.vae import LatentCodec
-from util.checkpoint import sha256_tensors
-from util.distributed import DistInfo, barrier, gather_objects
-from util.images import Picture, load_image, to_model_range, to_picture
+from util.distributed import DistInfo, barrier
+from util.images import Picture, to_model_range, to_picture
 from util.logging import progress
-from util.output import write_atomic
+from util.output import held_folder, remove_unfinished
 from util.read import read_json
 
 logger = logging.getLogger(__name__)
 
 IDENTITY_FILE = "generation.json"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A model and how images are drawn from it, once for every seed."""
-
-    pipeline: StructMARPipeline
-    plan: GenerationPlan
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EvaluationRun:
-    """Everything checked and loaded. name: of the model's row. folder_pictures: instead of a generation.
-
-    round_trip: real pictures through the VAE, None without that bound. source: what results.json says of a folder.
-    """
-
-    eval_set: EvalSet
-    judge: Judge
-    skipped_categories: Sequence[str]
-    is_reward: bool
-    name: str
-    generation: Generation | None
-    folder_pictures: PictureOf | None
-    source: Mapping[str, Any]
-    real_bound: bool
-    round_trip: PictureOf | None
-    no_layout_run: bool
-    quality: QualityMetrics | None
-    num_resamples: int
-    detector_batch_size: int
-    rescore: bool
-    dist: DistInfo
-    output_dir: Path
-
-
-@dataclass(frozen=True)
-class PictureRow:
-    """A row before detection: where its pictures come from, by seed. folders: where they lie, None: not in files."""
-
-    name: str
-    kind: str
-    seeds: tuple[int | None, ...]
-    sources: tuple[PictureOf, ...]
-    folders: tuple[Path | None, ...]
 
 
 def round_trip(codec: LatentCodec, eval_set: EvalSet) -> PictureOf:
@@ -116,12 +50,17 @@ def round_trip(codec: LatentCodec, eval_set: EvalSet) -> PictureOf:
 
 def run_evaluation(run: EvaluationRun) -> str:
     """Does it all and returns the table as text. The bounds come first: what is wrong with a photograph is said before
-    images are generated. Raises ValueError or FileNotFoundError."""
+    images are generated. Raises ValueError, FileNotFoundError or OutputError."""
+    with held_folder(run.output_dir) if run.dist.is_main else nullcontext():
+        return _run_evaluation(run)
+
+
+def _run_evaluation(run: EvaluationRun) -> str:
     bounds, own = bound_rows(run), model_rows(run)
     if run.generation is not None:
         require_same_generation(run)
     detections = {row.name: detect_row(run, row) for row in bounds}
-    if run.generation is not None:
+    if run.generation is not None and not run.rescore:
         keep_generation(run)
         generate(run)
     barrier()
@@ -133,22 +72,6 @@ def run_evaluation(run: EvaluationRun) -> str:
         table = write_everything(run, rows, detections, quality)
     barrier()
     return table
-
-
-def generation_identity(run: EvaluationRun) -> Json:
-    """What makes the pixels, as plain values."""
-    assert run.generation is not None
-    pipeline, plan = run.generation.pipeline, run.generation.plan
-    checkpoint = {key: value for key, value in pipeline.describe().items() if key != "path"}
-    return {
-        **checkpoint,
-        "weights_sha256": sha256_tensors(pipeline.model.state_dict()),
-        "sampling": asdict(plan.config),
-        "batch_size": plan.chunk,
-        "precision": plan.precision,
-        "scenes": scenes_hash([target.scene for target in run.eval_set.targets]),
-        "ids_hash": run.eval_set.ids_hash,
-    }
 
 
 def require_same_generation(run: EvaluationRun) -> None:
@@ -166,13 +89,21 @@ def require_same_generation(run: EvaluationRun) -> None:
                 )
     elif run.rescore:
         raise FileNotFoundError(f"--rescore: no {path}, so no images were generated there")
+    if run.rescore:
+        targets, sets = run.eval_set.targets, image_sets(run)
+        missing = sum(not is_generated(folder, target) for _, _, folder, _ in sets for target in targets)
+        if missing:
+            raise FileNotFoundError(f"--rescore: {missing} of {len(targets) * len(sets)} images are missing")
 
 
 def keep_generation(run: EvaluationRun) -> None:
-    """Writes generation.json before the first image, where it is not there yet."""
+    """Writes generation.json before the first image, where it is not there yet; what was being written when an earlier
+    run was killed goes away."""
     path = run.output_dir / IDENTITY_FILE
-    if run.dist.is_main and not path.is_file():
-        write_json(path, generation_identity(run))
+    if run.dist.is_main:
+        remove_unfinished(run.output_dir, run.output_dir / "detections", *(each[2] for each in image_sets(run)))
+        if not path.is_file():
+            write_json(path, generation_identity(run))
     barrier()
 
 
@@ -191,16 +122,11 @@ def image_sets(run: EvaluationRun) -> list[tuple[str, int, Path, dict[int, Scene
 
 
 def generate(run: EvaluationRun) -> None:
-    """Makes the images that are not there yet; with --rescore it only looks whether all are."""
+    """Makes the images that are not there yet."""
     assert run.generation is not None
     plan, targets = run.generation.plan, run.eval_set.targets
     sets = image_sets(run)
     todo = [(each, chunk) for each in sets for chunk in missing_chunks(each[2], targets, plan)]
-    if run.rescore:
-        if any(gather_objects(len(todo))):
-            missing = sum(not is_generated(folder, target) for _, _, folder, _ in sets for target in targets)
-            raise FileNotFoundError(f"--rescore: {missing} of {len(targets) * len(sets)} images are missing")
-        return
     num_images = sum(len(chunk) for _, chunk in todo)
     if num_images:
         logger.info("generating %d of %d images on this process", num_images, len(targets) * len(sets))
@@ -213,9 +139,9 @@ def bound_rows(run: EvaluationRun) -> list[PictureRow]:
     """The real images, and what the VAE leaves of them."""
     rows = []
     if run.real_bound:
-        rows.append(PictureRow(REAL, "bound", (None,), (run.eval_set.picture,), (None,)))
+        rows.append(PictureRow(REAL, "bound", (None,), (run.eval_set.picture,), (None,), {}))
     if run.round_trip is not None:
-        rows.append(PictureRow(VAE, "bound", (None,), (run.round_trip,), (None,)))
+        rows.append(PictureRow(VAE, "bound", (None,), (run.round_trip,), (None,), {"vae": run.vae_id}))
     return rows
 
 
@@ -240,15 +166,20 @@ def generated_pictures(targets: Sequence[Target], folder: Path) -> PictureOf:
 
 
 def detect_row(run: EvaluationRun, row: PictureRow) -> Row:
-    """Runs the detector over all pictures of a row."""
+    """Runs the detector over all pictures of a row, or takes a bound's detections from where they are kept."""
     targets, size = run.eval_set.targets, run.detector_batch_size
-    found = []
-    num_batches = len(detection_batches(targets, size))
-    own = len(range(run.dist.rank, num_batches, run.dist.world_size))
-    with bar(run.dist, own * len(row.sources), f"detecting: {row.name}") as ticks:
-        for source in row.sources:
-            found.append(detect(run.judge, targets, source, run.dist, size, ticked(ticks)))
-    return Row(row.name, row.kind, row.seeds, tuple(found))
+    own = len(range(run.dist.rank, len(detection_batches(targets, size)), run.dist.world_size))
+
+    def detect_all(source: PictureOf) -> list[Json]:
+        with bar(run.dist, own, f"detecting: {row.name}") as ticks:
+            return detect(run.judge, targets, source, run.dist, size, ticked(ticks))
+
+    if row.made_of is None or run.bounds is None:
+        return Row(row.name, row.kind, row.seeds, tuple(detect_all(source) for source in row.sources))
+    identity = bound_identity(row.name, run.eval_set, run.judge, row.made_of, run.dist.device)
+    image_ids = [target.image_id for target in targets]
+    found = run.bounds.detections(identity, image_ids, lambda: detect_all(row.sources[0]), run.dist)
+    return Row(row.name, row.kind, row.seeds, (found,))
 
 
 def measure_quality(
@@ -259,130 +190,6 @@ def measure_quality(
         return {}
     references = run.quality.references(run.eval_set, run.dist) if run.real_bound else []
     return {row.name: run.quality.measure(run.eval_set.targets, row.sources, references, run.dist) for row in rows}
-
-
-def write_everything(
-    run: EvaluationRun,
-    picture_rows: Sequence[PictureRow],
-    detections: Mapping[str, Row],
-    quality: Mapping[str, tuple[dict[str, float], dict[str, str]]],
-) -> str:
-    """Scores, then writes every file of --output_dir, results.json last."""
-    scorer = Scorer(run.eval_set, run.num_resamples)
-    rows = list(detections.values())
-    if can_shuffle(run):
-        model = detections[run.name]
-        shuffled = tuple(shuffle_layouts(run.eval_set.targets, found) for found in model.detections)
-        rows.append(Row(SHUFFLED, "control", model.seeds, shuffled))
-    entries, lines = [], []
-    for row in rows:
-        entry, row_lines = scorer.score(row)
-        values, notes = quality.get(row.name, ({}, {}))
-        entries.append({**entry, "quality": values, "quality_notes": notes})
-        lines += row_lines
-    add_percent_of_bound(entries)
-    locate_pictures(run, picture_rows, lines)
-    results = without_nan({**describe(run), "rows": entries, "skipped": not_measured(run)})
-    for kind, ground_truth in scorer.ground_truth.items():
-        write_json(run.output_dir / f"ground_truth_{kind}.json", ground_truth, indent=None)
-    for row in detections.values():
-        for seed, found in zip(row.seeds, row.detections, strict=True):
-            write_json(detections_file(run.output_dir, row.name, seed), found, indent=None)
-    write_text(run.output_dir / "per_image.jsonl", "".join(json.dumps(line) + "\n" for line in without_nan(lines)))
-    write_report(results, without_nan(lines), run.output_dir, run.output_dir / "report.html", gallery_source(run))
-    write_json(run.output_dir / "results.json", results)
-    return format_table(results)
-
-
-def can_shuffle(run: EvaluationRun) -> bool:
-    """The layouts of a single image can only be handed to itself."""
-    return len(run.eval_set.targets) > 1
-
-
-def describe(run: EvaluationRun) -> Json:
-    """The head of results.json: protocol, data, detector, source."""
-    eval_set, profile, detector = run.eval_set, run.eval_set.profile, run.judge.detector
-    settings = asdict(profile)
-    words = {name: settings.pop(name) for name in ("name", "description", "unknown")}
-    source = dict(run.source)
-    if run.generation is not None:
-        source = {"kind": "checkpoint", **generation_identity(run)}
-    return {
-        "format": RESULTS_FORMAT,
-        "profile": {**words, "hash": profile.hash, "settings": settings},
-        "dataset": {
-            "split": eval_set.split,
-            "num_images": len(eval_set.targets),
-            "ids_hash": eval_set.ids_hash,
-            "num_boxes": sum(len(target.boxes_px) for target in eval_set.targets),
-            "num_conditioned": sum(int(target.conditioned.sum()) for target in eval_set.targets),
-            "removed": dict(eval_set.removed),
-        },
-        "detector": {
-            "arch": detector.arch,
-            "id": detector.id,
-            "is_reward": run.is_reward,
-            "unknown_categories": list(run.skipped_categories),
-        },
-        "source": source,
-        "sampling": source.pop("sampling", None),
-        "seeds": list(run.generation.seeds) if run.generation else [],
-        "num_resamples": run.num_resamples,
-    }
-
-
-def not_measured(run: EvaluationRun) -> dict[str, str]:
-    """What a reader may look for in the table and why it is not there."""
-    skipped = {}
-    if not run.real_bound:
-        skipped[REAL] = "switched off (--no-real_bound)"
-    if run.round_trip is None:
-        skipped[VAE] = "needs the photographs, a VAE (--vae_path) and pictures of a size that fits it"
-    if run.generation is not None and not run.no_layout_run:
-        skipped[NO_LAYOUT] = "not asked for (--no_layout_run)"
-    if not can_shuffle(run):
-        skipped[SHUFFLED] = "needs at least two images"
-    if run.quality is None:
-        skipped["image quality"] = "not asked for (--fid, --clip_score, --features)"
-    return skipped
-
-
-def locate_pictures(run: EvaluationRun, rows: Sequence[PictureRow], lines: Sequence[Json]) -> None:
-    """Fills in "picture", relative to --output_dir, where the row's pictures lie in it."""
-    targets = {target.image_id: target for target in run.eval_set.targets}
-    folders = {
-        (row.name, seed): folder
-        for row in rows
-        for seed, folder in zip(row.seeds, row.folders, strict=True)
-        if folder is not None
-    }
-    for line in lines:
-        folder = folders.get((line["row"], line["seed"]))
-        if folder is not None:
-            path = image_path(folder, targets[line["image_id"]])
-            line["picture"] = path.relative_to(run.output_dir).as_posix()
-
-
-def gallery_source(run: EvaluationRun) -> Callable[[Mapping[str, Any]], Picture | None]:
-    """The picture of a line of per_image.jsonl; None for rows that are not shown."""
-    targets = {target.image_id: target for target in run.eval_set.targets}
-
-    def picture_of(line: Mapping[str, Any]) -> Picture | None:
-        if line["picture"] is not None:
-            return np.asarray(load_image(run.output_dir / line["picture"]))
-        if line["row"] == run.name and run.folder_pictures is not None:
-            return run.folder_pictures(targets[line["image_id"]])
-        return None
-
-    return picture_of
-
-
-def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    write_atomic(path, lambda file: file.write(content.encode("utf-8")))
 
 
 def ticked(ticks: tqdm[Any]) -> Callable[[], None]:

@@ -18,20 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.eval.bootstrap import Interval
+from engine.eval.compare import Evaluation, Measured
 from scripts.mini.colour_accuracy import COLOUR_FORMAT
 from scripts.mini.rl_curves import learning_curves
-from scripts.mini.rl_measures import (
-    NUM_RESAMPLES,
-    Evaluation,
-    Measured,
-    load_evaluation,
-    measure,
-    read_json,
-    row_names,
-    the_model,
-)
+from scripts.mini.rl_measures import NUM_RESAMPLES, load_evaluation, measure
 from util.images import save_png
 from util.logging import METRICS_NAME
+from util.read import read_json
 
 LABELS = {
     "stage2": "stage 2 (before)",
@@ -117,7 +110,7 @@ def _field(evaluation: Evaluation, field: str) -> Any:
 
 def colour_cell(path: Path) -> str:
     """Share of right colours where the caption decides, in percent with its own interval. Raises ValueError."""
-    results = read_json(path)
+    results = read_json(path, "colours")
     if results.get("format") != COLOUR_FORMAT:
         raise ValueError(f"{path} has format {results.get('format')!r}, expected {COLOUR_FORMAT!r}")
     (row,) = [row for row in results["rows"] if row["kind"] == "model"]
@@ -130,10 +123,10 @@ def sampling_table(
 ) -> str:
     """The Markdown table of one sampling; names[0] is the baseline. Raises FileNotFoundError or ValueError."""
     evaluations = _load(runs, names, sampling, detectors, num_resamples)
-    measured = {key: measure(evaluation, the_model(evaluation)) for key, evaluation in evaluations.items()}
+    measured = {key: measure(evaluation, evaluation.model) for key, evaluation in evaluations.items()}
     bounds = {
         (row, detector): measure(evaluations[names[0], detector], row)
-        for row in row_names(evaluations[names[0], detectors[0]], "bound")
+        for row in evaluations[names[0], detectors[0]].names("bound")
         for detector in detectors
     }
     bound_names = list(dict.fromkeys(row for row, _ in bounds))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import engine.eval.run
 import scripts.evaluate_layout
 from engine.checkpoint.load import load_for_sampling
 from engine.eval.profiles import load_profile
+from tests.conftest import ROOT
 from tests.helpers.eval_world import BOXES, write_dataset, write_detector, write_profile
 from tests.helpers.processes import in_two_processes
 from tests.helpers.tiny import World, write_world
@@ -190,6 +193,37 @@ def test_pictures_of_any_size_go_the_photographs_way(world, evaluate, tmp_path):
     assert theirs["layout"]["extra_rate"]["value"] == pytest.approx(real["layout"]["extra_rate"]["value"], abs=0.5)
     with pytest.raises(SystemExit, match="--image_size any: profile coco-original keeps every photograph's own size"):
         evaluate(**flags, image_size="any", profile="coco-original")
+
+
+def test_bounds_are_detected_once_for_several_models(world, evaluate, tmp_path, monkeypatch):
+    """By the second evaluation with another model; its numbers are those that it has without sharing."""
+    folder = write_folder(tmp_path / "theirs")
+    alone = evaluate("alone", resume=None, images=folder)
+    shared = {"bounds_dir": tmp_path / "bounds"}
+    evaluate("first", **shared)
+    rows = []
+    detect = engine.eval.run.detect
+    monkeypatch.setattr(engine.eval.run, "detect", lambda *args: rows.append(args) or detect(*args))
+    assert evaluate("second", resume=None, images=folder, **shared) == alone
+    assert len(rows) == 1  # the model's
+    evaluate("third", resume=None, images=folder, vae_bound=True, max_images=4, **shared)
+    assert len(rows) == 4  # of other images: both bounds too
+
+
+def test_a_second_evaluation_in_the_folder_is_refused(evaluate, tmp_path):
+    """While a process that lives holds it."""
+    hold = "with held_folder(sys.argv[1]): print('held', flush=True), time.sleep(60)"
+    code = f"import sys, time; from util.output import held_folder\n{hold}"
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as first:
+        try:
+            assert first.stdout is not None and first.stdout.readline()
+            with pytest.raises(SystemExit, match=f"error: .*out.*{first.pid}"):
+                evaluate()
+        finally:
+            first.kill()
+    assert evaluate()["rows"]
 
 
 def test_one_image_has_no_layouts_to_shuffle(world, evaluate):

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.eval.report.charts import DASH, Bar, bar_chart, format_number
 from engine.eval.report.gallery import Entry, PictureOf, choose_cases, gallery
+from engine.eval.report.markdown import markdown_table, one_line
 from engine.eval.report.style import LEGEND, STYLE
 
 RESULTS_FORMAT = "structmar-eval-1"
@@ -85,30 +86,14 @@ MORE = (
 def format_table(results: Results) -> str:
     """The main table as Markdown that is also readable in a terminal: heading, units, one line per row."""
     _check_format(results)
-    header = ["", *(column.head for column in MAIN)]
-    body = [[_pipe_safe(row["name"]), *(" ".join(filter(None, c.read(row))) for c in MAIN)] for row in results["rows"]]
-    widths = [max(len(line[index]) for line in [header, *body]) for index in range(len(header))]
     lines = [_heading(results), ""]
     if results["detector"]["is_reward"]:
         lines = [f"**REWARD DETECTOR: {NOT_EVIDENCE}.**", "", *lines]
-    lines.append(_markdown_line(header, widths))
-    lines.append("|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|")
-    lines += [_markdown_line(line, widths) for line in body]
+    body = [[row["name"], *(" ".join(filter(None, c.read(row))) for c in MAIN)] for row in results["rows"]]
+    lines += markdown_table(["", *(column.head for column in MAIN)], body)
     resamples = f"{results['num_resamples']} bootstrap resamples of the images"
     unit = f"In percent, extra/image apart; [95 % interval, {resamples}]."
     return "\n".join([*lines, "", unit, *_not_measured(results)])
-
-
-def _markdown_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (
-        cell.rjust(width) if index else cell.ljust(width)
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "| " + " | ".join([first, *others]) + " |"
-
-
-def _pipe_safe(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _heading(results: Results) -> str:
@@ -121,7 +106,7 @@ def _heading(results: Results) -> str:
 
 
 def _not_measured(results: Results) -> list[str]:
-    return [f"Not measured: {_pipe_safe(name)} ({_pipe_safe(why)})." for name, why in results["skipped"].items()]
+    return [f"Not measured: {one_line(name)} ({one_line(why)})." for name, why in results["skipped"].items()]
 
 
 def _check_format(results: Results) -> None:

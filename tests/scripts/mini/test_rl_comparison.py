@@ -15,10 +15,11 @@ from engine.checkpoint.files import read_identity
 from engine.cli.arguments_rl import rl_parser
 from engine.cli.build_rl import build_estimator
 from engine.cli.sampling import sampling_config
+from engine.eval.compare import Measured
 from models.policy import TrajectoryEstimator
 from scripts import evaluate_layout
 from scripts.mini import rl_curves, rl_table
-from scripts.mini.rl_measures import Measured, load_evaluation, measure
+from scripts.mini.rl_measures import load_evaluation, measure
 from tests.conftest import ROOT
 from tests.helpers.script_tree import ScriptTree
 from util.config import load_yaml, parse_args
