@@ -1,7 +1,11 @@
-"""The architecture of a StructMAR as plain values: widths, depths, which parts exist; and the named sizes."""
+"""The architecture of a StructMAR as plain values: widths, depths, which parts exist; and the named sizes.
+
+Command lines name what stands here, so this file imports nothing that takes long to import.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +14,18 @@ from typing import Any
 from util.plain import from_plain
 
 ROPE_MODES = ("gated", "full", "off")
+TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class")
+NUM_TRAIN_STEPS = 1000  # timesteps of the head's diffusion process
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # of matrix products: PyTorch's names of the dtypes
+EXPORT_PRECISIONS = PRECISIONS | {"fp16": "float16"}
+
+
+def require_reverse_steps(num_steps: int, t_max: int | None) -> None:
+    """Raises ValueError for reverse steps, or a first timestep, that the head's diffusion process does not have."""
+    if not 1 <= num_steps <= NUM_TRAIN_STEPS:
+        raise ValueError(f"num_sampling_steps must lie between 1 and {NUM_TRAIN_STEPS}, got {num_steps}")
+    if t_max is not None and not 0 <= t_max < NUM_TRAIN_STEPS:
+        raise ValueError(f"t_max must lie between 0 and {NUM_TRAIN_STEPS - 1}, got {t_max}")
 
 
 @dataclass(frozen=True)
@@ -126,5 +142,7 @@ PRESETS: dict[str, dict[str, int]] = {
 def preset_config(name: str, **overrides: Any) -> StructMARConfig:
     """The named sizes with some fields replaced. Raises ValueError for an unknown name."""
     if name not in PRESETS:
-        raise ValueError(f"unknown model {name!r}, choose one of {sorted(PRESETS)}")
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown model {name!r}; {hint}choose one of {', '.join(PRESETS)}")
     return StructMARConfig(**(PRESETS[name] | overrides))

@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import gather_tokens
+from models.config import NUM_TRAIN_STEPS
 from models.heads.base import HeadTrace
-from models.heads.diffusion import NUM_TRAIN_STEPS, ReverseStep, normal_log_prob, reverse_steps
+from models.heads.diffusion import ReverseStep, normal_log_prob, reverse_steps
 from models.heads.diffusion_sampler import Trace
 from models.masking import cosine_masked_counts
 from models.sampling.config import SamplingConfig, guidance_scales

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.config import TRAIN_MODES
 from models.structmar import StructMAR
-
-TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class")
 
 TEXT_PARTS = ("text_null", "text_pool_proj.", ".cross.")
 LAYOUT_PARTS = ("layout_embed.",)

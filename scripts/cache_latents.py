@@ -9,28 +9,12 @@ Writes <cached_path>/latents (both flips of the centre crop, 2 x 32 x 16 x 16 fl
 from __future__ import annotations
 
 import argparse
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-
-from engine.data.cache import LatentCacheKey, TextCacheKey, write_latent_cache, write_text_cache
-from engine.data.coco import read_crop
-from models.frozen.text import ClipTextEncoder
-from models.frozen.vae import LatentCodec
-from util.boxes import plan_center_crop
-from util.coco import BoxFilters, CocoIndex
+from engine.cli.arguments import add_debug_arg, add_device_arg
 from util.config import parse_checked
-from util.images import to_model_range
-from util.logging import setup_logging
+from util.failures import one_line_errors
 from util.ranges import nonnegative_int, positive_float, positive_int
-
-logger = logging.getLogger(__name__)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,90 +34,21 @@ def get_parser() -> argparse.ArgumentParser:
         "--batch_size", type=positive_int, default=32, help="images at a time; captions: eight times as many"
     )
     parser.add_argument("--num_workers", type=nonnegative_int, default=4, help="processes that read images")
-    parser.add_argument("--device", default="cuda", help="where the VAE and the text encoder run: cuda, cuda:1, cpu")
+    add_device_arg(parser)
+    add_debug_arg(parser)
     parser.add_argument("--no_latents", action="store_true", help="do not cache latents")
     parser.add_argument("--no_text", action="store_true", help="do not cache text states")
     return parser
 
 
-class _CroppedImages(Dataset[Tensor]):
-    """Centre crops [3, H, W] in [-1, 1], by position in the index."""
-
-    def __init__(self, index: CocoIndex, img_size: int) -> None:
-        self.index = index
-        self.img_size = img_size
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, position: int) -> Tensor:
-        image = self.index.images[position]
-        crop = plan_center_crop(image.width, image.height, self.img_size)
-        return to_model_range(read_crop(self.index, position, crop))
-
-
-@contextmanager
-def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and ETA; what was there before this run does not count as speed."""
-    started: list[int] = []
-    with tqdm(total=total, desc=description, unit="item") as bar:
-
-        def advance_to(done: int) -> None:
-            if not started:
-                started.append(done)
-                bar.initial = bar.n = done
-            bar.update(done - bar.n)
-            bar.refresh()
-
-        yield advance_to
-
-
-def cache_latents(args: argparse.Namespace, index: CocoIndex) -> None:
-    index.require_images()
-    codec = LatentCodec.load(args.vae_path, args.device, args.latent_scale)
-    images = _CroppedImages(index, args.img_size)
-
-    def load_batches(batches: list[list[int]]) -> DataLoader[Tensor]:
-        return DataLoader(images, batch_sampler=batches, num_workers=args.num_workers)
-
-    def encode(pixels: Tensor) -> Tensor:
-        return codec.encode(pixels.to(args.device))
-
-    key = LatentCacheKey(codec.id, codec.latent_scale, args.coco_split, args.img_size)
-    ids = [image.id for image in index.images]
-    with _progress("latents", len(ids)) as on_progress:
-        path = Path(args.cached_path) / "latents"
-        write_latent_cache(path, key, ids, load_batches, encode, args.batch_size, on_progress=on_progress)
-
-
-def cache_text(args: argparse.Namespace, index: CocoIndex) -> None:
-    encoder = ClipTextEncoder.load(args.clip_path, args.device)
-    captions = {
-        caption_id: caption
-        for image in index.images
-        for caption_id, caption in zip(image.caption_ids, image.captions, strict=True)
-    }
-    key = TextCacheKey(encoder.id, args.coco_split)
-    with _progress("captions", len(captions)) as on_progress:
-        path = Path(args.cached_path) / "text"
-        write_text_cache(path, key, captions, encoder.encode, 8 * args.batch_size, on_progress=on_progress)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_checked(get_parser(), argv)
-    if args.no_latents and args.no_text:
-        raise SystemExit("--no_latents and --no_text together leave nothing to do")
-    setup_logging(None, rank=0)
-    try:
-        index = CocoIndex.load(args.coco_root, args.coco_split, BoxFilters(), args.img_size)
-        with torch.no_grad():
-            if not args.no_latents:
-                cache_latents(args, index)
-            if not args.no_text:
-                cache_text(args, index)
-    except (ValueError, FileNotFoundError) as error:
-        logger.debug("where it was found", exc_info=True)
-        raise SystemExit(f"cache_latents: error: {error}") from error
+    with one_line_errors("cache_latents", args.debug):
+        if args.no_latents and args.no_text:
+            raise ValueError("--no_latents and --no_text together leave nothing to do")
+        from engine.cli.build_cache import cache_split  # imports PyTorch: once the arguments are known to be right
+
+        cache_split(args)
     print(f"done: {args.cached_path}")
 
 

@@ -10,23 +10,47 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from models.flops import META, forward_backward, meta_conditions, meta_model, sampling_flops
-from models.masking import TokenMask
+from engine.cli.arguments import add_debug_arg
+from models.config import StructMARConfig, preset_config
 from models.sampling.config import SamplingConfig
-from models.structmar import StructMAR, TrainingNoise, preset_config
-from models.weights import select_trainable
-from util.config import parse_checked
+from util.config import HelpFormatter, parse_checked
+from util.failures import one_line_errors
 from util.ranges import positive_int
+
+if TYPE_CHECKING:
+    from models.structmar import StructMAR
 
 MEAN_MASK_RATIO = 0.867  # of MAR's truncated Gaussian
 TERA = 1e12
 
 
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.count_flops", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="mar_huge", help="preset")
+    parser.add_argument("--num_categories", type=positive_int, default=80, help="categories of the layouts")
+    parser.add_argument(
+        "--text_dim", type=positive_int, default=512, help="channels of the text states (CLIP ViT-B/32: 512)"
+    )
+    parser.add_argument("--num_text", type=positive_int, default=14, help="text tokens of a caption")
+    parser.add_argument("--diffusion_batch_mul", type=positive_int, default=1, help="noise draws per masked token")
+    parser.add_argument("--num_sampling_steps", type=positive_int, default=100, help="diffusion steps per token")
+    add_debug_arg(parser)
+    return parser
+
+
 def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
     """Forward and backward of one image at the mean mask ratio."""
+    import torch
+
+    from models.flops import META, forward_backward, meta_conditions
+    from models.masking import TokenMask
+    from models.structmar import TrainingNoise
+    from models.weights import select_trainable
+
     config = model.config
     select_trainable(model, mode)
     num_masked = round(config.num_tokens * MEAN_MASK_RATIO)
@@ -40,34 +64,33 @@ def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
     return flops.forward + flops.backward
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mar_huge", help="preset")
-    parser.add_argument("--num_categories", type=positive_int, default=80)
-    parser.add_argument(
-        "--text_dim", type=positive_int, default=512, help="channels of the text states (CLIP ViT-B/32: 512)"
-    )
-    parser.add_argument("--num_text", type=positive_int, default=14, help="text tokens of a caption")
-    parser.add_argument("--diffusion_batch_mul", type=positive_int, default=1)
-    parser.add_argument("--num_sampling_steps", type=positive_int, default=100)
-    args = parse_checked(parser, argv)
-    config = preset_config(
-        args.model,
-        num_categories=args.num_categories,
-        text_dim=args.text_dim,
-        diffusion_batch_mul=args.diffusion_batch_mul,
-    )
+def count(name: str, config: StructMARConfig, num_text: int, num_sampling_steps: int) -> None:
+    """Prints what a model of these sizes costs. PyTorch is imported only here, once the sizes are known to fit."""
+    from models.flops import meta_model, sampling_flops
+
     model = meta_model(config)
-    print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     for stage, mode in (("stage 1, text_layout", "text_layout"), ("stage 2, full", "full")):
-        flops = training_flops(model, mode, args.num_text)
+        flops = training_flops(model, mode, num_text)
         print(f"{stage}: {flops / TERA:.4g} TFLOP per training image (forward and backward)")
     for num_iter in (64, 256):
         if num_iter <= config.num_tokens:
             for scale, guided in ((1.0, "no guidance"), (3.0, "guidance")):
-                sampling = SamplingConfig(num_iter, args.num_sampling_steps, cfg_text=scale, cfg_layout=scale)
-                flops = sampling_flops(model, sampling, args.num_text)
+                sampling = SamplingConfig(num_iter, num_sampling_steps, cfg_text=scale, cfg_layout=scale)
+                flops = sampling_flops(model, sampling, num_text)
                 print(f"sampling, {num_iter} iterations, {guided}: {flops / TERA:.4g} TFLOP per image")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_checked(get_parser(), argv)
+    with one_line_errors(debug=args.debug):
+        config = preset_config(
+            args.model,
+            num_categories=args.num_categories,
+            text_dim=args.text_dim,
+            diffusion_batch_mul=args.diffusion_batch_mul,
+        )
+        count(args.model, config, args.num_text, args.num_sampling_steps)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.checkpoint.load import DTYPES, export_weights
-from engine.cli.arguments import add_sampling_args
+from engine.cli.arguments import add_debug_arg, add_sampling_args
 from engine.cli.sampling import sampling_config
+from models.config import EXPORT_PRECISIONS
 from models.sampling.config import SamplingConfig
-from util.checkpoint import sha256_file
 from util.config import set_defaults_from_yaml
-from util.logging import setup_logging
+from util.failures import one_line_errors
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -32,9 +31,10 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", required=True, help="training checkpoint, its folder, or an exported file")
     parser.add_argument("--output", required=True, help="the .safetensors file to write (replaced if it exists)")
-    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="fp16 and bf16 halve the file")
+    parser.add_argument("--dtype", default="fp32", choices=list(EXPORT_PRECISIONS), help="fp16 and bf16 halve the file")
     parser.add_argument("--no_ema", action="store_true", help="the raw weights, not their average")
     parser.add_argument("--sampling_config", default=None, help="YAML of sampling flags that the file shall name")
+    add_debug_arg(parser)
     return parser
 
 
@@ -51,16 +51,22 @@ def read_sampling_config(path: str) -> SamplingConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    setup_logging()
-    try:
+    with one_line_errors(debug=args.debug):
         sampling = read_sampling_config(args.sampling_config) if args.sampling_config else None
-        identity = export_weights(args.resume, args.output, args.dtype, not args.no_ema, sampling)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+        print(export(args, sampling))
+
+
+def export(args: argparse.Namespace, sampling: SamplingConfig | None) -> str:
+    """Writes the file and gives two lines that describe it. PyTorch is imported only here."""
+    from engine.checkpoint.load import export_weights
+    from util.checkpoint import sha256_file
+    from util.logging import setup_logging
+
+    setup_logging()
+    identity = export_weights(args.resume, args.output, args.dtype, not args.no_ema, sampling)
     size = Path(args.output).stat().st_size / 1e6
     kind = f"{identity.weights} weights of stage {identity.stage} after {identity.step} steps"
-    print(f"wrote {args.output}: {kind}, {args.dtype},")
-    print(f"{size:.1f} MB, sha256 {sha256_file(args.output)}")
+    return f"wrote {args.output}: {kind}, {args.dtype},\n{size:.1f} MB, sha256 {sha256_file(args.output)}"
 
 
 if __name__ == "__main__":

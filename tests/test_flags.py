@@ -31,7 +31,7 @@ every_program = pytest.mark.parametrize("module", PROGRAMS)
 Run = Callable[..., None]
 
 
-class Caught(Exception):
+class Caught(BaseException):
     """Ends a program where it parses its command line."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:

@@ -212,8 +212,8 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"train_mode": "all"}, "--train_mode must be one of full, text_layout, text_proj, backbone, got 'all'"),
     ({"train_mode": "class"}, "--train_mode class needs class labels, COCO has none"),
     ({"precision": "fp16"}, "argument --precision: invalid choice: 'fp16'"),
-    ({"device": "tpu"}, "--device tpu: choose cpu or cuda"),
-    ({"model": "mar_giant"}, "unknown model 'mar_giant', choose one of"),
+    ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    ({"model": "mar_giant"}, "unknown model 'mar_giant'; .*choose one of"),
     ({"img_size": 36}, "img_size 36 is not a multiple of vae_stride x patch_size = 8"),
     ({"vae_stride": 16}, "the model has vae_stride 16, but the VAE"),
     ({"vae_embed_dim": 16}, "the model has vae_embed_dim 16, but the VAE"),
@@ -289,7 +289,7 @@ def tensors_of_something_else(root: Path) -> dict[str, Path]:
 
 
 FILES: list[tuple[Callable[[Path], dict[str, Path]], str]] = [
-    (broken_json, "captions_train2014.json is not valid json"),
+    (broken_json, "captions_train2014.json is not valid JSON"),
     (missing_images, "image folder not found"),
     (truncated_weights, "mar.safetensors is truncated or not a safetensors file"),
     (truncated_checkpoint, "run.pth is truncated"),

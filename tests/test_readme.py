@@ -58,7 +58,7 @@ SCRIPTS = {key: command for key, command in COMMANDS.items() if SCRIPT.match(com
 SHELL = {key: command for key, command in COMMANDS.items() if command.startswith("bash ")}
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """Ends a program once its command line was parsed."""
 
     def __init__(self, args: argparse.Namespace) -> None:

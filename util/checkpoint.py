@@ -32,9 +32,9 @@ from util.checksum import (
     without_checksums,
     write_with_checksum,
 )
+from util.names import LAST_NAME
 from util.output import write_atomic
 
-LAST_NAME = "checkpoint-last.pth"
 _UNREADABLE = (
     RuntimeError,
     pickle.UnpicklingError,

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from util.output import write_text_atomic
-from util.ranges import Range, check_ranges
+from util.ranges import Range, Text, check_ranges
 
 CONFIG_FLAG = "--config"
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
@@ -199,7 +199,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
 
 
 def _convert_scalar(action: argparse.Action, value: Any) -> Any:
-    converter: Any = action.type.kind if isinstance(action.type, Range) else action.type
+    converter: Any = action.type.kind if isinstance(action.type, Range | Text) else action.type
     converted: Any
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"expected a {_type_name(converter)}, got {type(value).__name__}")

@@ -54,7 +54,8 @@ _GROUP = _Group()
 
 
 def init_distributed(device: str, timeout_s: float = 1800.0) -> DistInfo:
-    """Joins the process group that torchrun's environment describes, if it describes one. device: "cpu" or "cuda".
+    """Joins the process group that torchrun's environment describes, if it describes one. device: "cpu", "cuda",
+    "cuda:N", or "auto" for cuda where there is one.
 
     timeout_s: how long a process waits for the others before it gives up.
     Raises ValueError if the device does not exist or the environment is incomplete.
@@ -231,6 +232,8 @@ def _is_grouped() -> bool:
 
 def _choose_device(name: str, local_rank: int | None) -> torch.device:
     """local_rank: None outside torchrun, where "cuda" means the first GPU and "cuda:1" is allowed."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:

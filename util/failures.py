@@ -1,7 +1,7 @@
 """How a program ends that cannot go on: one line on stderr that names what was wrong, exit status 1.
 
 Every main and script runs inside `one_line_errors`. --debug shows where in the code it was found. Where torchrun
-started several processes, those that fail alike say so once (util/distributed.py).
+started several processes, those that fail alike say so once (util/distributed.py). Nothing here is slow to import.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from types import FrameType
 
-from util.logging import note_in_log
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stands, as Ctrl-C is."""
 
 
 class RanksFailed(Exception):
@@ -31,20 +36,45 @@ _LAST_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w+): ", re.MULTILINE)
 def one_line_errors(program: str = "", debug: bool = False) -> Iterator[None]:
     """An exception inside becomes SystemExit with one line, `PROGRAM: error: ...`, which also goes into the run's log.
 
-    debug: the traceback is printed first. Ctrl-C becomes exit status 130.
+    debug: the traceback is printed first. Ctrl-C becomes exit status 130 and SIGTERM 143, with one line too.
     """
+    with _terminated_as_interrupted():
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            line = f"{program or 'error'}: interrupted ({number.name})"
+            raise SystemExit(_say(line, 128 + number)) from None
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            line = f"{program}: error: {one_line(error)}" if program else f"error: {one_line(error)}"
+            if is_one_of_several():
+                raise SystemExit(_end_one_of_several(line, error)) from error
+            _note_in_log(line)
+            raise SystemExit(line) from error
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside. Only the main thread may set handlers; forked children, which inherit this
+    one, die of the signal as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise Terminated
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        raise SystemExit(_say(f"{program or 'error'}: interrupted", 130)) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        line = f"{program}: error: {one_line(error)}" if program else f"error: {one_line(error)}"
-        if is_one_of_several():
-            raise SystemExit(_end_one_of_several(line, error)) from error
-        note_in_log(line)
-        raise SystemExit(line) from error
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def one_line(error: BaseException) -> str:
@@ -78,8 +108,16 @@ def _place(error: BaseException) -> str:
     return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}"
 
 
+def _note_in_log(line: str) -> None:
+    """Into the run's log.txt, if there is one."""
+    if "util.logging" in sys.modules:
+        from util.logging import note_in_log  # not before: it imports numpy
+
+        note_in_log(line)
+
+
 def _say(line: str, status: int) -> int:
-    note_in_log(line)
+    _note_in_log(line)
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
     return status

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from util.names import METRICS_NAME
 from util.output import OutputError, write_text_atomic, writing
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME = "metrics.jsonl"
 LOG_NAME = "log.txt"
 _HANDLER_NAME = "structmar"
 _MAX_KEPT = 1000  # lines before a run folder is open; scripts without one never write them

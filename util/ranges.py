@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from util.read import short_repr
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,39 @@ class Range:
     ends: str = "[)"
 
     def __call__(self, text: str) -> float:
-        """The number that `text` states. Raises ValueError if it states none."""
-        return self.kind(text)
+        """The number that `text` states. Raises ArgumentTypeError if it states none."""
+        try:
+            return self.kind(text)
+        except ValueError as error:
+            reason = f"invalid {self.__name__} value: {short_repr(text)}"
+            raise argparse.ArgumentTypeError(reason) from error
 
     @property
     def __name__(self) -> str:
-        """argparse writes it: "invalid int value: 'many'"."""
+        """What the number is called in messages."""
         return self.kind.__name__
 
     def holds(self, value: float) -> bool:
+        """Whether the number lies inside."""
         is_above = value >= self.low if self.ends[0] == "[" else value > self.low
         is_below = value <= self.high if self.ends[1] == "]" else value < self.high
         return is_above and is_below
+
+
+@dataclass(frozen=True)
+class Text:
+    """The texts that a pattern matches as a whole. says: the rule in words, as it stands in a message."""
+
+    says: str
+    pattern: str
+    kind: type[str] = str
+
+    def __call__(self, text: str) -> str:
+        return text
+
+    def holds(self, value: str) -> bool:
+        """Whether the pattern matches."""
+        return re.fullmatch(self.pattern, value) is not None
 
 
 positive_int = Range(int, "must be positive", 1)
@@ -51,13 +75,20 @@ fraction = Range(float, "must lie in [0, 1]", 0, 1, "[]")
 fraction_below_one = Range(float, "must lie in [0, 1)", 0, 1, "[)")
 positive_fraction = Range(float, "must lie in (0, 1]", 0, 1, "(]")
 
+MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
+seed_int = Range(int, f"must lie in 0 ... {MAX_SEED}", 0, MAX_SEED, "[]")
+
+device_name = Text("must be auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d{1,3})?")
+path_text = Text("must not be empty", r"(?s)[^\0]*[^\s\0][^\0]*")
+optional_path = Text("must not be blank", r"(?s)|[^\0]*[^\s\0][^\0]*")  # "" stands for none
+
 
 def check_ranges(actions: Sequence[argparse.Action], values: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first flag with a number outside its range. A value of None is not checked."""
+    """Raises ValueError naming the first flag with a value outside its range. A value of None is not checked."""
     for action in actions:
-        if not isinstance(action.type, Range) or values[action.dest] is None:
+        rule, value = action.type, values.get(action.dest)
+        if not isinstance(rule, Range | Text) or value is None:
             continue
-        value = values[action.dest]
-        for number in value if isinstance(value, list) else [value]:
-            if not action.type.holds(number):
-                raise ValueError(f"{action.option_strings[0]} {action.type.says}, got {number}")
+        for each in value if isinstance(value, list) else [value]:
+            if not rule.holds(each):
+                raise ValueError(f"{action.option_strings[0]} {rule.says}, got {short_repr(each)}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.checkpoint.files import identity_of, read_weights_file
 from engine.checkpoint.identity import Identity
 from models.build import build_model
-from models.config import StructMARConfig
+from models.config import EXPORT_PRECISIONS, StructMARConfig
 from models.frozen.base import ImageCodec
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR
@@ -20,8 +20,6 @@ from models.weights import is_mar_state, load_mar_weights, load_structmar_weight
 from util.checkpoint import resolve_checkpoint, save_safetensors_atomic
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def export_weights(
         identity = replace(identity, sampling=sampling)
     with torch.device("meta"):
         load_structmar_weights(build_model(identity.config), state, str(path))  # only checks names and shapes
-    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
+    tensors = {name: tensor.to(getattr(torch, EXPORT_PRECISIONS[dtype])) for name, tensor in state.items()}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path}: {name} is not finite in {dtype}")

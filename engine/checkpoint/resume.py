@@ -29,7 +29,8 @@ from engine.train.parallel import gathered
 from engine.train.state import Course, Position, TrainState
 from models.structmar import StructMAR
 from models.weights import LoadReport, is_mar_state, load_mar_weights, load_structmar_weights
-from util.checkpoint import LAST_NAME, resolve_checkpoint
+from util.checkpoint import resolve_checkpoint
+from util.names import LAST_NAME
 
 logger = logging.getLogger(__name__)
 

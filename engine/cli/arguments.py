@@ -10,10 +10,11 @@ import argparse
 import math
 
 from engine.cli.speed import SPEEDS, speed_preset
-from models.sampling.orders import ORDERS
+from models.sampling.config import ORDERS
 from util.config import PresetAction
 from util.ranges import (
     Range,
+    device_name,
     finite_float,
     fraction,
     fraction_below_one,
@@ -25,6 +26,7 @@ from util.ranges import (
 
 DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
+DEFAULT_DETECTOR = "./pretrained_models/fasterrcnn_resnet50_fpn_v2_coco.pth"
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that the command line can undo a YAML file
 
 
@@ -160,6 +162,12 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
     add_sft_args(group)
 
 
+def add_device_arg(group: argparse._ActionsContainer, default: str = "auto") -> None:
+    group.add_argument(
+        "--device", type=device_name, default=default, help="cpu, cuda, cuda:N, or auto: cuda if there is one, else cpu"
+    )
+
+
 def add_compile_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--compile", action=SWITCH, default=False, help="torch.compile every block and the head")
     group.add_argument(
@@ -220,7 +228,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output/stage1_align", help="run folder")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder; None: tensorboard/ in --output_dir")
-    group.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    add_device_arg(group)
     group.add_argument("--seed", type=nonnegative_int, default=1, help="every draw is derived from it")
     group.add_argument(
         "--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast; weights stay fp32"
@@ -242,11 +250,15 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_failure_args(group: argparse._ArgumentGroup) -> None:
-    """How a program ends that cannot go on; for all that may run under torchrun."""
+def add_debug_arg(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--debug", action=SWITCH, default=False, help="show the traceback of an error, not its line alone"
     )
+
+
+def add_failure_args(group: argparse._ArgumentGroup) -> None:
+    """How a program ends that cannot go on; for all that may run under torchrun."""
+    add_debug_arg(group)
     group.add_argument(
         "--dist_timeout", type=positive_float, default=1800.0,
         help="seconds that a process of torchrun waits for the others before the run ends, naming those that do not "

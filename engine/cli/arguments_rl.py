@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from engine.cli.arguments import (
+    DEFAULT_DETECTOR,
     SWITCH,
     add_config_arg,
     add_data_args,
@@ -18,10 +19,7 @@ from engine.cli.arguments import (
     add_score_args,
     add_sft_args,
 )
-from engine.rl.grpo import ADV_NORMS, KL_ESTIMATORS
-from engine.rl.guard import GUARD_MODES
-from engine.rl.rewards import RewardSettings, RewardWeights
-from engine.rl.step import MIXES
+from engine.rl.settings import ADV_NORMS, GUARD_MODES, KL_ESTIMATORS, MIXES, RewardSettings, RewardWeights
 from util.ranges import (
     Range,
     fraction,
@@ -33,7 +31,6 @@ from util.ranges import (
     positive_int,
 )
 
-DEFAULT_DETECTOR = "./pretrained_models/fasterrcnn_resnet50_fpn_v2_coco.pth"
 ESTIMATORS = ("elbo", "trajectory")
 RL_TRAIN_MODES = {"all": "full", "backbone": "backbone", "adapters": "text_layout"}  # --rl_train -> train_mode
 DEFAULTS = {

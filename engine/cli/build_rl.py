@@ -40,8 +40,9 @@ from engine.eval.judge import Judge, unknown_categories
 from engine.rl.cost import estimate_cost
 from engine.rl.guard import OverOptimisationGuard
 from engine.rl.held_out import HeldOutEvaluation, RolloutPreview
-from engine.rl.rewards import LayoutReward, Quality, RewardSettings, RewardWeights, clip_quality
+from engine.rl.rewards import LayoutReward, Quality, clip_quality
 from engine.rl.rollout import RolloutWorker
+from engine.rl.settings import RewardSettings, RewardWeights
 from engine.rl.step import GrpoConfig, GrpoStep
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import TrainConfig, course_of

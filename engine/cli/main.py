@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 
 from engine.cli.build import PreparedRun
-from engine.cli.sampling import parse_sampling_args
 from engine.train.loop import train
 from util.config import dump_yaml
 from util.distributed import DistInfo, init_distributed, shutdown
-from util.failures import first_process_speaks, one_line_errors
+from util.failures import one_line_errors
 from util.logging import MetricWriter, setup_logging
-from util.output import held_folder, remove_unfinished, require_output_dir, write_text_atomic
+from util.output import held_folder, remove_unfinished, write_text_atomic
 from util.run_info import describe_environment
 from util.signals import StopRequest
 
@@ -27,25 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 def run_main(
-    parser: argparse.ArgumentParser,
-    validate: Callable[[argparse.Namespace], None],
+    program: str,
+    args: argparse.Namespace,
     build: Callable[[argparse.Namespace, DistInfo], PreparedRun],
-    argv: Sequence[str] | None,
+    sampling_note: str | None,
 ) -> int:
     """Returns the exit code: 0, or 128 + the number of the signal that stopped the run (after saving).
 
+    sampling_note: what the log says of sampling options that come from the weights.
     Raises SystemExit with one line for a user's mistake, the run folder is untouched then, and for what fails later.
     """
-    with first_process_speaks():
-        args, sampling_note = parse_sampling_args(parser, argv)
-    with one_line_errors(parser.prog, args.debug):
-        validate(args)
-        require_output_dir("--output_dir", args.output_dir)
-        if args.log_dir is not None:
-            require_output_dir("--log_dir", args.log_dir)
+    with one_line_errors(program, args.debug):
         dist = init_distributed(args.device, args.dist_timeout)
         if args.fsdp and not torch.distributed.is_initialized():
-            start = f"start with torchrun --nproc_per_node N {parser.prog} ..."
+            start = f"start with torchrun --nproc_per_node N {program} ..."
             raise ValueError(f"--fsdp shards over the processes of torchrun: {start}")
         signum = _run_stage(args, build, dist, sampling_note)
         shutdown()
@@ -58,8 +52,7 @@ def _run_stage(
     dist: DistInfo,
     sampling_note: str | None,
 ) -> int | None:
-    """Returns the signal that stopped the run. sampling_note: what the log says of sampling options that come from the
-    weights."""
+    """Returns the signal that stopped the run."""
     setup_logging(None, dist.rank)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)

@@ -6,10 +6,10 @@ Command line > YAML file > what the weights say (`Identity.sampling`) > parser.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from engine.checkpoint.files import read_identity
 from models.sampling.config import SamplingConfig
 from util.config import given_options, parse_args
 
@@ -33,10 +33,17 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
 
 
 def parse_sampling_args(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    check: Callable[[argparse.Namespace], None] = lambda args: None,
 ) -> tuple[argparse.Namespace, str | None]:
-    """As `parse_args`, with the options that the weights of --resume name as defaults; and a line that says which."""
+    """As `parse_args`, with the options that the weights of --resume name as defaults; and a line that says which.
+
+    check: raises ValueError or FileNotFoundError for arguments that do not go together. It is called before the
+    weights are looked at, which takes seconds as PyTorch is imported, and again with what they name.
+    """
     args = parse_args(parser, argv)
+    check(args)
     own = _named_by_weights(args.resume)
     if own is None:
         return args, None
@@ -45,6 +52,7 @@ def parse_sampling_args(
     options = asdict(own) | {"guidance_interval": list(own.guidance_interval)}
     defaults = {name: value for name, value in options.items() if name not in given | both_scales}
     args = parse_args(parser, argv, defaults)
+    check(args)
     used = [
         f"{name} {value}"
         for name, value in defaults.items()
@@ -54,8 +62,12 @@ def parse_sampling_args(
 
 
 def _named_by_weights(path: str | None) -> SamplingConfig | None:
+    if not path or not Path(path).exists():
+        return None
+    from engine.checkpoint.files import read_identity
+
     try:
-        identity = read_identity(path) if path else None
+        identity = read_identity(path)
     except (FileNotFoundError, ValueError):
         return None  # loading the weights says what is wrong with them, after the flags are checked
     return None if identity is None else identity.sampling

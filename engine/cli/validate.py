@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.weights import TRAIN_MODES
-from util.checkpoint import LAST_NAME
+from models.config import TRAIN_MODES
+from util.names import LAST_NAME
+from util.output import require_output_dir
 
 COCO_MODES = tuple(mode for mode in TRAIN_MODES if mode != "class")
 
@@ -61,6 +62,9 @@ def _check_run(args: argparse.Namespace) -> None:
         )
     if args.use_cached and args.crop != "center":
         raise ValueError(f"caches hold centre crops: --use_cached does not go with --crop {args.crop}")
+    require_output_dir("--output_dir", args.output_dir)
+    if args.log_dir is not None:
+        require_output_dir("--log_dir", args.log_dir)
 
 
 def _require_paths(args: argparse.Namespace, needed: Sequence[str], optional: Sequence[str]) -> None:

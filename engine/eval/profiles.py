@@ -12,10 +12,12 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from util.coco import BoxFilters
 from util.config import load_yaml
+
+if TYPE_CHECKING:
+    from util.coco import BoxFilters
 
 Geometry = Literal["center_crop", "squash", "original"]
 GEOMETRIES: tuple[Geometry, ...] = get_args(Geometry)
@@ -86,6 +88,8 @@ class Profile:
     @property
     def filters(self) -> BoxFilters:
         """The rules for single boxes."""
+        from util.coco import BoxFilters  # slow to import, and command lines list the profiles
+
         return BoxFilters(self.min_area, self.min_visibility, self.max_objects, self.keep_crowd)
 
     @property

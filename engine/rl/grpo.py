@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from engine.rl.settings import ADV_NORMS, KL_ESTIMATORS
+
 if TYPE_CHECKING:
     from models.policy import PolicyOutput
-
-ADV_NORMS = ("zscore", "center", "batch", "none")
-KL_ESTIMATORS = ("k2", "k3", "eps", "exact")
 
 STD_FLOOR = 1e-4  # added to a standard deviation before dividing by it
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside any clip range, and far from overflow

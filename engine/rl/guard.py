@@ -11,7 +11,6 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-GUARD_MODES = ("off", "warn", "stop")
 ROUNDING = 1e-9  # .60 - .58 is a little more than .02
 
 

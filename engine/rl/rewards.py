@@ -35,6 +35,7 @@ from torch import Tensor
 
 from engine.eval.judge import Judge
 from engine.eval.layout_metrics import centres, pair_boxes, pairwise_iou
+from engine.rl.settings import RewardSettings, RewardWeights
 from models.frozen.detections import Detections
 from util.images import to_picture
 from util.types import Category, LayoutBatch
@@ -48,34 +49,6 @@ PENALTIES = ("miss", "extra")
 MAX_EXTRA = 10.0  # per wanted box: one picture full of boxes shall not set the scale of its whole group
 
 Quality: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]  # images [n, 3, H, W] in [0, 1], n prompts -> [n]
-
-
-@dataclass(frozen=True)
-class RewardWeights:
-    """How much each part counts, at least 0; miss and extra are subtracted. Raises ValueError if all are 0."""
-
-    iou: float = 1.0
-    confidence: float = 0.2
-    centroid: float = 0.2
-    miss: float = 0.1
-    extra: float = 0.05
-    quality: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not any(asdict(self).values()):
-            raise ValueError("all reward weights are 0: every image would get the same reward")
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """What counts as a detection, and as its object; see the top of the file.
-
-    min_score in [0, 1]; full_credit_score in (0, 1]; iou_floor in [0, 1).
-    """
-
-    min_score: float = 0.05
-    full_credit_score: float = 0.5
-    iou_floor: float = 0.1
 
 
 @dataclass(frozen=True)

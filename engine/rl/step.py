@@ -45,7 +45,6 @@ from util.rng import derive_seed, generator
 
 logger = logging.getLogger(__name__)
 
-MIXES = ("loss", "step")
 SECONDS = ("rollout_seconds", "update_seconds")  # not in checkpoints: two equal runs write equal files
 MAX_SKIPPED = 10  # optimizer steps in a row without a finite gradient
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.data.scenes import Scene
+from models.config import PRECISIONS
 from models.frozen.base import ImageCodec, TextEncoder
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import SampleOutput, sample
@@ -24,10 +25,6 @@ from models.structmar import StructMAR
 from util.images import to_picture
 from util.rng import generator
 from util.types import LayoutBatch, TextContext
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PRECISIONS = tuple(DTYPES)
-MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
 
 
 @dataclass(frozen=True)
@@ -120,9 +117,10 @@ def output_of(codec: ImageCodec, drawn: Sequence[Tensor], output_type: str) -> A
 
 def sampling_dtype(precision: str) -> torch.dtype:
     """Raises ValueError unless it is one of PRECISIONS."""
-    if precision not in DTYPES:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got '{precision}'")
-    return DTYPES[precision]
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got '{precision}'")
+    dtype: torch.dtype = getattr(torch, PRECISIONS[precision])
+    return dtype
 
 
 @torch.no_grad()

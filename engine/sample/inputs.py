@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from engine.data.scenes import Scene, read_entry
-from engine.sample.generate import MAX_SEED, Hooks, image_generator
+from engine.sample.generate import Hooks, image_generator
 from models.sampling.config import SamplingConfig
 from util.plain import from_plain
+from util.ranges import MAX_SEED
 from util.types import Category
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.heads.diffusion import NUM_TRAIN_STEPS
+from models.config import NUM_TRAIN_STEPS
 
 TIME_FREQUENCIES = 256
 MAX_PERIOD = 10000.0

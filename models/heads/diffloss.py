@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.config import NUM_TRAIN_STEPS
 from models.heads.adaln_mlp import SimpleMLPAdaLN
-from models.heads.diffusion import NUM_TRAIN_STEPS, add_noise, hybrid_loss, training_schedule
+from models.heads.diffusion import add_noise, hybrid_loss, training_schedule
 from models.heads.diffusion_sampler import DiffusionSampler
 
 

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-NUM_TRAIN_STEPS = 1000
+from models.config import NUM_TRAIN_STEPS, require_reverse_steps
+
 MAX_BETA = 0.999
 
 
@@ -83,10 +84,7 @@ def sampling_schedule(num_steps: int, t_max: int | None = None) -> DiffusionSche
 
     Raises ValueError if num_steps is not in 1..1000 or t_max not in 0..999.
     """
-    if not 1 <= num_steps <= NUM_TRAIN_STEPS:
-        raise ValueError(f"num_sampling_steps must lie between 1 and {NUM_TRAIN_STEPS}, got {num_steps}")
-    if t_max is not None and not 0 <= t_max < NUM_TRAIN_STEPS:
-        raise ValueError(f"t_max must lie between 0 and {NUM_TRAIN_STEPS - 1}, got {t_max}")
+    require_reverse_steps(num_steps, t_max)
     stride = (NUM_TRAIN_STEPS - 1) / (num_steps - 1) if num_steps > 1 else 1.0
     chosen = {round(step * stride) for step in range(num_steps)}
     if t_max is not None:

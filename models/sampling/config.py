@@ -7,18 +7,22 @@ The options that spend less than MAR does, all off by default; each draws other 
 - `uncond_refresh`: guidance's other branches run in some iterations; in between, what the backbone's outputs differ by
   is taken from the last run (the condition cache of LazyMAR, arXiv:2503.12450).
 - `order`: see `orders.py`.
+
+Command lines name what stands here, so this file imports PyTorch only where it computes with it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from models.heads.diffusion import NUM_TRAIN_STEPS, reverse_steps
-from models.heads.diffusion_sampler import ReverseOptions
-from models.sampling.orders import ORDERS
+from models.config import NUM_TRAIN_STEPS, require_reverse_steps
 
+if TYPE_CHECKING:
+    from models.heads.diffusion_sampler import ReverseOptions
+
+ORDERS = ("random", "gtr", "halton")
 CFG_SCHEDULES = ("linear", "constant")
 ANNEALED_T_MAX = 950  # few steps from t = 999 multiply errors of eps by thousands (models/heads/diffusion.py)
 FIRST_RUNS = 5  # iterations in a row that run every branch before differences are reused
@@ -71,7 +75,7 @@ class SamplingConfig:
             raise ValueError(f"guidance_interval must be two rising numbers in [0, 1], got {low} and {high}")
         if self.uncond_refresh < 1:
             raise ValueError(f"uncond_refresh must be at least 1, got {self.uncond_refresh}")
-        reverse_steps(self.num_sampling_steps, self.t_max)  # raises on a bad number of steps or t_max
+        require_reverse_steps(self.num_sampling_steps, self.t_max)
         last = self.num_sampling_steps_last
         if last is not None and not 1 <= last <= NUM_TRAIN_STEPS:
             raise ValueError(f"num_sampling_steps_last must lie between 1 and {NUM_TRAIN_STEPS}, got {last}")
@@ -83,11 +87,13 @@ class SamplingConfig:
     @property
     def num_reverse_steps(self) -> int:
         """Those that are left once steps above t_max are merged (in one iteration: see `at`)."""
-        return len(reverse_steps(self.num_sampling_steps, self.t_max))
+        return len(self.reverse_options.steps)
 
     @property
     def reverse_options(self) -> ReverseOptions:
         """The diffusion head's, where the steps are the same in all iterations (see `at`)."""
+        from models.heads.diffusion_sampler import ReverseOptions
+
         return ReverseOptions(self.num_sampling_steps, self.t_max, self.temperature, self.clip_x0)
 
     def at(self, iteration: int) -> SamplingConfig:

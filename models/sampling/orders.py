@@ -20,8 +20,6 @@ from torch import Tensor
 
 from models.masking import TokenMask, sample_orders
 
-ORDERS = ("random", "gtr", "halton")
-
 
 @dataclass(frozen=True)
 class DecodeState:
@@ -86,7 +84,7 @@ def unknown_first(orders: Tensor, known: Tensor) -> Tensor:
 
 
 def draw_orders(kind: str, batch_size: int, grid: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
-    """An order per image to sample in, `kind` of ORDERS: [B, L] int64. grid: (rows, columns) of the tokens.
+    """An order per image to sample in, `kind` of `config.ORDERS`: [B, L] int64. grid: (rows, columns) of the tokens.
 
     gtr: a random order, each token of one colour before (nearer the end than) the other's. halton: one fixed sequence,
     shifted at random over the grid, which wraps around.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.cli.speed import speed_preset
-from engine.sample.generate import DTYPES
+from engine.sample.generate import sampling_dtype
 from models.masking import cosine_masked_counts
 from models.sampling.config import SamplingConfig
 from models.sampling.controls import NoControls
@@ -96,7 +96,7 @@ def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleTyp
             tokens = plain_unmask(model, branches, world.orders, world.noise, used, chosen)  # [B, L, C]
         else:
             generators = [torch.Generator()] * len(world)  # not drawn from: the noise is the world's
-            job = SamplingRun(model, branches, used, generators, NoControls(), DTYPES[entry.precision])
+            job = SamplingRun(model, branches, used, generators, NoControls(), sampling_dtype(entry.precision))
             order = PlannedOrder(world.orders, cosine_masked_counts(world.orders.shape[1], used.num_iter))
             tokens = unmask(job, job.start(), order, world.step_noise, iterations=chosen)[0]  # [B, L, C]
         return model.unpatchify(tokens, model.config.grid)  # [B, C, h, w]

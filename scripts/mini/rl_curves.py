@@ -15,7 +15,7 @@ from pathlib import Path
 
 from util.failures import one_line_errors
 from util.images import Picture, save_png
-from util.logging import METRICS_NAME
+from util.names import METRICS_NAME
 from util.plots import metrics_figure, picture_of, read_metrics
 
 PANELS = {

@@ -21,7 +21,8 @@ import numpy as np
 
 from engine.eval import compare
 from engine.eval.compare import Evaluation, Measured, per_image_sums, precision, ratio
-from engine.rl.rewards import RewardSettings, RewardWeights, layout_reward_parts, total_reward
+from engine.rl.rewards import layout_reward_parts, total_reward
+from engine.rl.settings import RewardSettings, RewardWeights
 from util.boxes import xywh_to_xyxy
 
 Json = dict[str, Any]

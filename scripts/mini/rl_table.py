@@ -23,7 +23,7 @@ from scripts.mini.colour_accuracy import COLOUR_FORMAT
 from scripts.mini.rl_curves import learning_curves
 from scripts.mini.rl_measures import NUM_RESAMPLES, load_evaluation, measure
 from util.images import save_png
-from util.logging import METRICS_NAME
+from util.names import METRICS_NAME
 from util.read import read_json
 
 LABELS = {

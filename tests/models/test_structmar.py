@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from models.conditioning import NO_LABEL, drop_conditions, drop_labels
+from models.config import TRAIN_MODES
 from models.heads.diffusion import reverse_steps, sampling_schedule
 from models.layout import cells_inside, layout_bias
 from models.masking import cosine_masked_counts, sample_num_masked, sample_token_mask
 from models.rope import Rotation, rope_angles_2d, with_buffer
 from models.structmar import StructMAR, StructMARConfig, gather_tokens, preset_config
-from models.weights import TRAIN_MODES, load_mar_weights, load_structmar_weights, part_of, select_trainable
+from models.weights import load_mar_weights, load_structmar_weights, part_of, select_trainable
 from tests.helpers import reference
 from tests.helpers.structured import generator, predict, some_layout, some_text, structured_model
 from util.types import Layout, LayoutBatch, TextContext

@@ -117,8 +117,9 @@ def test_a_killed_run_goes_on_to_the_same_results(evaluate, tmp_path, monkeypatc
         make(*arguments)
 
     monkeypatch.setattr(engine.eval.run, "generate_chunk", dies_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         evaluate("killed")
+    assert stopped.value.code == 130
     assert not (tmp_path / "killed" / "results.json").exists()
     monkeypatch.setattr(engine.eval.run, "generate_chunk", make)
     images = tmp_path / "killed" / "images" / "seed_0"

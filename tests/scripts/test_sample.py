@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import engine.cli.build_sample
 import scripts.sample
 from engine.data.scenes import read_layout_file
 from models.frozen.vae import build_autoencoder, ldm_checkpoint
@@ -164,7 +165,7 @@ def tiny_preset(monkeypatch):
         assert name == "mar_tiny"
         return replace(MAR_CONFIG, **overrides)
 
-    monkeypatch.setattr(scripts.sample, "preset_config", preset_config)
+    monkeypatch.setattr(engine.cli.build_sample, "preset_config", preset_config)
     return ("--model", "mar_tiny")
 
 
@@ -217,7 +218,7 @@ MISTAKES = {
         "num_iter must lie between 1 and the number of tokens, 64, got 65",
     ),
     "steps": (["--prompt", "a", "--num_sampling_steps", "0"], "--num_sampling_steps must be positive, got 0"),
-    "device": (["--prompt", "a", "--device", "tpu"], "--device tpu: choose cpu or cuda"),
+    "device": (["--prompt", "a", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     "checkpoint": (["--prompt", "a", "--resume", "none.pth"], "none.pth does not exist"),
     "vae": (["--prompt", "a", "--vae_path", "none.ckpt"], "none.ckpt"),
     "text encoder": (["--prompt", "a", "--clip_path", "none"], "text encoder directory not found: none"),
@@ -236,7 +237,7 @@ def test_mistakes_are_found_before_anything_runs(sample, tmp_path, case):
 
 def test_output_dir_that_is_a_file(sample, tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(SystemExit, match="out is a file, not a folder"):
+    with pytest.raises(SystemExit, match="out is a file, it must be a folder"):
         sample("--prompt", "a")
 
 

@@ -20,6 +20,7 @@ from engine.data.cache import (
     write_text_cache,
 )
 from engine.data.coco import CocoLayoutDataset, DataConfig, collate
+from engine.cli import build_cache
 from scripts import cache_latents
 from tests.helpers.coco_fixture import write_coco
 
@@ -276,8 +277,8 @@ class FakeEncoder:
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """A dataset and the caches that the script made of it with fake models."""
-    monkeypatch.setattr(cache_latents, "LatentCodec", FakeCodec)
-    monkeypatch.setattr(cache_latents, "ClipTextEncoder", FakeEncoder)
+    monkeypatch.setattr(build_cache, "LatentCodec", FakeCodec)
+    monkeypatch.setattr(build_cache, "ClipTextEncoder", FakeEncoder)
     root = write_coco(tmp_path / "coco")
     command = ["--coco_root", str(root), "--coco_split", "train2017", "--cached_path", str(tmp_path / "cache")]
     cache_latents.main([*command, "--img_size", "16", "--batch_size", "2", "--device", "cpu", "--num_workers", "0"])

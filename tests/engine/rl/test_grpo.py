@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from engine.rl.grpo import (
-    ADV_NORMS,
-    KL_ESTIMATORS,
     clipped_surrogate,
     group_advantages,
     kl_penalty,
     zero_std_share,
 )
+from engine.rl.settings import ADV_NORMS, KL_ESTIMATORS
 from models.policy import PolicyOutput
 
 CLIP = 0.2

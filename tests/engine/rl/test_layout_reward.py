@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.eval.judge import Judge
-from engine.rl.rewards import PARTS, LayoutReward, RewardSettings, RewardWeights, clip_quality
+from engine.rl.rewards import PARTS, LayoutReward, clip_quality
+from engine.rl.settings import RewardSettings, RewardWeights
 from models.frozen.detections import Detections
 from models.frozen.faster_rcnn import load_detector
 from tests.helpers.eval_world import COLOURS, ColourDetector, colour_judge, write_detector

@@ -11,11 +11,10 @@ import pytest
 from engine.rl.rewards import (
     MAX_EXTRA,
     PARTS,
-    RewardSettings,
-    RewardWeights,
     layout_reward_parts,
     total_reward,
 )
+from engine.rl.settings import RewardSettings, RewardWeights
 
 CAT, DOG, BIRD = 3, 17, 20
 Box = tuple[int, list[float]]  # category id, xyxy

@@ -19,9 +19,9 @@ from models.heads.diffusion import reverse_steps
 from models.masking import cosine_masked_counts, sample_orders
 from models.policy import TrajectoryEstimator
 from models.sampling.condition_cache import GuidedBackbone, plan_iterations
-from models.sampling.config import SamplingConfig
+from models.sampling.config import ORDERS, SamplingConfig
 from models.sampling.guidance import embed_branches
-from models.sampling.orders import ORDERS, PlannedOrder, draw_orders, halton_cells
+from models.sampling.orders import PlannedOrder, draw_orders, halton_cells
 from models.sampling.sampler import sample
 from models.structmar import StructMAR
 from scripts.compare_heads import channel_changes, compare_steps, energy_distance, head_inputs

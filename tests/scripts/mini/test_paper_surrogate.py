@@ -11,7 +11,7 @@ from engine.rl.step import GrpoConfig, GrpoStep, ScoredPass
 from engine.train.state import TrainState
 from models.policy import ElboEstimator, PolicyOutput, Samples, ScoringNoise, TrajectoryEstimator
 from models.sampling.config import SamplingConfig
-from scripts.mini.paper_surrogate import PaperStep
+from scripts.mini.paper_step import PaperStep
 from util.distributed import DistInfo
 
 ADVANTAGES = torch.tensor([1.0, -2.0])

@@ -1,0 +1,185 @@
+"""From parsed arguments to sampled images (scripts/sample.py): every input read and checked, then drawn and written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine.checkpoint.files import read_identity
+from engine.checkpoint.identity import Identity, require_same_categories
+from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
+from engine.cli.sampling import sampling_config
+from engine.data.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
+from engine.sample.generate import num_iterations
+from engine.sample.grid import scene_grid
+from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, replacing, require_free
+from engine.sample.pipeline import StructMARPipeline
+from engine.train.parallel import compile_parts
+from models.config import preset_config
+from models.frozen.vae import LatentCodec
+from models.masking import require_fitting_iterations
+from models.sampling.config import SamplingConfig
+from util.coco import BoxFilters, CocoIndex
+from util.config import resolved_dict
+from util.distributed import init_distributed
+from util.images import Picture, save_png
+from util.logging import progress, setup_logging
+
+logger = logging.getLogger(__name__)
+
+GRID_MAX = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything checked and loaded, ready to run. labels: one per image, for MAR's own weights only."""
+
+    pipeline: StructMARPipeline
+    scenes: list[Scene]
+    labels: list[int] | None
+    seeds: list[int]
+    config: SamplingConfig
+
+
+def draw_samples(args: argparse.Namespace, sampling_note: str | None) -> str:
+    """Gives a line that says what was written. Raises ValueError or FileNotFoundError before anything is drawn.
+
+    sampling_note: what the log says of sampling options that come from the weights.
+    """
+    setup_logging()
+    if sampling_note:
+        logger.info(sampling_note)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    device = init_distributed(args.device).device
+    job = prepare_classes(args, device) if args.class_label else prepare_scenes(args, device)
+    if args.compile or args.cuda_graphs:
+        compile_parts(job.pipeline.model, args.cuda_graphs)
+    logger.info(f"{len(job.scenes)} images on {device}, {args.batch_size} at a time")
+    return run(job, args.batch_size, args.precision, Path(args.output_dir), resolved_dict(args))
+
+
+def prepare_scenes(args: argparse.Namespace, device: torch.device) -> Job:
+    """The scenes, a StructMAR checkpoint that knows their labels, and the frozen parts it was trained with."""
+    identity = read_identity(args.resume)
+    if identity is None:
+        raise ValueError(f"{args.resume} holds MAR's weights, which know no captions: sample them with --class_label")
+    config = sampling_config(args)
+    require_fitting_iterations(config.num_iter, identity.config.num_tokens)
+    scenes = read_scenes(args, identity)
+    require_free(Path(args.output_dir), len(scenes))
+    pipeline = StructMARPipeline.from_checkpoint(
+        args.resume, args.vae_path, args.clip_path, device, not args.no_ema, args.allow_other_frozen
+    )  # fmt: skip
+    return Job(pipeline, scenes, None, seeds_of(args, len(scenes)), config)
+
+
+def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
+    """MAR's own weights and class indices."""
+    identity = read_identity(args.resume)
+    sizes = {name: vars(args)[name] for name in ("diffloss_d", "diffloss_w", "img_size", "class_num")}
+    overrides = {name: value for name, value in sizes.items() if value is not None}
+    architecture = preset_config(args.model, **overrides, rope_mode="off") if identity is None else identity.config
+    for label in args.class_label:
+        if not 0 <= label < architecture.class_num:
+            raise ValueError(f"--class_label {label} is outside 0 ... {architecture.class_num - 1}")
+    config = sampling_config(args)
+    require_fitting_iterations(config.num_iter, architecture.num_tokens)
+    labels = [label for label in args.class_label for _ in range(args.num_images)]
+    require_free(Path(args.output_dir), len(labels))
+    codec = LatentCodec.load(args.vae_path, device)
+    require_fitting_codec(codec, args.vae_path, architecture)
+    model = load_mar_for_sampling(args.resume, architecture, device, use_ema=not args.no_ema)
+    pipeline = StructMARPipeline.from_parts(model, codec, caption_encoder=None)
+    pipeline.source = args.resume
+    scenes = [text_scene(f"class {label}") for label in labels]
+    return Job(pipeline, scenes, labels, seeds_of(args, len(labels)), config)
+
+
+def seeds_of(args: argparse.Namespace, num_images: int) -> list[int]:
+    return [args.seed + index for index in range(num_images)]
+
+
+def read_scenes(args: argparse.Namespace, identity: Identity) -> list[Scene]:
+    """One scene per image: each scene of a layout file `--num_images` times, a dataset's scenes once."""
+    if args.coco_root:
+        filters = BoxFilters(max_objects=identity.config.max_objects)
+        index = CocoIndex.load(args.coco_root, args.coco_split, filters, identity.config.img_size)
+        require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
+        return scenes_from_dataset(index, identity.config.img_size, args.num_images)
+    if not args.layout:
+        scenes = [text_scene(args.prompt)]
+    else:
+        scenes = read_layout_file(args.layout, identity.categories, identity.config.max_objects, args.prompt)
+    return [scene for scene in scenes for _ in range(args.num_images)]
+
+
+def run(job: Job, batch_size: int, precision: str, output_dir: Path, settings: dict[str, Any]) -> str:
+    """Writes all images, the grid and the list, which then replace those of an earlier run."""
+    total = len(job.scenes)
+    with replacing(output_dir) as folder:
+        images = write_images(job, batch_size, precision, folder, settings)
+        grid = scene_grid(images, job.scenes[: len(images)], settings["grid_columns"], settings["grid_scale"])
+        save_png(grid, folder / GRID_NAME, {MADE_WITH: json.dumps(settings)})
+        write_json(job, folder / LIST_NAME, settings)
+    shown = "" if total <= GRID_MAX else f" of the first {GRID_MAX}"
+    return f"wrote {total} images to {output_dir}; grid{shown}: {output_dir / GRID_NAME}"
+
+
+def write_images(job: Job, batch_size: int, precision: str, folder: Path, settings: dict[str, Any]) -> list[Picture]:
+    """Samples batch by batch, writing each image as soon as its batch is done; gives the first `GRID_MAX`."""
+    total = len(job.scenes)
+    images: list[Picture] = []
+    bar: tqdm[Any] = progress(total=num_iterations(total, batch_size, job.config), desc="sampling")
+
+    def tick() -> None:
+        bar.update()
+
+    with bar:
+        for start in range(0, total, batch_size):
+            batch = sample_batch(job, slice(start, start + batch_size), precision, tick)
+            for index, image in enumerate(batch, start):
+                save_png(image, folder / picture_name(index), png_text(job, index, settings))
+            images += batch[: max(0, GRID_MAX - start)]
+    return images
+
+
+def sample_batch(job: Job, rows: slice, precision: str, on_iteration: Callable[[], None]) -> list[Picture]:
+    seeds = job.seeds[rows]
+    options = (job.config, seeds, len(seeds), precision, on_iteration)
+    if job.labels is not None:
+        return job.pipeline.draw_classes(job.labels[rows], *options)
+    return job.pipeline.draw(job.scenes[rows], *options)
+
+
+def image_entry(job: Job, index: int) -> dict[str, Any]:
+    """What image `index` was made from: its prompt and objects as in a layout file, its seed, its class."""
+    entry = {**job.scenes[index].to_dict(), "seed": job.seeds[index]}
+    return entry if job.labels is None else {"class_label": job.labels[index], "seed": job.seeds[index]}
+
+
+def png_text(job: Job, index: int, settings: dict[str, Any]) -> dict[str, str]:
+    """Text of one PNG: strings as they are, everything else as json."""
+    entry = image_entry(job, index)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in entry.items()}
+    made_with = {"sampling": asdict(job.config), "checkpoint": job.pipeline.describe(), MADE_WITH: settings}
+    return texts | {key: json.dumps(value) for key, value in made_with.items()}
+
+
+def write_json(job: Job, path: Path, settings: dict[str, Any]) -> None:
+    images = [{"file": picture_name(index), **image_entry(job, index)} for index in range(len(job.scenes))]
+    content = {
+        "settings": settings,
+        "sampling": asdict(job.config),
+        "checkpoint": job.pipeline.describe(),
+        "images": images,
+    }
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

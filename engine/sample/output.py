@@ -1,0 +1,109 @@
+"""A folder of samples: NNNN.png, grid.png and samples.json of one run, whole at any moment.
+
+A run writes into a folder of its own inside (`UNFINISHED`). Once that is whole it is renamed (`FINISHED`): from then on
+the new run counts, and its files are moved into place. A run that was killed while it moved them is moved on by the
+next one. Files that are not of this program stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import UnidentifiedImageError
+
+from util.images import read_png_text
+
+LIST_NAME, GRID_NAME = "samples.json", "grid.png"
+MADE_WITH = "settings"  # the text that every PNG of this program has
+UNFINISHED, FINISHED = ".samples-unfinished", ".samples-finished"
+_PICTURE = re.compile(r"\d{4,}\.png")
+
+
+def picture_name(index: int) -> str:
+    return f"{index:04d}.png"
+
+
+def require_free(folder: Path, num_images: int) -> None:
+    """Raises ValueError naming the first file in the way of these images that this program did not write."""
+    names = [*map(picture_name, range(num_images)), GRID_NAME, LIST_NAME]
+    own = _own_files(folder)
+    for name in names:
+        path = folder / name
+        if os.path.lexists(path) and name not in own:
+            raise ValueError(f"{path} is in the way and was not written by scripts.sample: choose another --output_dir")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write a run's files into, which replace an earlier run's when the block ends well."""
+    _move_into_place(folder)
+    unfinished = folder / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder / FINISHED)
+        _move_into_place(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _move_into_place(folder: Path) -> None:
+    """Moves what a finished run left apart, the list last, and removes pictures that it does not name."""
+    finished = folder / FINISHED
+    if not finished.is_dir():
+        return
+    with _signals_wait():
+        own = _own_files(folder)
+        source = finished if (finished / LIST_NAME).is_file() else folder
+        named = {GRID_NAME, LIST_NAME, *_listed(source / LIST_NAME)}
+        for name in sorted(os.listdir(finished), key=lambda name: (name == LIST_NAME, name)):
+            os.replace(finished / name, folder / name)
+        for name in own - named:
+            (folder / name).unlink()
+        finished.rmdir()
+
+
+def _own_files(folder: Path) -> set[str]:
+    """The names of the files that a run of this program wrote: its list names them, or they say so themselves."""
+    if not folder.is_dir():
+        return set()
+    listed = _listed(folder / LIST_NAME)
+    own = {LIST_NAME} if listed else set()
+    for name in os.listdir(folder):
+        if (_PICTURE.fullmatch(name) or name == GRID_NAME) and (name in listed or _is_own_png(folder / name)):
+            own.add(name)
+    return own
+
+
+def _listed(path: Path) -> Collection[str]:
+    """The pictures that a list names; none where the file is missing or no list of ours."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["images"]
+        return {str(entry["file"]) for entry in entries}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return set()
+
+
+def _is_own_png(path: Path) -> bool:
+    try:
+        return MADE_WITH in read_png_text(path)
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError):
+        return False
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are held back for the moment that the files move."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -1,0 +1,6 @@
+"""Names of files that programs write and others look for. Nothing slow is imported here: command lines name them."""
+
+from __future__ import annotations
+
+LAST_NAME = "checkpoint-last.pth"
+METRICS_NAME = "metrics.jsonl"
