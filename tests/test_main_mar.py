@@ -213,7 +213,7 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"train_mode": "class"}, "--train_mode class needs class labels, COCO has none"),
     ({"precision": "fp16"}, "argument --precision: invalid choice: 'fp16'"),
     ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
-    ({"model": "mar_giant"}, "unknown model 'mar_giant'; .*choose one of"),
+    ({"model": "mar_giant"}, "unknown model 'mar_giant'; did you mean mar_mini? choose one of"),
     ({"img_size": 36}, "img_size 36 is not a multiple of vae_stride x patch_size = 8"),
     ({"vae_stride": 16}, "the model has vae_stride 16, but the VAE"),
     ({"vae_embed_dim": 16}, "the model has vae_embed_dim 16, but the VAE"),
