@@ -14,7 +14,7 @@ from pathlib import Path
 
 from util.failures import one_line_errors
 from util.images import save_png
-from util.logging import METRICS_NAME
+from util.names import METRICS_NAME
 from util.output import require_output_file
 from util.plots import metrics_figure, picture_of, read_metrics
 
