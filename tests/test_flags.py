@@ -81,7 +81,7 @@ def just_outside(numbers: Range) -> list[float]:
 
 
 def required_words(parser: argparse.ArgumentParser) -> list[str]:
-    return [word for each in parser._actions if each.required for word in (each.option_strings[0], "x")]
+    return [word for each in parser._actions if each.required for word in (*each.option_strings[:1], "x")]
 
 
 def with_outsider(action: argparse.Action, value: float) -> Any:
