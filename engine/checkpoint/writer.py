@@ -11,8 +11,9 @@ from typing import Any
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import checkpoint_content
 from engine.train.state import Position, TrainState
-from util.checkpoint import LAST_NAME, save_atomic
+from util.checkpoint import save_atomic
 from util.distributed import DistInfo, failing_together, gather_objects
+from util.names import LAST_NAME
 
 logger = logging.getLogger(__name__)
 
