@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and SIGINT are noted, and the loop ends at a point of its own choosing.
+"""Stopping on request: a signal is noted, and the loop ends at a point of its own choosing.
 
 with StopRequest() as stop:
     for batch in batches:
@@ -14,12 +14,17 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Schedulers send SIGTERM or, before the time is up, SIGUSR1; a terminal SIGINT and, when it closes, SIGHUP."""
+
 
 class StopRequest:
-    """Handlers of SIGTERM and SIGINT within a `with` block (main thread only); the old ones come back afterwards.
+    """Handlers of SIGNALS within a `with` block (main thread only); the old ones come back afterwards. A SIGHUP that is
+    ignored, as under nohup, stays so.
 
     A second SIGINT raises KeyboardInterrupt at once. SIGINTs within `repeat_after_s` seconds of the first request count
     as one: torchrun passes a Ctrl-C on to processes that already got it from the terminal.
@@ -41,7 +46,9 @@ class StopRequest:
         return 0 if self.signum is None else 128 + self.signum
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -56,6 +63,7 @@ class StopRequest:
         if self.signum is None:
             self.signum, self._first_time = signum, time.monotonic()
             name = signal.Signals(signum).name
-            os.write(2, f"\n{name}: stopping at the next safe point (Ctrl-C to stop at once)\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{name}: stopping at the next safe point (Ctrl-C to stop at once)\n".encode())
         elif signum == signal.SIGINT and time.monotonic() - self._first_time >= self._repeat_after_s:
             raise KeyboardInterrupt

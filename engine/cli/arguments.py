@@ -240,6 +240,10 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num_threads", type=positive_int, default=None, help="CPU threads per process; None: PyTorch's choice"
     )
+    group.add_argument(
+        "--profile_steps", default="",
+        help="write a trace of these steps to profile/ in --output_dir: N steps soon after the start, or FIRST:END"
+    )  # fmt: skip
     add_failure_args(group)
     group.add_argument("--log_freq", type=positive_int, default=20, help="optimizer steps between log lines")
     group.add_argument(

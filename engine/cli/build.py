@@ -47,6 +47,7 @@ from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import Step, TrainConfig, TrainingRun, course_of
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import compile_parts, shard, wrap
+from engine.train.profile import StepProfiler, profiled_steps
 from engine.train.state import Position, TrainState
 from models.build import build_model
 from models.frozen.detections import DetectorSettings
@@ -70,7 +71,8 @@ logger = logging.getLogger(__name__)
 PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
                  "diffloss_w", "max_objects")  # fmt: skip
 FREE_FLAGS = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_workers", "pin_mem", "log_freq",
-              "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "debug", "dist_timeout")  # fmt: skip
+              "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "debug", "dist_timeout",
+              "profile_steps")  # fmt: skip
 """A continued run may change these without a word: they do not change what it learns."""
 
 
@@ -347,6 +349,7 @@ def prepare_run(
         save_alone=None if args.fsdp else written.save_alone,
         preview=preview,
         evaluate=evaluate,
+        profiler=build_profiler(args, parts.start(config), dist),
     )
     start, course = parts.start(config), run.course
     log_continuation(parts.source, course, global_batch)
@@ -355,6 +358,13 @@ def prepare_run(
         f"{start.step + course.steps_left(start)} steps in all, {dist.world_size} processes on {dist.device}"
     )
     return PreparedRun(run, start, stage, parts.flags, (size, *notes))
+
+
+def build_profiler(args: argparse.Namespace, start: Position, dist: DistInfo) -> StepProfiler | None:
+    """On rank 0, where --profile_steps asks for it."""
+    if not args.profile_steps or not dist.is_main:
+        return None
+    return StepProfiler(profiled_steps(args.profile_steps, start.step), Path(args.output_dir) / "profile")
 
 
 def restore_open_interval(step: Step, source: Source, dist: DistInfo) -> None:

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.train.profile import profiled_steps
 from models.config import TRAIN_MODES
 from util.names import LAST_NAME
 from util.output import require_output_dir
@@ -54,6 +55,8 @@ def validate_rl_args(args: argparse.Namespace) -> None:
 
 def _check_run(args: argparse.Namespace) -> None:
     """Combinations of what all stages have."""
+    if args.profile_steps:
+        profiled_steps(args.profile_steps, start=0)
     if args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} is longer than --epochs {args.epochs}")
     if args.use_cached != bool(args.cached_path):

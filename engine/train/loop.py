@@ -25,6 +25,7 @@ from engine.data.inputs import MakeInputs, StepInputs
 from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, clip_gradients, set_lr
 from engine.train.parallel import gradient_sync
+from engine.train.profile import StepProfiler
 from engine.train.state import Course, Position, TrainState
 from models.structmar import TrainingNoise
 from util.distributed import DistInfo, any_rank, failing_together, reduce_mean
@@ -105,7 +106,7 @@ class Step(Protocol):
 class TrainingRun:
     """A stage, ready to go. save writes checkpoint-last.pth; preview shows images; evaluate scores some and may return
     a reason to end the run (every process calls all three). save_alone: as save, for a process that has lost the
-    others; None where one process does not have it all."""
+    others; None where one process does not have it all. profiler: None without --profile_steps."""
 
     config: TrainConfig
     state: TrainState
@@ -117,6 +118,7 @@ class TrainingRun:
     save_alone: Callable[[Position], None] | None = None
     preview: Callable[[int, MetricWriter], None] | None = None
     evaluate: Callable[[int, MetricWriter], str | None] | None = None
+    profiler: StepProfiler | None = None
 
     @property
     def course(self) -> Course:
@@ -182,6 +184,8 @@ class _Loop:
             self.log()  # a run that was stopped logs when it has gone on
         if self.saved_step != self.position.step:
             self.save()
+        if run.profiler is not None:
+            run.profiler.close()
         return signum
 
     def save_what_is_whole(self, error: Exception) -> None:
@@ -206,14 +210,18 @@ class _Loop:
 
     def run_epoch(self, bar: Any) -> int | None:
         """One epoch, or what is left of it. Returns the signal that cut it short."""
-        epoch = self.position.epoch
+        epoch, profiler = self.position.epoch, self.run.profiler
         batches = self.run.batches.of_epoch(epoch, self.position.images)
         while self.position.epoch == epoch and not self.is_finished():
             micro_batches = self.next_batches(batches)
             set_lr(self.run.state.optimizer, self.run.schedule.at(self.course.epochs_after(self.position)))
+            if profiler is not None:
+                profiler.before(self.position.step)
             self.num_images += self.run.step.take(self.position, micro_batches)
             self.position = self.course.after_step(self.position)
             self.is_whole = True
+            if profiler is not None:
+                profiler.after(self.position.step)
             bar.update(1)
             self.after_step(is_epoch_end=self.position.epoch != epoch)
             if (signum := self.asked_to_stop()) is not None:

@@ -7,17 +7,19 @@ import signal
 
 import pytest
 
-from util.signals import StopRequest
+from util.signals import SIGNALS, StopRequest
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_is_noted_and_the_block_goes_on(number: int, code: int, capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(each) for each in SIGNALS]
     with StopRequest() as stop:
         assert not stop.is_set and stop.signum is None and stop.exit_code == 0
         os.kill(os.getpid(), number)
         assert stop.is_set and stop.signum == number and stop.exit_code == code
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(each) for each in SIGNALS] == before
     assert stop.exit_code == code  # still known afterwards
     assert signal.Signals(number).name in capfd.readouterr().err
 
@@ -44,3 +46,13 @@ def test_handlers_come_back_after_an_exception() -> None:
     with pytest.raises(ValueError, match="loss"), StopRequest():
         raise ValueError("loss is not finite")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_nohup_stays_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_set and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
