@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -28,6 +29,7 @@ class RanksFailed(Exception):
 
 _SAID_IN_FULL = (ValueError, OSError, ArithmeticError, ImportError, RanksFailed)
 """Their messages are written for users. Others also get their type and the line of code where they were raised."""
+_TIME_TO_SPEAK_S = 3.0  # torchrun ends all processes once one has ended: the one that speaks goes first
 _WORKER_ERROR = re.compile(r"^Caught \S+ in .+\nOriginal Traceback", re.MULTILINE)
 _LAST_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w+): ", re.MULTILINE)
 
@@ -43,14 +45,16 @@ def one_line_errors(program: str = "", debug: bool = False) -> Iterator[None]:
             yield
         except KeyboardInterrupt as stop:
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-            line = f"{program or 'error'}: interrupted ({number.name})"
-            raise SystemExit(_say(line, 128 + number)) from None
+            if not is_one_of_several():  # else torchrun says it
+                _say(f"{program or 'error'}: interrupted ({number.name})")
+            raise SystemExit(128 + number) from None
         except Exception as error:
             if debug:
                 traceback.print_exc()
             line = f"{program}: error: {one_line(error)}" if program else f"error: {one_line(error)}"
             if is_one_of_several():
-                raise SystemExit(_end_one_of_several(line, error)) from error
+                _say_for_several(line, error)
+                raise SystemExit(1) from error
             _note_in_log(line)
             raise SystemExit(line) from error
 
@@ -116,11 +120,10 @@ def _note_in_log(line: str) -> None:
         note_in_log(line)
 
 
-def _say(line: str, status: int) -> int:
+def _say(line: str) -> None:
     _note_in_log(line)
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
-    return status
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -142,17 +145,19 @@ def first_process_speaks() -> Iterator[None]:
         try:
             yield
         except SystemExit as end:
-            if is_first_here() or not isinstance(end.code, str):
+            if is_first_here() or not end.code:
                 raise
-            raise SystemExit(1) from end
+            time.sleep(_TIME_TO_SPEAK_S)
+            raise SystemExit(1 if isinstance(end.code, str) else end.code) from end
 
 
-def _end_one_of_several(line: str, error: Exception) -> int:
-    """Prints the line if this process is the one to print it. Returns the exit status."""
+def _say_for_several(line: str, error: Exception) -> None:
+    """Prints the line if this process is the one to print it. Returns when it is printed."""
     if "torch" in sys.modules:
         from util.distributed import say_once  # not before: it imports torch
 
-        say_once(line, error, lambda text: _say(text, 1))
+        say_once(line, error, _say)
     elif is_first_here():
-        _say(line, 1)
-    return 1
+        _say(line)
+    else:
+        time.sleep(_TIME_TO_SPEAK_S)
