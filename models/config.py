@@ -18,6 +18,7 @@ TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class")
 NUM_TRAIN_STEPS = 1000  # timesteps of the head's diffusion process
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # of matrix products: PyTorch's names of the dtypes
 EXPORT_PRECISIONS = PRECISIONS | {"fp16": "float16"}
+DETECTORS = SMALL, SMALL_FPN, RESNET50_FPN_V2 = "fasterrcnn_mini", "fasterrcnn_mini_fpn", "fasterrcnn_resnet50_fpn_v2"
 
 
 def require_reverse_steps(num_steps: int, t_max: int | None) -> None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from engine.cli.arguments import add_debug_arg, add_device_arg
+from engine.cli.arguments import add_device_arg, script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
 from util.ranges import nonnegative_int, positive_float, positive_int
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser("scripts.cache_latents", __doc__)
     parser.add_argument("--coco_root", required=True, help="folder with annotations/ and the image folders")
     parser.add_argument("--coco_split", default="train2014", help="e.g. train2014, val2017: any split with both jsons")
     parser.add_argument("--cached_path", required=True, help="where to write latents/ and text/; one folder per split")
@@ -35,7 +35,6 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_workers", type=nonnegative_int, default=4, help="processes that read images")
     add_device_arg(parser)
-    add_debug_arg(parser)
     parser.add_argument("--no_latents", action="store_true", help="do not cache latents")
     parser.add_argument("--no_text", action="store_true", help="do not cache text states")
     return parser

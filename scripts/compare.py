@@ -13,24 +13,22 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.config import HelpFormatter
+from engine.cli.arguments import script_parser
+from util.config import parse_checked
 from util.failures import one_line_errors
 from util.output import require_output_file, write_text_atomic
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.compare", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = script_parser("scripts.compare", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="--output_dir of an evaluation")
     parser.add_argument("--output", default=None, help="write the table (Markdown) to this file too")
     parser.add_argument("--json", default=None, help="write the numbers to this file")
-    parser.add_argument("--debug", action="store_true", help="show where in the code an error was found")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    args = parse_checked(get_parser(), argv)
     with one_line_errors(debug=args.debug):
         files = {flag: path for flag, path in (("output", args.output), ("json", args.json)) if path is not None}
         for flag, path in files.items():

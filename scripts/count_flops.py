@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.cli.arguments import add_debug_arg
+from engine.cli.arguments import script_parser
 from models.config import StructMARConfig, preset_config
 from models.sampling.config import SamplingConfig
-from util.config import HelpFormatter, parse_checked
+from util.config import parse_checked
 from util.failures import one_line_errors
 from util.ranges import positive_int
 
@@ -27,9 +27,7 @@ TERA = 1e12
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.count_flops", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = script_parser("scripts.count_flops", __doc__)
     parser.add_argument("--model", default="mar_huge", help="preset")
     parser.add_argument("--num_categories", type=positive_int, default=80, help="categories of the layouts")
     parser.add_argument(
@@ -38,7 +36,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_text", type=positive_int, default=14, help="text tokens of a caption")
     parser.add_argument("--diffusion_batch_mul", type=positive_int, default=1, help="noise draws per masked token")
     parser.add_argument("--num_sampling_steps", type=positive_int, default=100, help="diffusion steps per token")
-    add_debug_arg(parser)
     return parser
 
 

@@ -27,26 +27,21 @@ from engine.cli.arguments import (
     add_compile_args,
     add_config_arg,
     add_device_arg,
-    add_failure_args,
     add_sampling_args,
     add_speed_arg,
+    add_timeout_arg,
+    script_parser,
 )
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.eval.names import require_own_name
 from engine.eval.profiles import IMAGE_SIZES, available_profiles, load_profile
 from models.config import PRECISIONS
-from util.config import HelpFormatter
 from util.failures import first_process_speaks, one_line_errors
 from util.ranges import nonnegative_int, positive_int
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.evaluate_layout",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser("scripts.evaluate_layout", __doc__)
     add_config_arg(parser)
     add_protocol_args(parser)
     add_source_args(parser)
@@ -117,7 +112,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     add_device_arg(group)
     group.add_argument("--num_threads", type=positive_int, default=None, help="CPU threads (None: PyTorch's choice)")
     add_compile_args(group)
-    add_failure_args(group)
+    add_timeout_arg(group)
     group.add_argument("--output_dir", default="./output/evaluation", help="made if missing; continued if begun")
     group.add_argument("--rescore", action="store_true", help="score the images that are there; never generate")
 

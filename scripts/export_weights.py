@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import add_debug_arg, add_sampling_args
+from engine.cli.arguments import add_sampling_args, script_parser
 from engine.cli.sampling import sampling_config
 from models.config import EXPORT_PRECISIONS
 from models.sampling.config import SamplingConfig
@@ -23,18 +23,12 @@ from util.failures import one_line_errors
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.export_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser("scripts.export_weights", __doc__)
     parser.add_argument("--resume", required=True, help="training checkpoint, its folder, or an exported file")
     parser.add_argument("--output", required=True, help="the .safetensors file to write (replaced if it exists)")
     parser.add_argument("--dtype", default="fp32", choices=list(EXPORT_PRECISIONS), help="fp16 and bf16 halve the file")
     parser.add_argument("--no_ema", action="store_true", help="the raw weights, not their average")
     parser.add_argument("--sampling_config", default=None, help="YAML of sampling flags that the file shall name")
-    add_debug_arg(parser)
     return parser
 
 

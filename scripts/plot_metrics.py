@@ -12,19 +12,19 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.cli.arguments import script_parser
+from util.config import parse_checked
 from util.failures import one_line_errors
-from util.images import save_png
 from util.names import METRICS_NAME
 from util.output import require_output_file
-from util.plots import metrics_figure, picture_of, read_metrics
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser("scripts.plot_metrics", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"run folders, each with a {METRICS_NAME}")
     parser.add_argument("--keys", nargs="+", required=True, metavar="KEY", help="what is plotted, as the file names it")
     parser.add_argument("--output", type=Path, default=Path("output/metrics.png"), help="PNG file")
-    return parser.parse_args(argv)
+    return parse_checked(parser, argv)
 
 
 def run_names(runs: Sequence[Path]) -> dict[str, Path]:
@@ -50,8 +50,11 @@ def require_keys(keys: Sequence[str], metrics: Mapping[str, Mapping[int, Mapping
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    with one_line_errors():
+    with one_line_errors(debug=args.debug):
         require_output_file("--output", args.output)
+        from util.images import save_png  # slow to import: once the command line is known to be right
+        from util.plots import metrics_figure, picture_of, read_metrics
+
         metrics = {name: read_metrics(run / METRICS_NAME) for name, run in run_names(args.runs).items()}
         require_keys(args.keys, metrics)
         save_png(picture_of(metrics_figure(metrics, {key: f"{key}, over steps" for key in args.keys})), args.output)

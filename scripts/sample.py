@@ -22,14 +22,13 @@ from engine.cli.arguments import (
     DEFAULT_VAE,
     add_compile_args,
     add_config_arg,
-    add_debug_arg,
     add_device_arg,
     add_sampling_args,
     add_speed_arg,
+    script_parser,
 )
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from models.config import PRECISIONS
-from util.config import HelpFormatter
 from util.failures import one_line_errors
 from util.output import require_output_dir
 from util.ranges import nonnegative_int, positive_int, seed_int
@@ -37,12 +36,7 @@ from util.read import require_text
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.sample",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser("scripts.sample", __doc__)
     add_config_arg(parser)
     add_weight_args(parser)
     add_source_args(parser)
@@ -107,7 +101,6 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     add_device_arg(group)
     group.add_argument("--num_threads", type=positive_int, default=None, help="CPU threads (None: PyTorch's choice)")
     add_compile_args(group)
-    add_debug_arg(group)
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="./output/samples",
                        help="made if missing; what an earlier run of this program left in it (NNNN.png, grid.png, "

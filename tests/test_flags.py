@@ -12,20 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.helpers.programs import PROGRAMS
 from util.config import CONFIG_FLAG
 from util.ranges import Range
-
-IS_PROGRAM = 'if __name__ == "__main__":'
-FILES = [*ROOT.glob("main_*.py"), *(ROOT / "scripts").rglob("*.py")]
-PROGRAMS = [
-    *sorted(
-        path.relative_to(ROOT).as_posix().removesuffix(".py").replace("/", ".")
-        for path in FILES
-        if IS_PROGRAM in path.read_text(encoding="utf-8")
-    ),
-    "scripts.benchmark.cli",  # started by its package's __main__.py
-]
 
 every_program = pytest.mark.parametrize("module", PROGRAMS)
 Run = Callable[..., None]

@@ -16,9 +16,10 @@ import argparse
 import copy
 import difflib
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -26,6 +27,7 @@ from util.output import write_text_atomic
 from util.ranges import Range, Text, check_ranges
 
 CONFIG_FLAG = "--config"
+MAX_MESSAGE = 600  # characters
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
 
 Expand = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
@@ -33,6 +35,29 @@ Expand = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it is written, and every default."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says every mistake in one line, with the flag that was meant, and takes no abbreviations."""
+
+    def __init__(self, prog: str | None = None, description: str | None = None) -> None:
+        super().__init__(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but a mistyped flag is said before anything that it may be the cause of."""
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words[: words.index("--") if "--" in words else None]:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                self.error(f"unrecognized arguments: {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2."""
+        line = " ".join(message.split())
+        shown = line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}..."
+        self.exit(2, f"{self.prog}: error: {shown} (--help lists all flags)\n")
 
 
 class ConfigError(ValueError):

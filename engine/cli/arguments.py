@@ -10,8 +10,9 @@ import argparse
 import math
 
 from engine.cli.speed import SPEEDS, speed_preset
+from models.config import RESNET50_FPN_V2
 from models.sampling.config import ORDERS
-from util.config import PresetAction
+from util.config import Parser, PresetAction
 from util.ranges import (
     Range,
     device_name,
@@ -26,17 +27,15 @@ from util.ranges import (
 
 DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
-DEFAULT_DETECTOR = "./pretrained_models/fasterrcnn_resnet50_fpn_v2_coco.pth"
+DEFAULT_DETECTOR = f"./pretrained_models/{RESNET50_FPN_V2}_coco.pth"
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that the command line can undo a YAML file
 
 
 def train_parser() -> argparse.ArgumentParser:
     """The parser of main_mar.py."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="main_mar.py",
         description="StructMAR stages 1 (--train_mode text_layout) and 2 (--train_mode full) on COCO.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add_config_arg(parser)
     add_model_args(parser)
@@ -47,6 +46,13 @@ def train_parser() -> argparse.ArgumentParser:
     add_run_args(parser)
     add_sampling_args(parser)
     add_preview_args(parser)
+    return parser
+
+
+def script_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a program that is started by `python -m module`, with --debug."""
+    parser = Parser(prog=f"python -m {module}", description=description)
+    add_debug_arg(parser)
     return parser
 
 
@@ -261,8 +267,13 @@ def add_debug_arg(group: argparse._ActionsContainer) -> None:
 
 
 def add_failure_args(group: argparse._ArgumentGroup) -> None:
-    """How a program ends that cannot go on; for all that may run under torchrun."""
+    """How a program ends that cannot go on."""
     add_debug_arg(group)
+    add_timeout_arg(group)
+
+
+def add_timeout_arg(group: argparse._ArgumentGroup) -> None:
+    """For all that may run under torchrun."""
     group.add_argument(
         "--dist_timeout", type=positive_float, default=1800.0,
         help="seconds that a process of torchrun waits for the others before the run ends, naming those that do not "

@@ -20,6 +20,7 @@ from engine.cli.arguments import (
     add_sft_args,
 )
 from engine.rl.settings import ADV_NORMS, GUARD_MODES, KL_ESTIMATORS, MIXES, RewardSettings, RewardWeights
+from util.config import Parser
 from util.ranges import (
     Range,
     fraction,
@@ -51,11 +52,9 @@ DEFAULTS = {
 
 def rl_parser() -> argparse.ArgumentParser:
     """The parser of main_rl.py."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="main_rl.py",
         description="StructMAR stage 3: GRPO with a frozen detector as reward, on the captions and boxes of COCO.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add_config_arg(parser)
     add_model_args(parser)

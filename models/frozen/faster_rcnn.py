@@ -28,6 +28,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
+from models.config import DETECTORS, RESNET50_FPN_V2, SMALL, SMALL_FPN
 from models.frozen.detections import BoxDetector as BoxDetector
 from models.frozen.detections import Detections as Detections
 from models.frozen.detections import DetectorSettings as DetectorSettings
@@ -35,11 +36,6 @@ from models.frozen.detections import coco_categories, fitting_batches
 from models.frozen.onnx_detector import OnnxDetector
 from util.checkpoint import load_plain, sha256_file
 from util.types import Category, require_distinct
-
-SMALL = "fasterrcnn_mini"
-SMALL_FPN = "fasterrcnn_mini_fpn"
-RESNET50_FPN_V2 = "fasterrcnn_resnet50_fpn_v2"
-ARCHITECTURES = (SMALL, SMALL_FPN, RESNET50_FPN_V2)
 
 SMALL_INPUT_SIDE = 128
 _SMALL_LAYERS = ((24, 2), (32, 1), (48, 2), (64, 1), (96, 2), (96, 1), (96, 1))  # channels, stride
@@ -187,7 +183,7 @@ def build_detector(arch: str, num_classes: int) -> FasterRCNN:
         return _build_small_fpn(num_classes)
     if arch == RESNET50_FPN_V2:
         return fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=num_classes)
-    raise ValueError(f"unknown detector {arch!r}; known are {', '.join(ARCHITECTURES)}")
+    raise ValueError(f"unknown detector {arch!r}; known are {', '.join(DETECTORS)}")
 
 
 class Detector:
@@ -299,8 +295,8 @@ def _read_described(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, T
     if not isinstance(content["model"], Mapping):
         raise ValueError(f'{file}: "model" must be a state dict, got a {type(content["model"]).__name__}')
     arch = content["arch"]
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"{file} holds a detector {arch!r}; known are {', '.join(ARCHITECTURES)}")
+    if arch not in DETECTORS:
+        raise ValueError(f"{file} holds a detector {arch!r}; known are {', '.join(DETECTORS)}")
     try:
         categories = [Category(int(entry["id"]), str(entry["name"])) for entry in content["categories"]]
     except (KeyError, TypeError, ValueError) as error:

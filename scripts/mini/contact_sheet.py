@@ -5,43 +5,18 @@ python -m scripts.mini.contact_sheet --output sheet.png --size 256 --num_scenes 
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-
-from scripts.mini.drawing import CLASSES
-from scripts.mini.scenes import Scene, render_scene, render_single
+from engine.cli.arguments import script_parser
 from util.config import parse_checked
+from util.failures import one_line_errors
+from util.output import require_output_file
 from util.ranges import nonnegative_int, positive_int
 
-_CAPTION_HEIGHT = 34
 
-
-def draw_cell(scene: Scene, cell: int, show_boxes: bool) -> NDArray[np.uint8]:
-    """A scene enlarged to `cell` pixels, with its last caption below: [cell + 34, cell, 3] uint8 RGB."""
-    scale = cell / scene.image.shape[0]
-    picture = cv2.resize(scene.image, (cell, cell), interpolation=cv2.INTER_NEAREST)
-    for item in scene.objects if show_boxes else ():
-        x, y, width, height = (value * scale for value in item.bbox)
-        corners = (round(x), round(y)), (round(x + width) - 1, round(y + height) - 1)
-        cv2.rectangle(picture, corners[0], corners[1], (255, 0, 255), 1)
-        cv2.putText(
-            picture, item.name, (corners[0][0] + 2, corners[0][1] + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1
-        )
-    strip = np.full((_CAPTION_HEIGHT, cell, 3), 255, dtype=np.uint8)
-    letters = max(cell // 6, 1)
-    words = scene.captions[-1]
-    for row in range(2):
-        text = words[row * letters : (row + 1) * letters]
-        cv2.putText(strip, text, (2, 13 + 15 * row), cv2.FONT_HERSHEY_SIMPLEX, 0.33, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([picture, strip])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = script_parser("scripts.mini.contact_sheet", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--size", type=positive_int, default=64, help="resolution at which scenes are drawn")
     parser.add_argument("--cell", type=positive_int, default=256, help="pixels of one cell of the sheet")
@@ -50,23 +25,12 @@ def main() -> None:
     parser.add_argument("--single", action="store_true", help="single objects, class by class, in place of scenes")
     parser.add_argument("--no_boxes", action="store_true", help="leave the boxes out")
     parser.add_argument("--seed", type=nonnegative_int, default=0, help="seed of the first scene")
-    args = parse_checked(parser)
-    scenes = []
-    for index in range(args.num_scenes):
-        rng = np.random.default_rng((args.seed, index))
-        scenes.append(
-            render_single(rng, CLASSES[index % len(CLASSES)].id, args.size)
-            if args.single
-            else render_scene(rng, args.size)
-        )
-    cells = [draw_cell(scene, args.cell, not args.no_boxes) for scene in scenes]
-    cells += [np.full_like(cells[0], 255)] * (-len(cells) % args.columns)
-    sheet = np.concatenate(
-        [np.concatenate(cells[i : i + args.columns], axis=1) for i in range(0, len(cells), args.columns)]
-    )
-    if not cv2.imwrite(str(args.output), sheet[..., ::-1]):
-        raise OSError(f"could not write {args.output}")
-    print(f"wrote {args.output}")
+    args = parse_checked(parser, argv)
+    with one_line_errors(debug=args.debug):
+        require_output_file("--output", args.output)
+        from scripts.mini.sheet import run  # slow to import: once the command line is known to be right
+
+        run(args)
 
 
 if __name__ == "__main__":

@@ -9,144 +9,17 @@ settings in the same folder are an error; an interrupted run is written anew.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import cv2
-import numpy as np
-from pycocotools import mask as coco_mask
-from tqdm import tqdm
-
-from scripts.mini.drawing import CLASSES
-from scripts.mini.scenes import Scene, render_scene
+from engine.cli.arguments import script_parser
 from util.config import parse_checked
+from util.failures import one_line_errors
 from util.ranges import nonnegative_int, positive_int
-
-FORMAT_VERSION = 1  # raise it when the drawing changes: an older dataset in the folder is then an error
-SETTINGS_FILE = "settings.json"
-_SPLITS = ("train2017", "val2017")
-_JPEG_QUALITY = 95
-
-
-@dataclass(frozen=True)
-class DatasetSettings:
-    """All that the dataset's content depends on."""
-
-    num_train: int = 6000
-    num_val: int = 500
-    size: int = 64
-    seed: int = 0
-    format_version: int = FORMAT_VERSION
-
-    def __post_init__(self) -> None:
-        for name in ("num_train", "num_val", "size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-def scene_generator(seed: int, split: str, index: int) -> np.random.Generator:
-    """The generator of image `index` (from 0) of a split."""
-    return np.random.default_rng((seed, _SPLITS.index(split), index))
-
-
-def categories() -> list[dict[str, Any]]:
-    """COCO's category entries for the classes drawn here."""
-    return [{"id": entry.id, "name": entry.name, "supercategory": entry.supercategory} for entry in CLASSES]
-
-
-def instance_records(scene: Scene) -> list[dict[str, Any]]:
-    """COCO annotations of a scene, without ids; the segmentation is an RLE of the visible pixels."""
-    records = []
-    for item in scene.objects:
-        rle = coco_mask.encode(np.asfortranarray(item.mask.astype(np.uint8)))
-        segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
-        record = {"category_id": item.category_id, "bbox": list(item.bbox), "area": item.area, "iscrowd": 0}
-        colour = {} if item.colour is None else {"colour": item.colour}
-        records.append({**record, "segmentation": segmentation, **colour})
-    return records
-
-
-def _write_scene(
-    index: int, folder: Path, split: str, size: int, seed: int
-) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    scene = render_scene(scene_generator(seed, split, index), size)
-    path = folder / f"{index + 1:012d}.jpg"
-    options = [
-        cv2.IMWRITE_JPEG_QUALITY,
-        _JPEG_QUALITY,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-    ]
-    if not cv2.imwrite(str(path), scene.image[..., ::-1], options):
-        raise OSError(f"could not write {path}")
-    return instance_records(scene), scene.captions
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    partial_path = path.with_name(path.name + ".tmp")
-    partial_path.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial_path, path)
-
-
-def _write_split(folder: Path, split: str, count: int, settings: DatasetSettings, num_workers: int) -> None:
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    write = partial(_write_scene, folder=folder / split, split=split, size=settings.size, seed=settings.seed)
-    images: list[dict[str, Any]] = []
-    instances: list[dict[str, Any]] = []
-    captions: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        results = pool.imap(write, range(count), chunksize=32)
-        for image_id, (records, texts) in enumerate(tqdm(results, total=count, desc=split), start=1):
-            name = f"{image_id:012d}.jpg"
-            images.append({"id": image_id, "file_name": name, "width": settings.size, "height": settings.size})
-            instances += [
-                {"id": len(instances) + 1 + k, "image_id": image_id, **record} for k, record in enumerate(records)
-            ]
-            captions += [
-                {"id": len(captions) + 1 + k, "image_id": image_id, "caption": text} for k, text in enumerate(texts)
-            ]
-    info = {"description": "StructMAR mini world", **asdict(settings)}
-    content = {"info": info, "images": images}
-    _write_json(
-        {**content, "annotations": instances, "categories": categories()},
-        folder / "annotations" / f"instances_{split}.json",
-    )
-    _write_json({**content, "annotations": captions}, folder / "annotations" / f"captions_{split}.json")
-
-
-def is_finished(folder: Path, settings: DatasetSettings) -> bool:
-    """Whether `folder` holds this dataset already. Another one there is a ValueError that names both."""
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return False
-    found, wanted = json.loads(path.read_text(encoding="utf-8")), asdict(settings)
-    if found != wanted:
-        raise ValueError(
-            f"{path} describes another dataset: found {found}, asked for {wanted}; "
-            "choose another --output_dir or remove it"
-        )
-    return True
-
-
-def make_dataset(folder: Path, settings: DatasetSettings, num_workers: int = 1) -> bool:
-    """Writes the dataset; returns False if it was there already. The settings file, written last, marks it finished."""
-    if is_finished(folder, settings):
-        return False
-    (folder / "annotations").mkdir(parents=True, exist_ok=True)
-    for split, count in zip(_SPLITS, (settings.num_train, settings.num_val), strict=True):
-        _write_split(folder, split, count, settings, num_workers)
-    _write_json(asdict(settings), folder / SETTINGS_FILE)
-    return True
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser("scripts.mini.make_dataset", __doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("data/mini_coco"), help="folder of the dataset")
     parser.add_argument("--num_train", type=positive_int, default=6000, help="images in train2017")
     parser.add_argument("--num_val", type=positive_int, default=500, help="images in val2017")
@@ -158,9 +31,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    settings = DatasetSettings(args.num_train, args.num_val, args.size, args.seed)
-    written = make_dataset(args.output_dir, settings, args.num_workers)
-    print(f"{args.output_dir}: {'written' if written else 'already there, nothing to do'}")
+    with one_line_errors(debug=args.debug):
+        from scripts.mini.dataset import run  # slow to import: once the command line is known to be right
+
+        run(args)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from engine.cli.arguments import script_parser
+from util.config import parse_checked
 from util.failures import one_line_errors
-from util.images import Picture, save_png
 from util.names import METRICS_NAME
-from util.plots import metrics_figure, picture_of, read_metrics
+from util.output import require_output_file
+
+if TYPE_CHECKING:
+    from util.images import Picture
 
 PANELS = {
     "reward": "reward of the rollouts, over updates",
@@ -28,19 +33,24 @@ PANELS = {
 
 def learning_curves(runs: Mapping[str, Path]) -> Picture:
     """runs: name -> metrics.jsonl. Raises FileNotFoundError, and ValueError for none or more than there are colours."""
+    from util.plots import metrics_figure, picture_of, read_metrics
+
     return picture_of(metrics_figure({name: read_metrics(path) for name, path in runs.items()}, PANELS))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser("scripts.mini.rl_curves", __doc__)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help=f"run folders, each with a {METRICS_NAME}")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
-    return parser.parse_args(argv)
+    return parse_checked(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    with one_line_errors():
+    with one_line_errors(debug=args.debug):
+        require_output_file("--output", args.output)
+        from util.images import save_png  # slow to import: once the command line is known to be right
+
         save_png(learning_curves({folder.name: folder / METRICS_NAME for folder in args.runs}), args.output)
     print(args.output)
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from engine.eval.judge import Judge
 from engine.eval.profiles import Profile, load_profile
+from models.config import SMALL
 from models.frozen.detections import Detections
-from models.frozen.faster_rcnn import SMALL, build_detector, detector_checkpoint
+from models.frozen.faster_rcnn import build_detector, detector_checkpoint
 from tests.helpers.tiny import CATEGORIES
 from util.types import Category
 

@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.config import RESNET50_FPN_V2, SMALL, SMALL_FPN
 from models.frozen.detections import fitting_batches
 from models.frozen.faster_rcnn import (
-    RESNET50_FPN_V2,
-    SMALL,
-    SMALL_FPN,
     Detections,
     DetectorSettings,
     build_detector,
@@ -22,10 +20,10 @@ from models.frozen.faster_rcnn import (
     load_detector,
     load_faster_rcnn,
 )
-from scripts.mini import train_detector
-from scripts.mini.make_dataset import DatasetSettings, make_dataset
+from scripts.mini import detector_training, train_detector
+from scripts.mini.dataset import DatasetSettings, make_dataset
+from scripts.mini.detector_training import match_iou, soften
 from scripts.mini.scenes import render_scene
-from scripts.mini.train_detector import match_iou, soften
 from tests.conftest import ROOT
 from util.checkpoint import save_atomic
 from util.rng import generator
@@ -277,19 +275,19 @@ def test_training_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
         original(step_of_state, *args, **kwargs)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    original = train_detector.save_state
-    monkeypatch.setattr(train_detector, "save_state", stop)
-    with pytest.raises(KeyboardInterrupt):
+    original = detector_training.save_state
+    monkeypatch.setattr(detector_training, "save_state", stop)
+    with pytest.raises(SystemExit, match="130"):
         train_detector.main([*common, "--output", str(resumed)])
     assert not resumed.exists()
-    monkeypatch.setattr(train_detector, "save_state", original)
+    monkeypatch.setattr(detector_training, "save_state", original)
     train_detector.main([*common, "--output", str(resumed)])
     expected, found = load_faster_rcnn(whole).model.state_dict(), load_faster_rcnn(resumed).model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert load_faster_rcnn(whole).arch == SMALL_FPN
     settings = json.loads((tmp_path / "whole.json").read_text())["settings"]
     assert settings["arch"] == SMALL_FPN
-    assert not train_detector.state_file(resumed).exists()
+    assert not detector_training.state_file(resumed).exists()
 
 
 @pytest.mark.parametrize("arch", [SMALL, SMALL_FPN])

@@ -16,11 +16,12 @@ from torchvision.models import inception as tv
 from torchvision.models.detection.image_list import ImageList
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from models.config import SMALL
 from models.frozen import clip_score as clip_score_module
 from models.frozen import features
 from models.frozen import inception as inception_module
 from models.frozen.clip_score import ClipScorer, load_clip
-from models.frozen.faster_rcnn import SMALL, Detector, build_detector, detector_checkpoint, load_detector
+from models.frozen.faster_rcnn import Detector, build_detector, detector_checkpoint, load_detector
 from models.frozen.features import FeatureExtractor, load_detector_features
 from models.frozen.inception import (
     FidInception,

@@ -15,6 +15,7 @@ import scripts.evaluate_layout
 import scripts.sample
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.cli.speed import SPEEDS
+from engine.sample.step_comparison import channel_changes, compare_steps, energy_distance, head_inputs
 from models.heads.diffusion import reverse_steps
 from models.masking import cosine_masked_counts, sample_orders
 from models.policy import TrajectoryEstimator
@@ -24,7 +25,6 @@ from models.sampling.guidance import embed_branches
 from models.sampling.orders import PlannedOrder, draw_orders, halton_cells
 from models.sampling.sampler import sample
 from models.structmar import StructMAR
-from scripts.compare_heads import channel_changes, compare_steps, energy_distance, head_inputs
 from tests.conftest import ROOT
 from tests.helpers import reference
 from tests.helpers.sampled import conditions, sampled, world

@@ -23,7 +23,7 @@ from models.sampling.sampler import sample
 from models.structmar import StructMARConfig, preset_config
 from models.weights import part_of, select_trainable
 from scripts import evaluate_layout
-from scripts.mini.ablation_table import VARIANTS, ablation_table
+from scripts.mini.ablation import VARIANTS, ablation_table
 from tests.conftest import ROOT
 from tests.helpers import reference
 from tests.helpers.script_tree import ScriptTree

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scripts.mini import colour_accuracy
-from scripts.mini.colour_accuracy import (
+from scripts.mini.colours import (
     GRID,
     NONE,
     ColourSet,
@@ -25,8 +25,8 @@ from scripts.mini.colour_accuracy import (
     shifted,
     to_lab,
 )
+from scripts.mini.dataset import DatasetSettings, make_dataset
 from scripts.mini.drawing import CLASS_BY_ID, COLOURS
-from scripts.mini.make_dataset import DatasetSettings, make_dataset
 from util.images import save_png
 
 BALL, KITE = 37, 38

@@ -9,7 +9,7 @@ from PIL import Image
 
 from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec
-from scripts.mini import train_clip, train_vae
+from scripts.mini import clip_training, train_clip, train_vae, vae_training
 from scripts.mini.tokenizer import build_tokenizer, byte_alphabet, save_tokenizer
 from scripts.mini.training import batch_indices, learning_rate
 
@@ -65,12 +65,13 @@ def test_learning_rate():
     assert learning_rate(100, 100, 1.0, 10, final=0.02) == pytest.approx(0.02)
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
-def run_killed_and_again(module, arguments, monkeypatch):
-    """Runs a trainer that dies right after saving its state, then the same command again."""
+def run_killed_and_again(program, module, arguments, monkeypatch):
+    """Runs a trainer that dies right after saving its state, then the same command again. module: what the program
+    runs."""
     save_state = module.save_state
 
     def save_and_die(*args, **kwargs):
@@ -80,8 +81,8 @@ def run_killed_and_again(module, arguments, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_state", save_and_die)
         with pytest.raises(Killed):
-            module.main(arguments)
-    module.main(arguments)
+            program.main(arguments)
+    program.main(arguments)
 
 
 def vae_arguments(root, output, *more):
@@ -92,7 +93,7 @@ def vae_arguments(root, output, *more):
 def test_vae_trainer_continues_exactly(mini_root, tmp_path, monkeypatch, capsys):
     straight, broken = tmp_path / "straight" / "vae.ckpt", tmp_path / "broken" / "vae.ckpt"
     train_vae.main(vae_arguments(mini_root, straight))
-    run_killed_and_again(train_vae, vae_arguments(mini_root, broken), monkeypatch)
+    run_killed_and_again(train_vae, vae_training, vae_arguments(mini_root, broken), monkeypatch)
     assert "continuing from" in capsys.readouterr().out
     first, second = (torch.load(path, weights_only=True) for path in (straight, broken))
     assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
@@ -110,10 +111,10 @@ def test_a_state_of_other_settings_is_refused(mini_root, tmp_path, monkeypatch):
     def die(*_, **__):
         raise Killed
 
-    monkeypatch.setattr(train_vae, "latent_statistics", die)
+    monkeypatch.setattr(vae_training, "latent_statistics", die)
     with pytest.raises(Killed):
         train_vae.main(vae_arguments(mini_root, output))
-    with pytest.raises(ValueError, match=r"vae\.state\.pth was written with lr=0\.001, not 0\.5"):
+    with pytest.raises(SystemExit, match=r"vae\.state\.pth was written with lr=0\.001, not 0\.5"):
         train_vae.main(vae_arguments(mini_root, output, "--lr", "0.5"))
 
 
@@ -125,7 +126,7 @@ def clip_arguments(root, output):
 def test_clip_trainer_continues_exactly(mini_root, tmp_path, monkeypatch):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train_clip.main(clip_arguments(mini_root, straight))
-    run_killed_and_again(train_clip, clip_arguments(mini_root, broken), monkeypatch)
+    run_killed_and_again(train_clip, clip_training, clip_arguments(mini_root, broken), monkeypatch)
     first, second = ClipTextEncoder.load(straight), ClipTextEncoder.load(broken)
     assert first.id == second.id and first.dim == 16 and first.max_tokens == 77
     assert not (tmp_path / "broken.tmp").exists() and not (tmp_path / "broken.state.pth").exists()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from models.structmar import StructMAR, preset_config
 from models.weights import is_mar_state, load_mar_weights
-from scripts.mini import pretrain_mar
+from scripts.mini import mar_pretraining, pretrain_mar
 from tests.conftest import ROOT
 from util.logging import read_metrics
 
@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, steps: int) -> dict[str, 
     flags |= {"num_images": 24, "batch_size": 12, "diffusion_batch_mul": 1, "num_threads": 1, "precision": "fp32"}
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["pretrain_mar", *argv])
-    monkeypatch.setattr(pretrain_mar, "write_samples", lambda *_: None)  # four samples a class take a minute
+    monkeypatch.setattr(mar_pretraining, "write_samples", lambda *_: None)  # four samples a class take a minute
     assert pretrain_mar.main() == 0
     return load_file(folder / "mar.safetensors")
 
@@ -43,5 +43,5 @@ def test_pretrain_and_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_labels_cycle_through_the_classes() -> None:
     """Image k shows class k modulo the classes, the same image every time."""
-    assert (pretrain_mar.draw(3, 32, seed=0) == pretrain_mar.draw(3, 32, seed=0)).all()
-    assert (pretrain_mar.draw(3, 32, seed=0) != pretrain_mar.draw(15, 32, seed=0)).any()
+    assert (mar_pretraining.draw(3, 32, seed=0) == mar_pretraining.draw(3, 32, seed=0)).all()
+    assert (mar_pretraining.draw(3, 32, seed=0) != mar_pretraining.draw(15, 32, seed=0)).any()

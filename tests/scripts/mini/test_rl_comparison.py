@@ -18,7 +18,7 @@ from engine.cli.sampling import sampling_config
 from engine.eval.compare import Measured
 from models.policy import TrajectoryEstimator
 from scripts import evaluate_layout
-from scripts.mini import rl_curves, rl_table
+from scripts.mini import rl_curves, rl_table, rl_tables
 from scripts.mini.rl_measures import load_evaluation, measure
 from tests.conftest import ROOT
 from tests.helpers.script_tree import ScriptTree
@@ -210,7 +210,7 @@ def write_evaluation(folder: Path, found: set[int], weights: str = "w", **change
 def write_runs(root: Path, **changes: Any) -> Path:
     """Stage 2 misses the second image in seed 0; elbo draws everything. `changes` go to elbo's judge."""
     for name, found in (("stage2", {1}), ("elbo", {1, 2})):
-        for sampling in rl_table.SAMPLINGS:
+        for sampling in rl_tables.SAMPLINGS:
             for detector in ("reward", "judge"):
                 own = changes if (name, detector) == ("elbo", "judge") else {}
                 write_evaluation(root / name / sampling / detector, found, **({"weights": name} | own))
@@ -248,7 +248,7 @@ def test_gains_are_paired() -> None:
 
 
 def test_table_by_hand(tmp_path: Path) -> None:
-    text = rl_table.comparison(write_runs(tmp_path), ["stage2", "elbo"], ["reward", "judge"], num_resamples=50)
+    text = rl_tables.comparison(write_runs(tmp_path), ["stage2", "elbo"], ["reward", "judge"], num_resamples=50)
     lines = [entry for entry in text.splitlines() if entry.startswith("| ")]
     heads = ["reward detector"] * 3 + ["judge"] * 5
     measures = ["mean reward", "AP50", "mIoU", "mean reward", "AP50", "mIoU", "success rate", "extra objects an image"]
@@ -276,7 +276,7 @@ def test_table_by_hand(tmp_path: Path) -> None:
 )
 def test_rows_that_do_not_belong_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        rl_table.comparison(write_runs(tmp_path, **changes), ["stage2", "elbo"], ["reward", "judge"])
+        rl_tables.comparison(write_runs(tmp_path, **changes), ["stage2", "elbo"], ["reward", "judge"])
 
 
 def test_the_script_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

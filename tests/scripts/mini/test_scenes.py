@@ -15,10 +15,10 @@ from pycocotools.coco import COCO
 
 from engine.eval.ap import average_precision
 from models.frozen.faster_rcnn import load_detector
-from scripts.mini import yolox_ap
+from scripts.mini import detector_ap
 from scripts.mini.captions import NUM_CAPTIONS, Named, count_phrases, write_captions
+from scripts.mini.dataset import DatasetSettings, make_dataset, scene_generator
 from scripts.mini.drawing import CLASS_BY_ID, CLASSES, COLOURS
-from scripts.mini.make_dataset import DatasetSettings, make_dataset, scene_generator
 from scripts.mini.scenes import (
     MASK_COVERAGE,
     MIN_VISIBLE,
@@ -247,7 +247,7 @@ def test_impossible_settings_are_refused() -> None:
 
 def test_perfect_detections_score_one() -> None:
     found = scenes(12)
-    truth = yolox_ap.ground_truth(found)
+    truth = detector_ap.ground_truth(found)
     detections = [
         {"image_id": each["image_id"], "category_id": each["category_id"], "bbox": each["bbox"], "score": 0.9}
         for each in truth["annotations"]
@@ -260,7 +260,7 @@ def test_a_detector_of_photographs_recognises_the_drawings(shared: Path) -> None
     detector = load_detector(shared / "models" / "yolox_nano.onnx")
     for category_id in (13, 52, 85):  # stop sign, banana, clock: the surest
         drawn = [render_single(np.random.default_rng((4, index)), category_id, 256) for index in range(3)]
-        found = yolox_ap.detect(detector, drawn)
+        found = detector_ap.detect(detector, drawn)
         for image_id, scene in enumerate(drawn, start=1):
             best = max((each for each in found if each["image_id"] == image_id), key=lambda each: each["score"])
             assert best["category_id"] == category_id
