@@ -3,7 +3,9 @@
     python -m scripts.cache_latents --coco_root ./data/coco --coco_split train2014 --cached_path ./data/cache/train2014
 
 Writes <cached_path>/latents (both flips of the centre crop, 2 x 32 x 16 x 16 float32 an image at 256 px: 66 kB) and
-<cached_path>/text (one state per token, about 25 kB a caption for CLIP ViT-B/32). If interrupted, run it again.
+<cached_path>/text (one state per token, about 25 kB a caption for CLIP ViT-B/32). If interrupted, run it again: what is
+there stays, but for items that are damaged or whose picture or caption is another one now. Under torchrun the processes
+share the work.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from collections.abc import Sequence
 
 from engine.cli.arguments import add_device_arg, script_parser
 from util.config import parse_checked
-from util.failures import one_line_errors
+from util.failures import first_process_speaks, one_line_errors
+from util.output import require_output_dir
 from util.ranges import nonnegative_int, positive_float, positive_int
 
 
@@ -37,18 +40,21 @@ def get_parser() -> argparse.ArgumentParser:
     add_device_arg(parser)
     parser.add_argument("--no_latents", action="store_true", help="do not cache latents")
     parser.add_argument("--no_text", action="store_true", help="do not cache text states")
+    parser.add_argument("--check_data", action="store_true", help="look at all that is read, then end; write nothing")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_checked(get_parser(), argv)
+    with first_process_speaks():
+        args = parse_checked(get_parser(), argv)
     with one_line_errors("cache_latents", args.debug):
         if args.no_latents and args.no_text:
             raise ValueError("--no_latents and --no_text together leave nothing to do")
+        require_output_dir("--cached_path", args.cached_path)
         from engine.cli.build_cache import cache_split  # imports PyTorch: once the arguments are known to be right
 
-        cache_split(args)
-    print(f"done: {args.cached_path}")
+        for line in cache_split(args):
+            print(line)
 
 
 if __name__ == "__main__":

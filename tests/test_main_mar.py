@@ -256,6 +256,13 @@ def missing_images(root: Path) -> dict[str, Path]:
     return {}
 
 
+def cut_off_image(root: Path) -> dict[str, Path]:
+    """In the middle of the split: no batch would have come to it before the first step."""
+    image = sorted((root / "coco" / "train2014").iterdir())[5]
+    image.write_bytes(image.read_bytes()[:-1])
+    return {}
+
+
 def truncated_weights(root: Path) -> dict[str, Path]:
     whole = (root / "mar.safetensors").read_bytes()
     (root / "mar.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -291,6 +298,7 @@ def tensors_of_something_else(root: Path) -> dict[str, Path]:
 FILES: list[tuple[Callable[[Path], dict[str, Path]], str]] = [
     (broken_json, "captions_train2014.json is not valid JSON"),
     (missing_images, "image folder not found"),
+    (cut_off_image, "000000000022.jpg: image file is truncated"),
     (truncated_weights, "mar.safetensors is truncated or not a safetensors file"),
     (truncated_checkpoint, "run.pth is truncated"),
     (web_page, "vae.ckpt is a web page, not weights"),
@@ -309,6 +317,15 @@ def test_broken_files(world, tmp_path, capsys, breaks, message):
     for name in ("vae.ckpt", "mar.safetensors"):
         shutil.copy(world / name, root)
     assert message in fails(root, capsys, **breaks(root))
+
+
+def test_check_data_looks_and_does_not_train(world, tmp_path, caplog):
+    """What it found is noted, so that the run itself begins quickly."""
+    out = tmp_path / "out"
+    with caplog.at_level(logging.INFO):
+        assert main_mar.main(argv(world, str(out), check_data=True)) == 0
+    assert "9 pictures are there, whole" in caplog.text and "all that this run reads is there" in caplog.text
+    assert [path.name for path in out.iterdir()] == ["checked.json"]
 
 
 def test_a_checkpoint_of_another_vae_text_encoder_or_dataset(world, tmp_path, finished, capsys):

@@ -195,6 +195,14 @@ class CocoIndex:
     def __len__(self) -> int:
         return len(self.images)
 
+    def captions(self) -> dict[int, str]:
+        """All captions by their ids, in the order of images."""
+        return {
+            caption_id: caption
+            for image in self.images
+            for caption_id, caption in zip(image.caption_ids, image.captions, strict=True)
+        }
+
     def image_path(self, position: int) -> Path:
         return self.root / self.split / self.images[position].file_name
 

@@ -148,6 +148,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep_crowd", action=SWITCH, default=False, help="keep boxes marked iscrowd")
     group.add_argument("--use_cached", action=SWITCH, default=False, help="train from the cache in --cached_path")
     group.add_argument("--cached_path", default="", help="folder written by scripts.cache_latents")
+    group.add_argument("--check_data", action="store_true", help="look at all that the run reads, then end")
     group.add_argument("--num_workers", type=nonnegative_int, default=4, help="data loading processes per GPU")
     group.add_argument("--pin_mem", action=SWITCH, default=True, help="pin batches for CUDA")
 

@@ -36,6 +36,7 @@ from engine.checkpoint.resume import (
 from engine.checkpoint.writer import CheckpointWriter
 from engine.cli.sampling import sampling_config
 from engine.data.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
+from engine.data.check import DataCheck, check_dataset
 from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler
 from engine.data.inputs import CocoInputs, DropRates
 from engine.data.loader import coco_batches
@@ -60,7 +61,7 @@ from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable, summarize_trainable
 from util.coco import CocoIndex
 from util.config import resolved_dict
-from util.distributed import DistInfo
+from util.distributed import DistInfo, failing_together
 from util.ema import Ema
 from util.logging import MetricWriter
 from util.rng import derive_seed
@@ -72,7 +73,7 @@ PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class
                  "diffloss_w", "max_objects")  # fmt: skip
 FREE_FLAGS = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_workers", "pin_mem", "log_freq",
               "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "debug", "dist_timeout",
-              "profile_steps")  # fmt: skip
+              "profile_steps", "check_data")  # fmt: skip
 """A continued run may change these without a word: they do not change what it learns."""
 
 
@@ -212,6 +213,7 @@ class Parts:
     sampling: SamplingConfig
     frozen: Frozen
     dataset: CocoLayoutDataset
+    check: DataCheck
     sampler: ResumableSampler
     identity: Identity
     source: Source
@@ -236,6 +238,8 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     frozen = build_frozen(args, dist.device)
     require_fitting_codec(frozen.codec, args.vae_path, sizes)
     dataset = stage.build_data(args, sizes, frozen)
+    with failing_together():
+        check = check_dataset(dataset, args.output_dir) if dist.is_main else DataCheck()
     categories = dataset.index.categories
     config = model_config(args, len(categories), frozen.text_encoder.dim)
     sampler = build_sampler(args, dataset, dist)
@@ -246,7 +250,7 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     identity = Identity(config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling)
     check_identity(source, identity)
     flags = resolved_dict(args)
-    return Parts(stage, dist, sampling, frozen, dataset, sampler, identity, source, scored, flags)
+    return Parts(stage, dist, sampling, frozen, dataset, check, sampler, identity, source, scored, flags)
 
 
 def build_train_state(
@@ -308,13 +312,14 @@ def build_online_evaluation(
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that has checked everything and written nothing. notes: what the log says first."""
+    """A run that has checked everything and written nothing. notes: what the log says first. check: of its data."""
 
     run: TrainingRun
     start: Position
     stage: str
     args: dict[str, Any]
     notes: tuple[str, ...]
+    check: DataCheck
 
 
 def prepare_run(
@@ -357,7 +362,7 @@ def prepare_run(
         f"{len(parts.dataset)} images, {course.steps_per_epoch} steps per epoch, "
         f"{start.step + course.steps_left(start)} steps in all, {dist.world_size} processes on {dist.device}"
     )
-    return PreparedRun(run, start, stage, parts.flags, (size, *notes))
+    return PreparedRun(run, start, stage, parts.flags, (size, *notes), parts.check)
 
 
 def build_profiler(args: argparse.Namespace, start: Position, dist: DistInfo) -> StepProfiler | None:

@@ -3,99 +3,133 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from engine.data.cache import LatentCacheKey, TextCacheKey, write_latent_cache, write_text_cache
-from engine.data.coco import read_crop
+from engine.data.cache import LatentCacheKey, TextCacheKey
+from engine.data.cache_write import CropBatch, Progress, Share, write_latent_cache, write_text_cache
+from engine.data.check import check_pictures
+from engine.data.sources import Photograph, Source, photographs_of
 from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec
 from util.boxes import plan_center_crop
 from util.coco import BoxFilters, CocoIndex
-from util.distributed import init_distributed, shutdown
-from util.images import to_model_range
-from util.logging import setup_logging
+from util.distributed import DistInfo, barrier, failing_together, init_distributed, shutdown
+from util.images import crop_image, to_model_range
+from util.logging import progress, setup_logging
+from util.output import held_folder
+from util.picture_files import decode_image, read_image_bytes, require_size
+
+ALL_BOXES = BoxFilters(min_visibility=0, keep_crowd=True)  # latents and captions do not depend on them
 
 
-def cache_split(args: argparse.Namespace) -> None:
-    """Computes what is not cached yet. Raises ValueError or FileNotFoundError for inputs that are missing or wrong."""
-    setup_logging(None, rank=0)
-    device = init_distributed(args.device).device
-    try:
-        index = CocoIndex.load(args.coco_root, args.coco_split, BoxFilters(), args.img_size)
-        with torch.no_grad():
-            if not args.no_latents:
-                cache_latents(args, index, device)
-            if not args.no_text:
-                cache_text(args, index, device)
-    finally:
-        shutdown()
+def cache_split(args: argparse.Namespace) -> list[str]:
+    """Computes what is not cached yet, or looks at the data alone (--check_data). Several processes share the work.
+
+    Returns what is to be said at the end, by the first of them. Raises FileNotFoundError or ValueError for inputs that
+    are missing or wrong, before anything is encoded.
+    """
+    dist = init_distributed(args.device)
+    setup_logging(None, dist.rank)
+    with held_folder(args.cached_path) if dist.is_main and not args.check_data else nullcontext(), torch.no_grad():
+        index = CocoIndex.load(args.coco_root, args.coco_split, ALL_BOXES, args.img_size)
+        said = [
+            f"{len(index)} images and {len(index.captions())} captions of {index.split}: their entries are in order"
+        ]
+        if not args.no_latents:
+            said.append(_check_images(index, dist))
+        codec = None if args.no_latents else LatentCodec.load(args.vae_path, dist.device, args.latent_scale)
+        encoder = None if args.no_text else ClipTextEncoder.load(args.clip_path, dist.device)
+        if not args.check_data:
+            if codec is not None:
+                cache_latents(args, index, codec, dist)
+            if encoder is not None:
+                cache_text(args, index, encoder, dist)
+            said = [f"done: {args.cached_path}"]
+        barrier()
+    shutdown()
+    return said if dist.is_main else []
 
 
-class _CroppedImages(Dataset[Tensor]):
-    """Centre crops [3, H, W] in [-1, 1], by position in the index."""
+def _check_images(index: CocoIndex, dist: DistInfo) -> str:
+    index.require_images()
+    with failing_together():
+        return check_pictures(photographs_of(index), f"instances_{index.split}.json") if dist.is_main else ""
 
-    def __init__(self, index: CocoIndex, img_size: int) -> None:
-        self.index = index
+
+class _Crops(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Centre crops [3, H, W] in [-1, 1], by position, each with the facts and the digest of its file."""
+
+    def __init__(self, photographs: Sequence[Photograph], img_size: int, named_in: str) -> None:
+        self.photographs = photographs
         self.img_size = img_size
+        self.named_in = named_in
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.photographs)
 
-    def __getitem__(self, position: int) -> Tensor:
-        image = self.index.images[position]
-        crop = plan_center_crop(image.width, image.height, self.img_size)
-        return to_model_range(read_crop(self.index, position, crop))
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        photograph = self.photographs[position]
+        status, content = os.stat(photograph.path), read_image_bytes(photograph.path)
+        image = decode_image(content, photograph.path)
+        require_size(photograph.path, image, photograph.size, self.named_in)
+        crop = plan_center_crop(*photograph.size, self.img_size)
+        source = Source.of(photograph, content, status)
+        return to_model_range(crop_image(image, crop)), *source.to_tensors()
 
 
 @contextmanager
-def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and ETA; what was there before this run does not count as speed."""
-    started: list[int] = []
-    with tqdm(total=total, desc=description, unit="item") as bar:
+def _progress(description: str, dist: DistInfo) -> Iterator[Progress]:
+    """A bar with rate and ETA for what this process does; what was there before does not count as speed."""
+    with progress(total=0, desc=description, unit="item", rank=dist.rank) as bar:
 
-        def advance_to(done: int) -> None:
-            if not started:
-                started.append(done)
-                bar.initial = bar.n = done
+        def advance_to(done: int, total: int) -> None:
+            if not bar.total:
+                bar.total, bar.initial, bar.n = total, done, done
             bar.update(done - bar.n)
             bar.refresh()
 
         yield advance_to
 
 
-def cache_latents(args: argparse.Namespace, index: CocoIndex, device: torch.device) -> None:
-    index.require_images()
-    codec = LatentCodec.load(args.vae_path, device, args.latent_scale)
-    images = _CroppedImages(index, args.img_size)
+def cache_latents(args: argparse.Namespace, index: CocoIndex, codec: LatentCodec, dist: DistInfo) -> None:
+    photographs = photographs_of(index)
+    crops = _Crops(photographs, args.img_size, f"instances_{index.split}.json")
 
-    def load_batches(batches: list[list[int]]) -> DataLoader[Tensor]:
-        return DataLoader(images, batch_sampler=batches, num_workers=args.num_workers)
+    def load_batches(batches: list[list[int]]) -> DataLoader[CropBatch]:
+        return DataLoader(crops, batch_sampler=batches, num_workers=args.num_workers)
 
     def encode(pixels: Tensor) -> Tensor:
-        return codec.encode(pixels.to(device))
+        return codec.encode(pixels.to(dist.device))
 
     key = LatentCacheKey(codec.id, codec.latent_scale, args.coco_split, args.img_size)
-    ids = [image.id for image in index.images]
-    with _progress("latents", len(ids)) as on_progress:
+    with _progress("latents", dist) as on_progress:
         path = Path(args.cached_path) / "latents"
-        write_latent_cache(path, key, ids, load_batches, encode, args.batch_size, on_progress=on_progress)
+        write_latent_cache(
+            path, key, photographs, load_batches, encode, args.batch_size, on_progress=on_progress, share=_share(dist)
+        )
 
 
-def cache_text(args: argparse.Namespace, index: CocoIndex, device: torch.device) -> None:
-    encoder = ClipTextEncoder.load(args.clip_path, device)
-    captions = {
-        caption_id: caption
-        for image in index.images
-        for caption_id, caption in zip(image.caption_ids, image.captions, strict=True)
-    }
+def cache_text(args: argparse.Namespace, index: CocoIndex, encoder: ClipTextEncoder, dist: DistInfo) -> None:
     key = TextCacheKey(encoder.id, args.coco_split)
-    with _progress("captions", len(captions)) as on_progress:
+    with _progress("captions", dist) as on_progress:
         path = Path(args.cached_path) / "text"
-        write_text_cache(path, key, captions, encoder.encode, 8 * args.batch_size, on_progress=on_progress)
+        write_text_cache(
+            path,
+            key,
+            index.captions(),
+            encoder.encode,
+            8 * args.batch_size,
+            on_progress=on_progress,
+            share=_share(dist),
+        )
+
+
+def _share(dist: DistInfo) -> Share:
+    return Share(dist.rank, dist.world_size)

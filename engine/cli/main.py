@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.cli.build import PreparedRun
+from engine.data.check import DataCheck
 from engine.train.loop import train
 from util.config import dump_yaml
 from util.distributed import DistInfo, init_distributed, shutdown
@@ -60,8 +61,20 @@ def _run_stage(
         prepared = build(args, dist)
         if sampling_note is not None:
             prepared = replace(prepared, notes=(sampling_note, *prepared.notes))
+        if args.check_data:
+            _end_check(prepared.check, Path(args.output_dir), dist)
+            return None
         with StopRequest() as stop, _open_run_folder(args, prepared, dist) as writer:
             return train(prepared.run, prepared.start, writer, stop)
+
+
+def _end_check(check: DataCheck, folder: Path, dist: DistInfo) -> None:
+    """What --check_data does instead of training."""
+    for line in check.summary:
+        logger.info("%s", line)
+    logger.info("all that this run reads is there and whole; it begins without --check_data")
+    if dist.is_main:
+        check.remember(folder)
 
 
 def _open_run_folder(args: argparse.Namespace, prepared: PreparedRun, dist: DistInfo) -> MetricWriter:
@@ -69,11 +82,12 @@ def _open_run_folder(args: argparse.Namespace, prepared: PreparedRun, dist: Dist
     folder = Path(args.output_dir)
     setup_logging(folder, dist.rank)
     if dist.is_main:
+        prepared.check.remember(folder)
         remove_unfinished(folder, folder / "samples", folder / "rollouts")
         dump_yaml(prepared.args, folder / "args.yaml")
         environment = {**describe_environment(dist.device), "processes": dist.world_size}
         write_text_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     logger.info("run folder %s, stage '%s', from step %d", folder, prepared.stage, prepared.start.step)
-    for note in prepared.notes:
+    for note in (*prepared.check.summary, *prepared.notes):
         logger.info("%s", note)
     return MetricWriter(folder, dist.rank, prepared.start.step, args.log_dir)

@@ -184,7 +184,7 @@ class CocoLayoutDataset(Dataset[Sample]):
         else:
             _check_latents(latents, index, config)
         if texts is not None:
-            texts.require(caption_id for image in index.images for caption_id in image.caption_ids)
+            texts.require(index.captions())
         self.index = index
         self.config = config
         self.latents = latents

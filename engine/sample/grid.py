@@ -65,7 +65,7 @@ def caption_font_size(width: int) -> int:
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int = 4) -> list[str]:
     """The text in lines of at most `width` pixels; what does not fit in `max_lines` ends in an ellipsis."""
     lines = [""]
-    for word in text.split():
+    for word in text[: max_lines * width].split():  # a letter is a pixel wide or more
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width:
             lines[-1] = joined

@@ -15,47 +15,15 @@ from engine.data.cache import (
     LatentCacheKey,
     TextCache,
     TextCacheKey,
-    shard_path,
-    write_latent_cache,
-    write_text_cache,
 )
 from engine.data.coco import CocoLayoutDataset, DataConfig, collate
 from engine.cli import build_cache
+from engine.data.shards import shard_path
 from scripts import cache_latents
+from tests.helpers.caches import (
+    CAPTIONS, IDS, LATENT_KEY, TEXT_KEY, fake_moments, fake_states, pixels_of, write_latents, write_texts,
+)
 from tests.helpers.coco_fixture import write_coco
-
-LATENT_KEY = LatentCacheKey("vae-1", 0.2325, "train2017", 16)
-TEXT_KEY = TextCacheKey("clip-1", "train2017")
-IDS = [3, 11, 5, 42, 7]
-CAPTIONS = {30: "a dog", 10: "two cats on a mat", 21: "x", 55: "a dog on a dog", 8: "one plum here"}
-
-
-def pixels_of(position: int) -> torch.Tensor:
-    return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(position))
-
-
-def load_batches(batches):
-    for batch in batches:
-        yield torch.stack([pixels_of(position) for position in batch])
-
-
-def fake_moments(pixels: torch.Tensor) -> torch.Tensor:
-    """[B, 3, H, W] -> [B, 8, H/4, W/4]: not symmetric under flips, as a VAE is not."""
-    pooled = torch.nn.functional.avg_pool2d(pixels, 4)
-    return torch.cat([pooled, pooled * torch.arange(pooled.shape[-1]), pooled[:, :2].square()], dim=1)
-
-
-def fake_states(captions):
-    return [torch.tensor([[float(len(word)), float(ord(word[0]))] for word in text.split()]) for text in captions]
-
-
-def write_latents(path, key=LATENT_KEY, ids=IDS, encode=fake_moments, **settings):
-    write_latent_cache(path, key, ids, load_batches, encode, **{"batch_size": 2, "shard_size": 2, **settings})
-
-
-def write_texts(path, key=TEXT_KEY, captions=CAPTIONS, encode=fake_states, **settings):
-    write_text_cache(path, key, captions, encode, **{"batch_size": 2, "shard_size": 2, **settings})
-
 
 def files(path):
     return {each.name: each.read_bytes() for each in sorted(path.iterdir())}
@@ -84,7 +52,7 @@ def test_text_round_trip(tmp_path):
     cache = TextCache(tmp_path, TEXT_KEY)
     for caption_id, caption in CAPTIONS.items():
         assert torch.equal(cache.states(caption_id, caption), fake_states([caption])[0])
-    with pytest.raises(ValueError, match="caption 30 was another text when encoded, now it is 'a cat'"):
+    with pytest.raises(ValueError, match=r"caption 30 was another text when encoded \(checksum \w{8}\), now it is 'a cat'"):
         cache.states(30, "a cat")
     with pytest.raises(KeyError, match="no item with id 31"):
         cache.states(31, "a dog")
@@ -120,7 +88,7 @@ def test_killed_latent_run_continues(tmp_path, calls_before):
     write_latents(
         tmp_path / "killed",
         encode=lambda pixels: encoded.append(len(pixels)) or fake_moments(pixels),
-        on_progress=progress.append,
+        on_progress=lambda done, total: progress.append(done),
     )
     assert sum(encoded) == 2 * (5 - 2 * (calls_before // 4))  # finished shards are not encoded again
     assert (progress[0], progress[-1]) == (5 - sum(encoded) // 2, 5)
@@ -175,8 +143,8 @@ def test_text_of_something_else_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=values):
             TextCache(tmp_path, dataclasses.replace(TEXT_KEY, **change))
-    with pytest.raises(ValueError, match="digest"):
-        write_texts(tmp_path, captions=CAPTIONS | {30: "another dog"})
+    with pytest.raises(ValueError, match="ids_digest"):
+        write_texts(tmp_path, captions={other + 1: caption for other, caption in CAPTIONS.items()})
 
 
 def test_other_images_or_shards_are_refused(tmp_path):
@@ -203,7 +171,7 @@ def test_no_cache_and_broken_manifest(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no cache at .*manifest\.json not found; make it with"):
         LatentCache(tmp_path, LATENT_KEY)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is not valid json"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
         LatentCache(tmp_path, LATENT_KEY)
 
 
@@ -220,7 +188,7 @@ def test_truncated_shard(tmp_path, keep):
     whole = files(tmp_path)
     shard = shard_path(tmp_path, 1)
     shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged .* delete that file"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged .* run the same scripts"):
         LatentCache(tmp_path, LATENT_KEY)
     write_latents(tmp_path)  # repairs it
     assert files(tmp_path) == whole
