@@ -61,13 +61,15 @@ $python -m scripts.sample --config configs/mini_sample.yaml --resume "$OUT/stage
     --output_dir "$OUT/samples" ${SAMPLE[@]+"${SAMPLE[@]}"}
 
 step "8/8 evaluation on $NUM_EVAL held-out scenes by another detector: the committed weights, then your own (3 minutes)"
+EVALUATIONS=()
 for which in committed own_stage2 own_stage3; do
+    EVALUATIONS+=("$OUT/evaluation_$which")
     weights="$MINI/structmar_mini_stage2.safetensors"
     if [ $which != committed ]; then weights="$OUT/${which#own_}/checkpoint-last.pth"; fi
     $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --max_images "$NUM_EVAL" \
         --name "StructMAR ($which)" --resume "$weights" --detector $MINI/fasterrcnn_mini_judge.pth \
         --precision "$PRECISION" --num_threads "$OMP_NUM_THREADS" --output_dir "$OUT/evaluation_$which" \
-        ${EVAL[@]+"${EVAL[@]}"}
+        --bounds_dir "$OUT/bounds" ${EVAL[@]+"${EVAL[@]}"} >/dev/null # its table is part of the one below
 done
 
 printf '\nBefore and after stage 3, sampled as its rollouts are (no guidance), by the other detector:\n'
@@ -76,3 +78,6 @@ printf 'The committed weights: %s\n' "$OUT/committed/grid.png" "$OUT/evaluation_
 printf 'Your own model:        %s\n' "$OUT/samples/grid.png" "$OUT/evaluation_own_stage2/report.html" \
     "$OUT/evaluation_own_stage3/report.html"
 printf 'TensorBoard:           .venv/bin/tensorboard --logdir %s\n' "$OUT"
+
+printf '\nAll three, and how far your own are from the committed weights:\n\n'
+$python -m scripts.compare "${EVALUATIONS[@]}"

@@ -23,6 +23,7 @@ WEIGHTS = (
     "fasterrcnn_mini.pth",
     "fasterrcnn_mini_judge.pth",
 )
+EVALUATED = ("committed", "own_stage2", "own_stage3")
 STAGES = {"stage1": "text_layout", "stage2": "full", "stage3": "grpo"}
 
 
@@ -54,13 +55,22 @@ def read_checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
 
 
-@pytest.mark.integration
+def check_table(printed: list[str]) -> None:
+    """The output ends with one table: the bounds, the three models, and two differences."""
+    table = [line for line in printed if line.startswith("|")]
+    minus = f"minus StructMAR ({EVALUATED[0]})"
+    names = ["", "real images", "VAE round trip", *(f"StructMAR ({which})" for which in EVALUATED)]
+    assert [line.split("|")[1].strip() for line in table[:1] + table[2:]] == [*names[:5], minus, names[5], minus]
+    assert printed[-1].startswith("In percent") and printed.index(table[-1]) == len(printed) - 3
+
+
 def held_out_steps(printed: str) -> list[int]:
     """Of the lines that say what stage 3 changed."""
     lines = printed[printed.index("Before and after stage 3") :].splitlines()
     return [int(line.split(" layouts at step ")[1].split(":")[0]) for line in lines if " layouts at step " in line]
 
 
+@pytest.mark.integration
 def test_smoke_run_and_again(tmp_path: Path) -> None:
     """A few steps of everything; the second run finds all of it done and only samples."""
     missing = [name for name in WEIGHTS if not (ROOT / "pretrained_models" / "mini" / name).exists()]
@@ -70,7 +80,9 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
     out = tmp_path / "output" / "quickstart_smoke"
     steps = [line.split()[1] for line in first.stdout.splitlines() if line.startswith("== ")]
     assert steps == [f"{number}/8" for number in range(1, 9)]
-    assert first.stdout.splitlines()[-6:-1] == [
+    printed = first.stdout.splitlines()
+    links = printed.index(f"The committed weights: {out / 'committed' / 'grid.png'}")
+    assert printed[links : links + 5] == [
         f"The committed weights: {out / 'committed' / 'grid.png'}",
         f"The committed weights: {out / 'evaluation_committed' / 'report.html'}",
         f"Your own model:        {out / 'samples' / 'grid.png'}",
@@ -78,10 +90,13 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
         f"Your own model:        {out / 'evaluation_own_stage3' / 'report.html'}",
     ]
     assert held_out_steps(first.stdout) == [0, 2]
-    for which in ("committed", "own_stage2", "own_stage3"):
-        rows = [line.split("|")[1].strip() for line in first.stdout.splitlines() if line.startswith("| ")]
-        assert rows.count("real images") == rows.count("shuffled layouts") == 3 and f"StructMAR ({which})" in rows
+    check_table(printed)
+    for which in EVALUATED:
         assert (out / f"evaluation_{which}" / "report.html").is_file()
+    detected = [
+        line for line in first.stderr.replace("\r", "\n").splitlines() if "detecting: real images: 100%" in line
+    ]
+    assert len(detected) == 1  # the bound is the same for all
     for name in ("committed", "samples"):
         check_pictures(out / name)
     stages = [read_checkpoint(out / name) for name in STAGES]
@@ -93,6 +108,7 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr[-4000:]
     assert "already there, nothing to do" in again.stdout
     assert held_out_steps(again.stdout) == [0, 2]
+    check_table(again.stdout.splitlines())
     for name, stage, before in zip(STAGES, STAGES.values(), stages, strict=True):
         path = out / name / "checkpoint-last.pth"
         assert f"continuing stage '{stage}' from {path} at epoch" in again.stderr + again.stdout
