@@ -33,10 +33,10 @@ MARKER = Path("models/mar.py")
 def load_baseline(path: Path) -> ModuleType:
     """Its module `models.mar`, imported past our package of the same name, which stays as it is.
 
-    Raises FileNotFoundError if `path` is no checkout of LTH14/mar.
+    Raises FileNotFoundError if `path` is no checkout of LTH14/mar, ValueError if its code cannot be imported.
     """
     if not (path / MARKER).is_file():
-        raise FileNotFoundError(f"{path} is no checkout of LTH14/mar: it has no {MARKER}")
+        raise FileNotFoundError(f"--baseline {path} is no checkout of LTH14/mar: it has no {MARKER}")
     root = str(Path(__file__).parents[2])
     others = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != root]
     ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] in OWN_NAMES}
@@ -45,6 +45,9 @@ def load_baseline(path: Path) -> ModuleType:
     try:
         with mock.patch.object(sys, "path", [str(path), *others]):
             return importlib.import_module("models.mar")
+    except Exception as error:  # foreign code may raise anything
+        message = f"--baseline {path}: {MARKER} cannot be imported ({type(error).__name__}: {error})"
+        raise ValueError(message) from error
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] in OWN_NAMES]:
             del sys.modules[name]

@@ -8,8 +8,8 @@ A case is run by several contenders on the same weights, conditions, orders and 
 (`tests/helpers/plain_sampler.py`), and ours. They take turns (A B C A B C ...), so that a busy machine slows all alike;
 medians are compared, and the first contender's output with the others'. Without --baseline, without --weights
 (StructMAR) or without --mar_weights (MAR's own), the rows that need them are left out. The machine's ceilings are
-measured first: the shares say how far a row is from them. Prints Markdown; --output_dir gets benchmark.json,
-benchmark.md and benchmark.png.
+measured too, with the products that the code uses, before each case: the shares say how far a row is from them. Prints
+Markdown; --output_dir gets benchmark.json, benchmark.md and benchmark.png (which needs matplotlib).
 """
 
 from __future__ import annotations

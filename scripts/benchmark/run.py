@@ -22,7 +22,8 @@ from scripts.benchmark.sampling import ROLLOUT_CASES, SAMPLING_CASES
 from scripts.benchmark.table import Case, Row, label, line, measure
 from scripts.benchmark.timing import Ceilings, measure_ceilings
 from scripts.benchmark.training import TRAINING_CASES
-from scripts.benchmark.world import Models, available_models, build_world
+from scripts.benchmark.world import TRAINED, TRAINED_MAR, Models, available_models, build_world
+from util.extras import import_extra
 from util.images import save_png
 
 CASES: dict[str, Sequence[Case]] = {
@@ -40,16 +41,21 @@ def run(args: argparse.Namespace) -> None:
         names = "; ".join(label(case) for part in args.parts for case in CASES.get(part, ()))
         raise ValueError(f"no case begins with --only {args.only!r}, there are: {names}")
     torch.set_num_threads(args.threads)
+    if args.output_dir is not None:
+        import_extra("matplotlib", "plots")
     public = load_public(args.baseline)
     models = available_models(args.weights, args.mar_weights, args.mar_size)
+    for name in {case.model for case in chosen if case.model in models} & {TRAINED, TRAINED_MAR}:
+        models[name]()  # read once before anything is timed, so that bad files are named now
     ceilings = measure_ceilings()
     report = Report(about(args.threads, args.repeats), ceilings, args.output_dir)
     report.say(describe(args.threads, args.repeats, ceilings))
-    time_cases(chosen, models, public, args.repeats, ceilings, report)
+    time_cases(chosen, models, public, args.repeats, report)
     if "operations" in args.parts:
         count_loops(public, report)
     if "curves" in args.parts:
         measure_curves(report)
+    report.say(f"\n{say_ceilings(report.ceilings)}")
     report.save()
     if args.output_dir is not None:
         print(f"\nwritten to {args.output_dir}")
@@ -94,10 +100,7 @@ def load_public(path: Path | None) -> ModuleType | None:
     if path is None:
         print("no --baseline: the rows of the public code are left out")
         return None
-    try:
-        return load_baseline(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"--baseline: {error}") from error
+    return load_baseline(path)
 
 
 def about(threads: int, repeats: int) -> dict[str, object]:
@@ -113,14 +116,16 @@ def about(threads: int, repeats: int) -> dict[str, object]:
 
 def describe(threads: int, repeats: int, ceilings: Ceilings) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in about(threads, repeats).items())
+    return f"{facts}\n{say_ceilings(ceilings)}"
+
+
+def say_ceilings(ceilings: Ceilings) -> str:
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.matmul.items())
-    return f"{facts}\nceilings: matmul {rates}; copy {ceilings.copy / 1e9:.1f} GB/s"
+    return f"ceilings: matmul {rates}; copy {ceilings.copy / 1e9:.1f} GB/s"
 
 
-def time_cases(
-    cases: Sequence[Case], models: Models, public: ModuleType | None, repeats: int, ceilings: Ceilings, report: Report
-) -> None:
-    """One model at a time is in memory."""
+def time_cases(cases: Sequence[Case], models: Models, public: ModuleType | None, repeats: int, report: Report) -> None:
+    """One model at a time is in memory. The ceilings are measured again before each case, and the best ones count."""
     if cases:
         report.begin_table(table.HEADER)
     for case in cases:
@@ -129,7 +134,8 @@ def time_cases(
             report.say(line([*missing, *[""] * (len(table.HEADER) - len(missing))]))
             continue
         world = build_world(models[case.model](), case.images, case.group_size)
-        for row in measure(case.name, case.images, case.contenders(world, public), repeats, ceilings):
+        report.ceilings = report.ceilings.best_of(measure_ceilings())
+        for row in measure(case.name, case.images, case.contenders(world, public), repeats, report.ceilings):
             report.say(line(table.cells(row)))
             report.rows.append(row)
         report.save()

@@ -10,18 +10,20 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
 from models.flops import meta_model, sampling_flops
+from models.heads.packed import PackedLinear, can_pack
 from models.masking import cosine_masked_counts
 from models.policy import ElboEstimator
 from models.structmar import StructMAR
-from scripts.benchmark import cli, curves, operations, plot, run, table
+from scripts.benchmark import cli, curves, operations, plot, run, table, timing
 from scripts.benchmark.baseline import load_baseline, on_this_device, sample_baseline
 from scripts.benchmark.counting import count
 from scripts.benchmark.curves import Curve
@@ -232,12 +234,54 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert [row["who"] for row in content["rows"]] == [PLAIN, OURS, OURS]
     assert (tmp_path / "out" / "benchmark.md").read_text() in printed
     assert (tmp_path / "out" / "benchmark.png").is_file()
-    with pytest.raises(SystemExit, match="no case begins with --only 'case', there are: a case, batch 1"):
-        cli.main(["--parts", "sampling", "--only", "case"])
-    with pytest.raises(SystemExit, match="no checkout"):
-        cli.main(["--baseline", str(tmp_path)])
-    with pytest.raises(SystemExit, match=f"--weights {tmp_path / 'absent.pth'} does not exist"):
-        cli.main(["--weights", str(tmp_path / "absent.pth")])
+
+
+def test_mistakes_are_one_line_before_anything_is_timed(
+    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "measure_ceilings", lambda: pytest.fail("it began"))
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    broken = tmp_path / "broken"
+    (broken / "models").mkdir(parents=True)
+    (broken / "models" / "mar.py").write_text("import no_such_package")
+    mistakes = (
+        (["--only", "case"], "no case begins with --only 'case', there are: MAR mar_mini, batch 1; "),
+        (["--baseline", str(tmp_path / "bad.pth")], f"--baseline {tmp_path / 'bad.pth'} is no checkout"),
+        (
+            ["--baseline", str(broken)],
+            f"--baseline {broken}: models/mar.py cannot be imported (ModuleNotFoundError: No mo",
+        ),
+        (["--weights", str(tmp_path / "absent.pth")], f"--weights {tmp_path / 'absent.pth'} does not exist"),
+        (["--weights", str(tmp_path / "bad.pth")], f"{tmp_path / 'bad.pth'} is "),
+        (["--mar_weights", str(tmp_path / "bad.pth")], f"{tmp_path / 'bad.pth'} is "),
+        (["--output_dir", str(tmp_path / "bad.pth")], f"--output_dir {tmp_path / 'bad.pth'} is a file"),
+    )
+    for arguments, message in mistakes:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["--threads", str(torch.get_num_threads()), *arguments])
+        assert str(end.value).startswith(f"error: {message}") and "\n" not in str(end.value)
+
+
+def test_ceilings_are_of_what_the_code_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of plain and packed products; measured again, they can only rise."""
+    monkeypatch.setattr(timing, "CEILING_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "COPY_BYTES", 4096)
+    monkeypatch.setattr(timing, "MATMUL_SHAPES", ((4, 512),))
+    used: list[tuple[str, torch.dtype]] = []
+    for kind in (nn.Linear, PackedLinear):
+        forward = kind.forward
+
+        def noting(self: nn.Module, x: Tensor, forward: Any = forward) -> Tensor:
+            used.append((type(self).__name__, x.dtype))
+            return forward(self, x)
+
+        monkeypatch.setattr(kind, "forward", noting)
+    found = timing.measure_ceilings()
+    dtypes = [each for each in (torch.float32, torch.bfloat16) if can_pack(512, each, torch.device("cpu"))]
+    assert set(used) >= {("Linear", torch.float32), *(("PackedLinear", dtype) for dtype in dtypes)}
+    assert min(*found.matmul.values(), found.copy) > 0
+    better = Ceilings({"fp32": 3.0, "bf16": 1.0}, 2.0).best_of(Ceilings({"fp32": 1.0, "bf16": 4.0}, 1.0))
+    assert better == Ceilings({"fp32": 3.0, "bf16": 4.0}, 2.0)
 
 
 def test_a_run_that_dies_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
