@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.config import TRAIN_MODES
 from models.structmar import StructMAR
+from util.weights import tensor_problem
 
 TEXT_PARTS = ("text_null", "text_pool_proj.", ".cross.")
 LAYOUT_PARTS = ("layout_embed.",)
@@ -132,17 +133,19 @@ def _load(
     new += [name for name in ignorable if name in own and name not in new]
     missing = [name for name in own if name not in state and name not in new]
     surplus = [name for name in state if name not in own and name not in ignorable]
+    taken = [name for name in own if name in state and name not in ignorable]
     wrong = [
         f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in state and name not in ignorable and state[name].shape != own[name].shape
+        for name in taken
+        if isinstance(state[name], Tensor) and state[name].shape != own[name].shape
     ]
+    bad = [problem for name in taken if (problem := tensor_problem(name, state[name], own[name])) is not None]
     problems = [f"missing {missing[:5]} ({len(missing)} in all)"] if missing else []
     problems += [f"unknown {surplus[:5]} ({len(surplus)} in all)"] if surplus else []
     problems += [f"other sizes: {'; '.join(wrong[:5])} ({len(wrong)} in all)"] if wrong else []
+    problems += [f"{'; '.join(bad[:3])} ({len(bad)} in all)"] if bad else []
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}")
-    taken = [name for name in own if name in state and name not in ignorable]
     for name in taken:
         own[name].copy_(state[name])
     return LoadReport(source, len(taken), tuple(new), tuple(name for name in ignorable if name in state))

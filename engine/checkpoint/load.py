@@ -18,6 +18,7 @@ from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR
 from models.weights import is_mar_state, load_mar_weights, load_structmar_weights
 from util.checkpoint import resolve_checkpoint, save_safetensors_atomic
+from util.weights import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def export_weights(
         load_structmar_weights(build_model(identity.config), state, str(path))  # only checks names and shapes
     tensors = {name: tensor.to(getattr(torch, EXPORT_PRECISIONS[dtype])) for name, tensor in state.items()}
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise ValueError(f"{path}: {name} is not finite in {dtype}")
     save_safetensors_atomic(tensors, output, identity.to_metadata())
     return identity

@@ -36,6 +36,7 @@ from models.frozen.detections import coco_categories, fitting_batches
 from models.frozen.onnx_detector import OnnxDetector
 from util.checkpoint import load_plain, sha256_file
 from util.types import Category, require_distinct
+from util.weights import tensor_problem
 
 SMALL_INPUT_SIDE = 128
 _SMALL_LAYERS = ((24, 2), (32, 1), (48, 2), (64, 1), (96, 2), (96, 1), (96, 1))  # channels, stride
@@ -324,8 +325,8 @@ def _check_state(file: Path, arch: str, found: Mapping[str, Any], wanted: Mappin
         value = found.get(name)
         if isinstance(value, Tensor) and value.shape != tensor.shape:
             problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}")
-        elif isinstance(value, Tensor) and not torch.isfinite(value).all():
-            problems.append(f"{name} is not finite")
+        elif name in found and (problem := tensor_problem(name, value, tensor)) is not None:
+            problems.append(problem)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(f"{file} does not fit {arch}: {'; '.join(problems[:3])}{more}")

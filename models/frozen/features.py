@@ -25,6 +25,7 @@ from torchvision.models.detection import FasterRCNN
 
 from models.frozen.faster_rcnn import Detector, load_detector
 from util.images import Picture, to_model_range
+from util.weights import tensor_problem
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,10 @@ def fitted_state(
         value = found.get(name)
         if value is None:
             continue
-        if not isinstance(value, Tensor) or value.shape != tensor.shape:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            problems.append(f"{name} is {shape}, not {tuple(tensor.shape)}")
-        elif not bool(torch.isfinite(value).all()):
-            problems.append(f"{name} is not finite")
+        if isinstance(value, Tensor) and value.shape != tensor.shape:
+            problems.append(f"{name} is {tuple(value.shape)}, not {tuple(tensor.shape)}")
+        elif (problem := tensor_problem(name, value, tensor)) is not None:
+            problems.append(problem)
         else:
             state[name] = value.float() if value.is_floating_point() else value
     if problems:

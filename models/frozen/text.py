@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from util.checkpoint import load_plain, sha256_file
 from util.types import TextContext
+from util.weights import tensor_problem
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,11 @@ def text_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     problems = [f"missing {name}" for name in wanted if name not in given]
     problems += [f"left over {name}" for name in given if name not in wanted and not name.startswith(IGNORED_NAMES)]
     for name, key in wanted.items():
-        if name in given and given[name].shape != expected[key].shape:
+        if isinstance(given.get(name), Tensor) and given[name].shape != expected[key].shape:
             shapes = f"shape {tuple(given[name].shape)}, config.json implies {tuple(expected[key].shape)}"
             problems.append(f"{name} has {shapes}")
+        elif name in given and (problem := tensor_problem(name, given[name], expected[key])) is not None:
+            problems.append(problem)
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError(f"{source} does not fit its config.json: {'; '.join(problems[:12])}{more}")

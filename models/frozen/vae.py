@@ -29,6 +29,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from util.checkpoint import load_plain, sha256_file
+from util.weights import tensor_problem
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ def diffusers_state_dict(ldm_state: Mapping[str, Tensor], config: VaeConfig) -> 
         for key, shape in shapes.items()
         if key in ldm_state and tuple(ldm_state[key].shape) != shape
     ]
+    problems += [found for key in names if key in ldm_state and (found := tensor_problem(key, ldm_state[key]))]
     if problems:
         raise ValueError(f"{len(problems)} tensors do not fit {config}: {_shorten(problems)}")
     return {
