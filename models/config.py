@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from util.plain import from_plain
 
 ROPE_MODES = ("gated", "full", "off")
+LARGEST_SIZE = 1 << 16
+_MAY_BE_ZERO = ("encoder_depth", "decoder_depth", "num_categories", "text_dim", "cross_attn_every")
 TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class")
 NUM_TRAIN_STEPS = 1000  # timesteps of the head's diffusion process
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # of matrix products: PyTorch's names of the dtypes
@@ -68,6 +70,10 @@ class StructMARConfig:
     layout_fourier: bool = True
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value, least = getattr(self, each.name), 0 if each.name in _MAY_BE_ZERO else 1
+            if each.type == "int" and not least <= value <= LARGEST_SIZE:
+                raise ValueError(f"{each.name} must be from {least} to {LARGEST_SIZE}, got {value}")
         step = self.vae_stride * self.patch_size
         if self.img_size <= 0 or self.img_size % step:
             raise ValueError(f"img_size {self.img_size} is not a multiple of vae_stride x patch_size = {step}")
@@ -81,11 +87,6 @@ class StructMARConfig:
             raise ValueError(f"max_objects {self.max_objects} does not fit into buffer_size {self.buffer_size}")
         if not self.layout_bias_value >= 0:
             raise ValueError(f"layout_bias_value must be at least 0, got {self.layout_bias_value}")
-        if self.cross_attn_every < 0:
-            raise ValueError(f"cross_attn_every must be at least 0 (0: in no block), got {self.cross_attn_every}")
-        for name in ("diffusion_batch_mul", "buffer_size", "max_objects"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def grid(self) -> tuple[int, int]:

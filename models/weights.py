@@ -7,14 +7,14 @@ is a named list in the report, and anything else is an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from models.config import TRAIN_MODES
-from models.structmar import StructMAR
+from models.structmar import StructMAR, StructMARConfig
 from util.weights import tensor_problem
 
 TEXT_PARTS = ("text_null", "text_pool_proj.", ".cross.")
@@ -124,6 +124,22 @@ def load_structmar_weights(model: StructMAR, state: Mapping[str, Tensor], source
     return _load(model, state, source, new_parts=(), ignorable=())
 
 
+def require_own_sizes(config: StructMARConfig, state: Mapping[str, Tensor], source: str) -> None:
+    """Raises ValueError if a file's config is not that of its own tensors, before a model of whatever size is made."""
+    parts = {
+        "encoder_depth": "encoder_blocks",
+        "decoder_depth": "decoder_blocks",
+        "diffloss_d": "diffloss.net.res_blocks",
+    }
+    for field, part in parts.items():
+        found = {name[len(part) :].split(".")[1] for name in state if name.startswith(f"{part}.")}
+        if len(found) != getattr(config, field):
+            raise ValueError(f"{source}: its config has {field} {getattr(config, field)}, its tensors {len(found)}")
+    with torch.device("meta"):
+        own = StructMAR(config).state_dict()
+    _fitting(own, state, source, new=(), ignorable=())
+
+
 @torch.no_grad()
 def _load(
     model: StructMAR, state: Mapping[str, Tensor], source: str, new_parts: tuple[str, ...], ignorable: tuple[str, ...]
@@ -131,6 +147,23 @@ def _load(
     own = model.state_dict()
     new = [name for name in own if name not in state and (_belongs(name, new_parts) or name in ignorable)]
     new += [name for name in ignorable if name in own and name not in new]
+    taken = _fitting(own, state, source, new, ignorable)
+    bad = [problem for name in taken if (problem := tensor_problem(name, state[name], own[name])) is not None]
+    if bad:
+        raise ValueError(f"{source} does not fit the model: {'; '.join(bad[:3])} ({len(bad)} in all)")
+    for name in taken:
+        own[name].copy_(state[name])
+    return LoadReport(source, len(taken), tuple(new), tuple(name for name in ignorable if name in state))
+
+
+def _fitting(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    source: str,
+    new: Collection[str],
+    ignorable: Collection[str],
+) -> list[str]:
+    """The names that the model takes from the file. Raises ValueError listing names and sizes that do not fit."""
     missing = [name for name in own if name not in state and name not in new]
     surplus = [name for name in state if name not in own and name not in ignorable]
     taken = [name for name in own if name in state and name not in ignorable]
@@ -139,13 +172,9 @@ def _load(
         for name in taken
         if isinstance(state[name], Tensor) and state[name].shape != own[name].shape
     ]
-    bad = [problem for name in taken if (problem := tensor_problem(name, state[name], own[name])) is not None]
     problems = [f"missing {missing[:5]} ({len(missing)} in all)"] if missing else []
     problems += [f"unknown {surplus[:5]} ({len(surplus)} in all)"] if surplus else []
     problems += [f"other sizes: {'; '.join(wrong[:5])} ({len(wrong)} in all)"] if wrong else []
-    problems += [f"{'; '.join(bad[:3])} ({len(bad)} in all)"] if bad else []
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}")
-    for name in taken:
-        own[name].copy_(state[name])
-    return LoadReport(source, len(taken), tuple(new), tuple(name for name in ignorable if name in state))
+    return taken

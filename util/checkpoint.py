@@ -124,6 +124,8 @@ def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
         if not (file / LAST_NAME).is_file():
             raise FileNotFoundError(f"{file} is a folder without {LAST_NAME}")
         return file / LAST_NAME
+    if file.is_symlink() and not file.exists():
+        raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which does not exist")
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     return file
@@ -247,5 +249,6 @@ def _without_namespaces(value: Any, file: Path, depth: int = 0) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    _, _, reason = str(error).partition("WeightsUnpickler error: ")  # amid advice to load what is not plain
+    text = " ".join((reason.partition("\n")[0] or str(error)).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

@@ -3,4 +3,5 @@
 from __future__ import annotations
 
 LAST_NAME = "checkpoint-last.pth"
+BEST_NAME = "checkpoint-best.safetensors"
 METRICS_NAME = "metrics.jsonl"

@@ -1,9 +1,9 @@
 """Reads any file of weights: a training checkpoint, an exported file, MAR's checkpoint or MAR's bare weights.
 
 A training checkpoint is a dictionary of plain values and whole tensors (the same file under one process, DDP and FSDP):
-    format, model, model_ema (what trains), optimizer (state by parameter name), epoch, step, batch_in_epoch,
-    global_batch, args and the entries of its `Identity`; of stage 3 (grpo) also reference (what trains, as it was at
-    the start) and held_out.
+    format, model, model_ema (what trains), optimizer (state by parameter name), epoch, step, images_in_epoch (files of
+    before: batch_in_epoch alone, batches of global_batch images), args and the entries of its `Identity`; of stage 3
+    (grpo) also reference (what trains, as it was at the start) and held_out; with --keep_best also best.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.content import check_content
 from engine.checkpoint.identity import Identity
+from engine.checkpoint.kept import way_back
 from models.weights import is_mar_state
 from util.checkpoint import load_plain, resolve_checkpoint, safetensors_metadata
 
-CHECKPOINT_FORMAT = 1
 MAR_STAGE = "mar"
-_NEEDED = ("stage", "model", "model_ema", "optimizer", "epoch", "step", "batch_in_epoch", "global_batch", "args",
-           "config", "vae", "text_encoder", "categories")  # fmt: skip
 
 
 def read_weights_file(path: str | Path) -> dict[str, Any]:
@@ -27,12 +26,22 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
 
     Our files also have the entries of their `Identity` (`identity_of`), exported ones `weights`; MAR's have none of it
     and the stage 'mar'. Tensors keep the type they have in the file.
-    Raises FileNotFoundError or ValueError naming the file for anything else.
+    Checksums are compared. Raises FileNotFoundError or ValueError naming the file for anything else and, where it is
+    a run's checkpoint, the newest whole one beside it.
     """
     file = resolve_checkpoint(path)
-    loaded = load_plain(file, mmap=True)
+    try:
+        return _read(file)
+    except ValueError as error:
+        raise ValueError(f"{error}{way_back(file, _read)}") from error
+
+
+def _read(file: Path, is_trusted: bool = False) -> dict[str, Any]:
+    """is_trusted: without comparing checksums."""
+    loaded = load_plain(file, mmap=True, is_trusted=is_trusted)
     if "format" in loaded:
-        return _checked(loaded, file)
+        check_content(loaded, file)
+        return loaded
     if file.suffix == ".safetensors":
         metadata = safetensors_metadata(file)
         if "config" in metadata or not is_mar_state(loaded):
@@ -48,10 +57,11 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
 
 
 def read_identity(path: str | Path) -> Identity | None:
-    """What a file says its weights were made for, without reading them; None for MAR's own. Errors as above."""
+    """What a file says its weights were made for, without reading them (or their checksums); None for MAR's own.
+    Errors as above."""
     file = resolve_checkpoint(path)
     if file.suffix != ".safetensors":
-        return identity_of(read_weights_file(file), file)
+        return identity_of(_read(file, is_trusted=True), file)
     metadata = safetensors_metadata(file)
     return Identity.from_metadata(metadata, file) if "config" in metadata else None
 
@@ -62,12 +72,3 @@ def identity_of(state: Mapping[str, Any], source: str | Path, use_ema: bool = Tr
         return None
     weights = state.get("weights", "ema" if use_ema and state["model_ema"] else "raw")
     return Identity.from_dict(state, source, weights)
-
-
-def _checked(state: dict[str, Any], file: Path) -> dict[str, Any]:
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"{file} has checkpoint format {state['format']}, this version reads {CHECKPOINT_FORMAT}")
-    missing = [name for name in _NEEDED if name not in state]
-    if missing:
-        raise ValueError(f"{file} is a checkpoint without {missing}")
-    return state

@@ -10,6 +10,7 @@ The VAE and the text encoder are frozen and not inside: they are named by their 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Identity:
     text_encoder_id: "" for a model without text parts. stage, step: where they were written; step counts that stage's
     optimizer steps. weights: "ema" or "raw". reward_detector_id: sha256 of the detector whose verdict they were trained
     on, None if on none. sampling: the options to sample them with, None if the file does not say.
-    Raises ValueError if the number of categories is not the model's.
+    Raises ValueError if the number of categories is not the model's, or a value is out of range.
     """
 
     config: StructMARConfig
@@ -58,6 +59,12 @@ class Identity:
     def __post_init__(self) -> None:
         if len(self.categories) != self.config.num_categories:
             raise ValueError(f"{len(self.categories)} categories, but the model has {self.config.num_categories}")
+        if not (math.isfinite(self.latent_scale) and self.latent_scale > 0):
+            raise ValueError(f"latent_scale must be positive and finite, got {self.latent_scale}")
+        if self.step < 0:
+            raise ValueError(f"step must not be negative, got {self.step}")
+        if self.weights not in ("ema", "raw"):
+            raise ValueError(f"weights must be 'ema' or 'raw', got '{self.weights}'")
 
     def to_dict(self) -> dict[str, Any]:
         """As the plain entries of a training checkpoint: all but `weights`, as it holds raw and averaged ones."""
@@ -98,7 +105,7 @@ class Identity:
             )
         except KeyError as error:
             raise ValueError(f"{source} has malformed metadata: {error} is missing") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"{source} has malformed metadata: {error}") from error
 
     def to_metadata(self) -> dict[str, str]:
@@ -118,7 +125,7 @@ class Identity:
         for key, text in metadata.items():
             try:
                 entries[key] = json.loads(text) if key in _JSON_KEYS else text
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{source} has malformed metadata: {key}: {error}") from error
         return Identity.from_dict(entries, source, metadata["weights"])
 

@@ -16,9 +16,9 @@ from models.config import EXPORT_PRECISIONS, StructMARConfig
 from models.frozen.base import ImageCodec
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR
-from models.weights import is_mar_state, load_mar_weights, load_structmar_weights
+from models.weights import is_mar_state, load_mar_weights, load_structmar_weights, require_own_sizes
 from util.checkpoint import resolve_checkpoint, save_safetensors_atomic
-from util.weights import is_finite
+from util.weights import is_finite, tensor_problem
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def load_for_sampling(path: str | Path, device: torch.device | str = "cpu", use_
     Raises FileNotFoundError, or ValueError naming the file, for anything else; MAR's own: `load_mar_for_sampling`.
     """
     state, identity = read_weights(path, use_ema)
+    require_own_sizes(identity.config, state, str(path))
     model = build_model(identity.config)
     load_structmar_weights(model, state, str(path)).log(logger)
     logger.info(f"{path}: {identity.weights} weights of stage {identity.stage} after {identity.step} steps")
@@ -99,8 +100,10 @@ def export_weights(
     state, identity = read_weights(path, use_ema)
     if sampling is not None:
         identity = replace(identity, sampling=sampling)
-    with torch.device("meta"):
-        load_structmar_weights(build_model(identity.config), state, str(path))  # only checks names and shapes
+    require_own_sizes(identity.config, state, str(path))
+    for name, tensor in state.items():
+        if (problem := tensor_problem(name, tensor)) is not None:
+            raise ValueError(f"{path}: {problem}")
     tensors = {name: tensor.to(getattr(torch, EXPORT_PRECISIONS[dtype])) for name, tensor in state.items()}
     for name, tensor in tensors.items():
         if not is_finite(tensor):

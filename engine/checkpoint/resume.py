@@ -9,6 +9,7 @@ The file's layout is described in engine/checkpoint/files.py.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from engine.checkpoint.files import CHECKPOINT_FORMAT, MAR_STAGE, identity_of, read_weights_file
+from engine.checkpoint.content import CHECKPOINT_FORMAT, check_optimizer
+from engine.checkpoint.files import MAR_STAGE, identity_of, read_weights_file
 from engine.checkpoint.identity import Identity, require_same_identity
 from engine.train.parallel import gathered
 from engine.train.state import Course, Position, TrainState
@@ -31,6 +33,7 @@ from models.structmar import StructMAR
 from models.weights import LoadReport, is_mar_state, load_mar_weights, load_structmar_weights
 from util.checkpoint import resolve_checkpoint
 from util.names import LAST_NAME
+from util.weights import tensor_problem
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ def find_source(output_dir: str | Path, resume: str, auto_resume: bool, stage: s
     folder holds another stage's checkpoint, which this run would overwrite.
     """
     own = Path(output_dir) / LAST_NAME
-    if own.is_file() and auto_resume:
+    if os.path.lexists(own) and auto_resume:
         state = read_weights_file(own)
         if state["stage"] != stage:
             raise ValueError(
@@ -92,6 +95,20 @@ def check_identity(source: Source, expected: Identity) -> None:
     found = source.identity
     if found is not None:
         require_same_identity(found, expected, source.path, is_backbone(source))
+
+
+def check_training_state(source: Source) -> None:
+    """Raises ValueError naming the file and the tensor if a run cannot be continued from it as it was."""
+    if source.kind != "continue":
+        return
+    state = source.state
+    check_optimizer(state, source.path)
+    parts: dict[str, Mapping[str, Any]] = {"model_ema": state["model_ema"], "reference": state.get("reference", {})}
+    parts |= {f"optimizer state of {name}": entries for name, entries in state["optimizer"]["state"].items()}
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if (problem := tensor_problem(name, tensor)) is not None:
+                raise ValueError(f"{source.path}: {part}: {problem}")
 
 
 def is_backbone(source: Source) -> bool:

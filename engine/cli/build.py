@@ -26,6 +26,7 @@ from engine.checkpoint.load import require_fitting_codec
 from engine.checkpoint.resume import (
     Source,
     check_identity,
+    check_training_state,
     find_source,
     load_weights,
     log_changed_args,
@@ -249,6 +250,7 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     codec, text_encoder_id = frozen.codec, frozen.text_encoder.id
     identity = Identity(config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling)
     check_identity(source, identity)
+    check_training_state(source)
     flags = resolved_dict(args)
     return Parts(stage, dist, sampling, frozen, dataset, check, sampler, identity, source, scored, flags)
 

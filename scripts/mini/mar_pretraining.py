@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoint.identity import Identity
-from engine.checkpoint.resume import check_identity, find_source, load_weights, restore, resumed_position
+from engine.checkpoint.resume import (
+    check_identity,
+    check_training_state,
+    find_source,
+    load_weights,
+    restore,
+    resumed_position,
+)
 from engine.checkpoint.writer import CheckpointWriter
 from engine.data.inputs import ClassBatch, ClassInputs
 from engine.sample.pipeline import StructMARPipeline
@@ -96,6 +103,7 @@ def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     identity = Identity(config, codec.id, codec.latent_scale, "", ())
     source = find_source(args.work_dir, "", auto_resume=True, stage=STAGE)
     check_identity(source, identity)
+    check_training_state(source)
     state = build_train_state(args, config, dist)
     load_weights(state.model, source, STAGE)
     restore(state, source)
