@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 -m scripts.evaluate_layout ...
 
 Images are drawn with the sampling flags given, else as the weights say. The second form scores any model: the folder
-holds one PNG or JPG per image, named by its id. A profile (configs/eval_*.yaml) fixes images, geometry, boxes and
+holds one picture per image, called as the dataset's file or by the image's id. A profile (configs/eval_*.yaml) fixes images, geometry, boxes and
 thresholds; its name and hash stand beside every number, and so do the bounds: real images through the same geometry,
 the VAE round trip, and detections shuffled among the layouts.
 
@@ -37,6 +37,7 @@ from engine.eval.names import require_own_name
 from engine.eval.profiles import IMAGE_SIZES, available_profiles, load_profile
 from models.config import PRECISIONS
 from util.failures import first_process_speaks, one_line_errors
+from util.output import require_output_dir
 from util.ranges import nonnegative_int, positive_int
 
 
@@ -131,6 +132,9 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is for generated images (--resume), got --images {args.images}")
     if args.resume and args.image_size != "profile":
         raise ValueError(f"--image_size {args.image_size} is for --images, got --resume {args.resume}")
+    require_output_dir("--output_dir", args.output_dir)
+    if args.bounds_dir is not None:
+        require_output_dir("--bounds_dir", args.bounds_dir)
     load_profile(args.profile)
     sampling_config(args)
 

@@ -11,6 +11,8 @@ import torch
 
 from engine.checkpoint.identity import Identity, require_same_categories
 from engine.cli.sampling import sampling_config
+from engine.data.check import check_pictures
+from engine.data.sources import Photograph
 from engine.eval.bounds import BoundStore
 from engine.eval.generation import GenerationPlan
 from engine.eval.judge import Judge, unknown_categories
@@ -30,6 +32,7 @@ from models.masking import require_fitting_iterations
 from util.checkpoint import sha256_file
 from util.distributed import DistInfo, init_distributed, shutdown
 from util.logging import setup_logging
+from util.read import short_path
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +109,19 @@ def read_targets(args: argparse.Namespace, profile: Profile, detector: BoxDetect
 
 
 def require_photos(eval_set: EvalSet) -> None:
-    """Raises FileNotFoundError for the first photograph that is missing, with the flag that does without."""
+    """Raises FileNotFoundError for the first photograph that is missing, with the flag that does without; ValueError
+    for one that is cut off or of another size than the json says."""
     folder = eval_set.root / eval_set.split
     if not folder.is_dir():
         raise FileNotFoundError(f"no photographs at {folder}: they are the bound; --no-real_bound scores without it")
-    for target in eval_set.targets:
-        path = folder / target.file_name
-        if not path.is_file():
-            raise FileNotFoundError(f"no photograph {path}: it belongs to the bound; --no-real_bound scores without it")
+    photographs = [Photograph(each.image_id, folder / each.file_name, each.source_size) for each in eval_set.targets]
+    for photograph in photographs:
+        if not photograph.path.is_file():
+            where = short_path(photograph.path)
+            raise FileNotFoundError(
+                f"no photograph {where}: it belongs to the bound; --no-real_bound scores without it"
+            )
+    check_pictures(photographs, f"instances_{eval_set.split}.json")
 
 
 def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo) -> Generation:

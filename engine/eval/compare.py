@@ -16,7 +16,8 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -196,10 +197,15 @@ def compare(folders: Sequence[Path]) -> Json:
     first = everything[folders[0]]
     for folder in folders[1:]:
         _require_same(folder, everything[folder], folders[0], first)
-    evaluations = [load_evaluation(folder, first["num_resamples"]) for folder in folders]
-    measured = [measure(evaluation, evaluation.model) for evaluation in evaluations]
+    evaluations, measured = [], []
+    for folder in folders:
+        with _as_written(folder):
+            evaluations.append(load_evaluation(folder, first["num_resamples"]))
+            measured.append(measure(evaluations[-1], evaluations[-1].model))
     labels = _labels(evaluations)
-    rows = [_row(name, "bound", folders[0], measure(evaluations[0], name)) for name in evaluations[0].names("bound")]
+    bounds = evaluations[0].names("bound")
+    with _as_written(folders[0]):
+        rows = [_row(name, "bound", folders[0], measure(evaluations[0], name)) for name in bounds]
     for label, evaluation, numbers in zip(labels, evaluations, measured, strict=True):
         rows.append(_row(label, "model", evaluation.folder, numbers))
         rows[-1]["num_seeds"] = len(evaluation.seeds(evaluation.model))
@@ -278,6 +284,16 @@ def _checked(folder: Path) -> Json:
                 f"not {str(wanted)[:12]}; evaluate again"
             )
     return results
+
+
+@contextmanager
+def _as_written(folder: Path) -> Iterator[None]:
+    """What results.json lacks, or has of another kind, becomes a ValueError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{short_path(folder / RESULTS_FILE)} is not as it was written ({what})") from error
 
 
 def _require_same(folder: Path, found: Json, first_folder: Path, first: Json) -> None:

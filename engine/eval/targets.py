@@ -28,6 +28,7 @@ from engine.eval.profiles import GEOMETRIES, Profile
 from util.boxes import Crop, areas, clip_boxes, crop_boxes, plan_center_crop, plan_squash, xyxy_to_xywh
 from util.coco import CocoImage, filter_boxes, is_visible, read_split
 from util.images import Picture, crop_image, load_image
+from util.picture_files import require_size
 from util.types import Category, Layout
 
 logger = logging.getLogger(__name__)
@@ -107,11 +108,7 @@ class EvalSet:
         """
         path = self.root / self.split / target.file_name
         image = load_image(path)
-        if image.size != target.source_size:
-            raise ValueError(
-                f"{path} is {_words(image.size)} px, but the annotations of image {target.image_id} "
-                f"say {_words(target.source_size)}: its boxes would not fit"
-            )
+        require_size(path, image, target.source_size, f"instances_{self.split}.json")
         return apply_geometry(image, self.profile.geometry, self.profile.resolution)
 
 
@@ -262,10 +259,6 @@ def _annotations(target: Target, ignored: np.ndarray, first_id: int) -> list[dic
             zip(boxes_xywh.tolist(), target.category_ids, ignored, strict=True)
         )
     ]
-
-
-def _words(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _summary(removed: Mapping[str, int]) -> str:

@@ -117,6 +117,8 @@ def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
         (lambda r: r.update(format="x"), "has format 'x', expected 'structmar-eval-1'"),
         (lambda r: r.pop("files"), "does not say which files its numbers are of"),
         (lambda r: r.pop("profile"), "has no profile.name; evaluate again"),
+        (lambda r: r["rows"][1].pop("layout"), r"results.json is not as it was written \(KeyError: 'layout'\)"),
+        (lambda r: r.update(rows="x"), r"results.json is not as it was written \(TypeError"),
         (lambda r: r.update(rows=[]), r"expected one row of a model, found \[\]"),
     ],
 )

@@ -271,7 +271,7 @@ def test_photos_that_do_not_fit_are_named(tmp_path):
     target = eval_set.targets[0]
     path = tmp_path / SPLIT / target.file_name
     Image.new("RGB", (50, 100)).save(path)
-    with pytest.raises(ValueError, match=r"000000000003.jpg is 50x100 px, but the annotations of image 3 say 100x50"):
+    with pytest.raises(ValueError, match=r"000000000003.jpg is 50x100, but instances_val2017.json says 100x50"):
         eval_set.picture(target)
     path.write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"cannot read image .*000000000003.jpg"):
