@@ -32,7 +32,7 @@ from models.config import PRECISIONS
 from util.failures import one_line_errors
 from util.output import require_output_dir
 from util.ranges import nonnegative_int, positive_int, seed_int
-from util.read import require_text
+from util.read import read_text, require_text
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -127,6 +127,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"say what to generate by exactly one of {', '.join(sources)}; got {', '.join(given) or 'none'}"
         )
+    if args.layout:
+        read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
     require_output_dir("--output_dir", args.output_dir)
     sampling_config(args)
 

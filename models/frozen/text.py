@@ -4,7 +4,7 @@
 
 The directory may hold a `CLIPTextModel` or a whole `CLIPModel` (openai/clip-vit-base-patch32), whose image tower is
 ignored by name. Nothing is ever downloaded, and no weight is left as initialised. Captions beyond the model's positions
-are cut before EOS, with a warning.
+are cut before EOS, with a warning for the first of them.
 
 Left out: the projected EOS embedding that CLIP compares with images; other encoders (anything that makes a
 `TextContext` can take this one's place).
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from util.checkpoint import load_plain, sha256_file
+from util.read import short_repr
 from util.types import TextContext
 from util.weights import tensor_problem
 
@@ -88,6 +89,7 @@ class ClipTextEncoder:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.id = files_id
+        self._has_warned = False
 
     @classmethod
     def load(
@@ -130,9 +132,10 @@ class ClipTextEncoder:
         """The token ids of each caption, BOS and EOS included, at most `max_tokens`."""
         ids: list[list[int]] = self.tokenizer(list(captions), return_attention_mask=False)["input_ids"]
         too_long = [caption for caption, row in zip(captions, ids, strict=True) if len(row) > self.max_tokens]
-        if too_long:
-            first = too_long[0][:60]
-            logger.warning("%d captions exceed %d tokens and are cut: '%s...'", len(too_long), self.max_tokens, first)
+        if too_long and not self._has_warned:
+            self._has_warned = True  # a run would say it with every batch
+            logger.warning("captions that exceed %d tokens are cut; %d of the first %d do, no more are named: %s",
+                           self.max_tokens, len(too_long), len(captions), short_repr(too_long[0][:60]))  # fmt: skip
         return [row if len(row) <= self.max_tokens else [*row[: self.max_tokens - 1], row[-1]] for row in ids]
 
     @torch.no_grad()
