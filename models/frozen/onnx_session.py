@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 
 from util.extras import import_extra
+from util.read import read_bytes
 
 RUNTIME = "onnxruntime"
+MAX_SIDE = 4096  # px of an input: what it says is believed no further
 CUDA_BATCH = 8  # pictures of a run; on a CPU they run one by one, as more at a time gain nothing there
 _FLOAT = "tensor(float)"
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -42,37 +45,33 @@ class OnnxSession:
         if not self.file.is_file():
             raise FileNotFoundError(f"no detector at {self.file}: an ONNX file is expected there")
         runtime = import_extra(RUNTIME, f"ONNX detectors ({self.file})")
-        content = self.file.read_bytes()
+        content = read_bytes(self.file, "detector")
         self.id = hashlib.sha256(content).hexdigest()
         self._errors = _errors_of(runtime)
-        self._session = self._open(runtime, content, torch.device(device))
-        shape = _input_shape(self.file, self._session.get_inputs())
-        self._input_name = self._session.get_inputs()[0].name
+        provider = _provider(self.file, runtime, torch.device(device))
+        with self._named("is not an ONNX model that onnxruntime can read"):
+            self._session = _open(runtime, content, provider)
+            inputs = self._session.get_inputs()
+            self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        if self._session.get_providers()[0] != provider[0]:
+            raise ValueError(f"{self.file} cannot be run on {device}: onnxruntime could not start {provider[0]}")
+        shape = _input_shape(self.file, inputs)
+        self._input_name = inputs[0].name
         self.height, self.width = shape[2], shape[3]
         self.batch = CUDA_BATCH if shape[0] != 1 and torch.device(device).type == "cuda" else 1
-        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
 
-    def _open(self, runtime: ModuleType, content: bytes, device: torch.device) -> Any:
-        provider = _provider(self.file, runtime, device)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-        options.log_severity_level = _QUIET
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads leave PyTorch's alone
-        options.add_session_config_entry(_EXTERNAL_FOLDER, os.devnull)  # no file is found below it
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """What onnxruntime raises inside becomes a ValueError of one line that begins with the file."""
         try:
-            session = runtime.InferenceSession(content, options, providers=[provider])
+            yield
         except self._errors as error:
             if "External data" in str(error):
                 raise ValueError(
                     f"{self.file} keeps weights in another file, which its sha256 would not cover; "
                     "save it as one file (onnx.save without external data)"
                 ) from error
-            raise ValueError(
-                f"{self.file} is not an ONNX model that onnxruntime can read ({_one_line(error)})"
-            ) from error
-        if session.get_providers()[0] != provider[0]:
-            raise ValueError(f"{self.file} cannot be run on {device}: onnxruntime could not start {provider[0]}")
-        return session
+            raise ValueError(f"{self.file} {what} ({' '.join(str(error).split())[-160:]})") from error
 
     def run(self, pixels: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """pixels: n arrays [3, H, W] -> each picture's outputs without their batch dimension, in the file's order.
@@ -84,10 +83,8 @@ class OnnxSession:
             part = pixels[start : start + self.batch]
             blobs = np.zeros((self.batch, 3, self.height, self.width), dtype=np.float32)
             blobs[: len(part)] = part
-            try:
+            with self._named("cannot be run by onnxruntime"):
                 outputs = self._session.run(None, {self._input_name: blobs})
-            except self._errors as error:
-                raise ValueError(f"{self.file} cannot be run by onnxruntime ({_one_line(error)})") from error
             self._check(outputs)
             found += [[output[row] for output in outputs] for row in range(len(part))]
         return found
@@ -101,6 +98,16 @@ class OnnxSession:
                 )
             if not np.isfinite(output).all():
                 raise ValueError(f"{self.file} gives NaN or infinite numbers")
+
+
+def _open(runtime: ModuleType, content: bytes, provider: tuple[str, dict[str, Any]]) -> Any:
+    """An InferenceSession: silent, with as many threads as PyTorch has, no file beside its own, and no other device."""
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.log_severity_level = _QUIET
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads leave PyTorch's alone
+    options.add_session_config_entry(_EXTERNAL_FOLDER, os.devnull)  # no file is found below it
+    return runtime.InferenceSession(content, options, providers=[provider], enable_fallback=0)
 
 
 def _provider(file: Path, runtime: ModuleType, device: torch.device) -> tuple[str, dict[str, Any]]:
@@ -123,11 +130,13 @@ def _input_shape(file: Path, inputs: Sequence[Any]) -> tuple[Any, ...]:
         raise ValueError(f"{file} takes {len(inputs)} inputs ({names}), expected is one of shape [1, 3, H, W]")
     shape, kind = tuple(inputs[0].shape), inputs[0].type
     sides = shape[2:]
-    is_fixed = len(shape) == 4 and shape[1] == 3 and all(isinstance(side, int) and side > 0 for side in sides)
+    is_fixed = (
+        len(shape) == 4 and shape[1] == 3 and all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides)
+    )
     if not is_fixed or (isinstance(shape[0], int) and shape[0] != 1):
         raise ValueError(
-            f"{file} takes an input of shape {_shape_text(shape)}, expected is a fixed size: [1, 3, H, W] "
-            "(YOLOX and YOLOv8: [1, 3, S, S], S a multiple of 32)"
+            f"{file} takes an input of shape {_shape_text(shape)}, expected is a fixed size of at most {MAX_SIDE}: "
+            "[1, 3, H, W] (YOLOX and YOLOv8: [1, 3, S, S], S a multiple of 32)"
         )
     if kind != _FLOAT:
         raise ValueError(f"{file} takes an input of type {kind}, expected is {_FLOAT} (32 bits)")
@@ -139,11 +148,7 @@ def _shape_text(shape: Sequence[Any]) -> str:
 
 
 def _errors_of(runtime: ModuleType) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises: a dozen classes of its own without a common base."""
+    """What onnxruntime raises: a dozen classes of its own without a common base; the last where a name is no text."""
     state = runtime.capi.onnxruntime_pybind11_state
     own = [each for each in vars(state).values() if isinstance(each, type) and issubclass(each, Exception)]
-    return (*own, RuntimeError)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[-160:]
+    return (*own, RuntimeError, ValueError)

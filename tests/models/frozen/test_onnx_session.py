@@ -175,6 +175,28 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
         refused(tmp_path / "bad.onnx", r"bad\.onnx is not an ONNX model that onnxruntime can read")
 
 
+@pytest.mark.parametrize("outputs", [yolox_outputs(), yolov8_outputs(), detr_outputs(91, 13, IMAGENET)])
+def test_a_damaged_file_works_or_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], outputs: dict[str, np.ndarray]
+) -> None:
+    """Bytes of the graph (not of the weights) are replaced: names, types, sizes, lengths."""
+    whole = write_onnx(tmp_path / "whole.onnx", outputs, SQUARE).read_bytes()
+    draw, path, said = np.random.default_rng(0), tmp_path / "m.onnx", []
+    places = [*range(450), *range(len(whole) - 200, len(whole))]
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in draw.choice(places, 2):
+            damaged[place] = int(draw.integers(256))
+        path.write_bytes(damaged)
+        try:
+            load_detector(path)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 30
+    assert all(str(path) in each and "\n" not in each for each in said)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_weights_in_another_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The id is the file's, so what is beside it may not count: whether it is there or not."""
     monkeypatch.chdir(tmp_path)
@@ -193,6 +215,7 @@ def test_weights_in_another_file_are_refused(tmp_path: Path, monkeypatch: pytest
         ((1, 1, 64, 64), r"\[1, 1, 64, 64\]"),
         ((8, 3, 64, 64), r"\[8, 3, 64, 64\]"),
         ((1, 3, 72, 72), r"\[1, 3, 72, 72\]"),
+        ((1, 3, 65536, 65536), r"\[1, 3, 65536, 65536\]"),
     ],
 )
 def test_models_of_another_input_are_refused(tmp_path: Path, shape: tuple[int | str, ...], known: str) -> None:
