@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 8 -m scripts.evaluate_layout ...
 
 Images are drawn with the sampling flags given, else as the weights say. The second form scores any model: the folder
-holds one picture per image, called as the dataset's file or by the image's id. A profile (configs/eval_*.yaml) fixes images, geometry, boxes and
-thresholds; its name and hash stand beside every number, and so do the bounds: real images through the same geometry,
-the VAE round trip, and detections shuffled among the layouts.
+holds one picture per image, called as the dataset's file or by the image's id. A profile (configs/eval_*.yaml) fixes
+images, geometry, boxes and thresholds; its name and hash stand beside every number, and so do the bounds: real images
+through the same geometry, the VAE round trip, and detections shuffled among the layouts.
 
 Into --output_dir go results.json, per_image.jsonl, report.html, ground_truth_{full,conditioned}.json and
 detections/*.json (COCO's formats), and generated images. Killed, the same command goes on; --rescore scores the images
