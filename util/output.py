@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,8 +42,6 @@ def require_output_dir(flag: str, path: str | os.PathLike[str]) -> None:
         if not place.is_dir():
             what = "is a file" if place == Path(path) else f"cannot be made: {place} is a file"
             raise ValueError(f"{flag} {path} {what}, it must be a folder")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "no permission to write there")
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
@@ -183,13 +181,12 @@ def held_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is gone or closed now: what ended the run has said so
+            path.unlink(missing_ok=True)
         os.close(descriptor)
-        for each in made:
-            try:
+        with suppress(OSError):  # there is something in it now
+            for each in made:
                 each.rmdir()
-            except OSError:
-                break  # there is something in it now, or it is gone
 
 
 def _take_lock(path: Path) -> int:

@@ -103,7 +103,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
         try:
             require_output_dir("--output_dir", closed / "run")
         except ValueError as error:
-            return 0 if "no permission" in str(error) else 2
+            return 0 if "Permission denied" in str(error) else 2
         return 1
 
     for folder in (tmp_path, *tmp_path.parents):
