@@ -32,6 +32,7 @@ from util.config import resolved_dict
 from util.distributed import init_distributed
 from util.images import Picture, save_png
 from util.logging import progress, setup_logging
+from util.output import held_folder
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def read_scenes(args: argparse.Namespace, identity: Identity) -> list[Scene]:
 def run(job: Job, batch_size: int, precision: str, output_dir: Path, settings: dict[str, Any]) -> str:
     """Writes all images, the grid and the list, which then replace those of an earlier run."""
     total = len(job.scenes)
-    with replacing(output_dir) as folder:
+    with held_folder(output_dir), replacing(output_dir) as folder:
         images = write_images(job, batch_size, precision, folder, settings)
         grid = scene_grid(images, job.scenes[: len(images)], settings["grid_columns"], settings["grid_scale"])
         save_png(grid, folder / GRID_NAME, {MADE_WITH: json.dumps(settings)})
