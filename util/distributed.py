@@ -192,7 +192,7 @@ def say_once(line: str, error: Exception, say: Callable[[str], object]) -> None:
         else:
             _has(store, "said")
             if line != first_line and not _is_lost_contact(error):
-                say(f"[rank {rank}] {line}")
+                say(_who_fails(line, error, rank, [], False))
     except (dist.DistError, RuntimeError):  # the store is gone with the process that kept it, rank 0
         say(_who_fails(line, error, rank, [0], False))
 

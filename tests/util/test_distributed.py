@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.helpers.runs import FORK
 from util import distributed
-from util.distributed import DistInfo, any_rank, barrier, init_distributed, is_main, reduce_mean, shutdown
+from util.distributed import (
+    DistInfo,
+    any_rank,
+    barrier,
+    failing_together,
+    init_distributed,
+    is_main,
+    reduce_mean,
+    shutdown,
+)
+from util.failures import one_line_errors
 
 WORKER = """
 import json, torch
@@ -105,3 +119,76 @@ def test_cuda_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("cuda", 2)
     with pytest.raises(ValueError, match="use --device cuda"):
         choose("cuda:0", 0)
+
+
+# --- failures of several processes -----------------------------------------------------------------------------------
+
+
+def fails(kind: str, rank: int) -> None:
+    """What a program does whose ranks fail in this way."""
+    if kind == "before they meet":
+        raise FileNotFoundError(2, "No such file or directory", "x.json")
+    init_distributed("cpu", timeout_s=2)
+    if kind == "alike":
+        raise ValueError("no such thing")
+    if kind == "one alone" and rank == 1:
+        raise ValueError("only here")
+    if kind == "each its own":
+        raise ValueError(f"mine is {rank}")
+    with failing_together():
+        if kind == "together" and rank == 1:
+            raise FileNotFoundError(2, "No such file or directory", "x.jpg")
+    if kind == "one hangs" and rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "one is killed" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    barrier()
+    shutdown()
+
+
+def a_rank(kind: str, rank: int, port: int, stderr: Path) -> None:
+    """A program in a forked process, as torchrun starts it."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    status = 0
+    with open(stderr, "w") as sys.stderr:
+        os.dup2(sys.stderr.fileno(), 2)
+        try:
+            with one_line_errors("prog"):
+                fails(kind, rank)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:  # noqa: BLE001 - a traceback is what the test looks for
+            traceback.print_exc()
+            status = 99
+    os._exit(status)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        ("none", []),
+        ("before they meet", ["prog: error: x.json: No such file or directory"]),
+        ("alike", ["prog: error: no such thing"]),
+        ("one alone", ["[rank 1] prog: error: only here"]),
+        ("each its own", ["[rank 1] prog: error: mine is 1", "prog: error: mine is 0"]),
+        ("together", ["prog: error: rank 1: x.jpg: No such file or directory"]),
+        ("one hangs", ["prog: error: no answer from rank 1: ended or hanging (rank 0 waited)"]),
+        ("one is killed", ["prog: error: no answer from rank 1: ended or hanging (rank 0 waited)"]),
+    ],
+)
+def test_a_failure_of_two_processes_is_told_once(kind: str, lines: list[str], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [FORK.Process(target=a_rank, args=(kind, rank, port, tmp_path / f"{rank}")) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    ranks[0].join(60)
+    if kind == "one hangs":
+        ranks[1].kill()
+    ranks[1].join(60)
+    said = "".join((tmp_path / f"{rank}").read_text() for rank in (0, 1))
+    assert ranks[0].exitcode == (0 if kind == "none" else 1)
+    assert sorted(line for line in said.splitlines() if "prog" in line) == sorted(lines)
+    assert "Traceback" not in said
