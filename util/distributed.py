@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, overload
@@ -179,22 +179,29 @@ def say_once(line: str, error: Exception, say: Callable[[str], object]) -> None:
     Where processes are lost and none has said why, the line names those that do not answer.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    gone = (dist.DistError, RuntimeError)  # the store, with the process that kept it: rank 0 without torchrun
     try:
         store = _GROUP.store or _meet(rank, size)
         store.set_timeout(_GRACE)
-        store.set(f"failed {rank}", line)
         first, _, first_line = store.compare_set("first failure", "", f"{rank} {line}").decode().partition(" ")
-        if int(first) == rank:
-            silent = [other for other in range(size) if other != rank and not _has(store, f"failed {other}")]
-            is_alike = not silent and all(store.get(f"failed {other}").decode() == line for other in range(size))
-            say(_who_fails(line, error, rank, silent, is_alike))
-            store.set("said", "")
-        else:
-            _has(store, "said")
-            if line != first_line and not _is_lost_contact(error):
-                say(_who_fails(line, error, rank, [], False))
-    except (dist.DistError, RuntimeError):  # the store is gone with the process that kept it, rank 0
+    except gone:
         say(_who_fails(line, error, rank, [0], False))
+        return
+    with suppress(*gone):
+        store.set(f"failed {rank}", line)
+    if int(first) != rank:
+        with suppress(*gone):
+            _has(store, "said")
+        if line != first_line and not _is_lost_contact(error):
+            say(_who_fails(line, error, rank, [], False))
+        return
+    silent, is_alike = [], False
+    with suppress(*gone):
+        silent = [other for other in range(size) if other != rank and not _has(store, f"failed {other}")]
+        is_alike = not silent and all(store.get(f"failed {other}").decode() == line for other in range(size))
+    say(_who_fails(line, error, rank, silent, is_alike))
+    with suppress(*gone):
+        store.set("said", "")
 
 
 def _who_fails(line: str, error: Exception, rank: int, silent: Sequence[int], is_alike: bool) -> str:
