@@ -13,6 +13,7 @@ from typing import Any
 
 from util.plain import from_plain
 
+MAX_TOKENS = 16384  # attention takes memory by their square
 ROPE_MODES = ("gated", "full", "off")
 LARGEST_SIZE = 1 << 16
 _MAY_BE_ZERO = ("encoder_depth", "decoder_depth", "num_categories", "text_dim", "cross_attn_every")
@@ -75,8 +76,15 @@ class StructMARConfig:
             if each.type == "int" and not least <= value <= LARGEST_SIZE:
                 raise ValueError(f"{each.name} must be from {least} to {LARGEST_SIZE}, got {value}")
         step = self.vae_stride * self.patch_size
+        if step <= 0:
+            raise ValueError(f"vae_stride {self.vae_stride} and patch_size {self.patch_size} must be positive")
         if self.img_size <= 0 or self.img_size % step:
             raise ValueError(f"img_size {self.img_size} is not a multiple of vae_stride x patch_size = {step}")
+        if self.num_tokens > MAX_TOKENS:
+            raise ValueError(
+                f"img_size {self.img_size} over vae_stride x patch_size = {step} makes {self.num_tokens} tokens, "
+                f"at most {MAX_TOKENS} are possible"
+            )
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if width % heads or (self.rope_mode != "off" and width // heads % 4):

@@ -17,7 +17,7 @@ from engine.cli.arguments import add_device_arg, script_parser
 from util.config import parse_checked
 from util.failures import first_process_speaks, one_line_errors
 from util.output import require_output_dir
-from util.ranges import nonnegative_int, positive_float, positive_int
+from util.ranges import batch_int, pixels_int, positive_float, workers_int
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -32,11 +32,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--clip_path", default="pretrained_models/clip-vit-base-patch32", help="text encoder (Hugging Face folder)"
     )
-    parser.add_argument("--img_size", type=positive_int, default=256, help="side of the centre crop, in pixels")
+    parser.add_argument("--img_size", type=pixels_int, default=256, help="side of the centre crop, in pixels")
     parser.add_argument(
-        "--batch_size", type=positive_int, default=32, help="images at a time; captions: eight times as many"
+        "--batch_size", type=batch_int, default=32, help="images at a time; captions: eight times as many"
     )
-    parser.add_argument("--num_workers", type=nonnegative_int, default=4, help="processes that read images")
+    parser.add_argument("--num_workers", type=workers_int, default=4, help="processes that read images")
     add_device_arg(parser)
     parser.add_argument("--no_latents", action="store_true", help="do not cache latents")
     parser.add_argument("--no_text", action="store_true", help="do not cache text states")

@@ -23,10 +23,11 @@ from engine.cli.arguments import (
     add_device_arg,
     add_sampling_args,
     script_parser,
+    steps_int,
 )
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from util.failures import one_line_errors
-from util.ranges import positive_int
+from util.ranges import positive_int, threads_int, whole
 
 if TYPE_CHECKING:
     from engine.sample.step_comparison import HeadComparison
@@ -42,19 +43,19 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
     group.add_argument("--coco_root", default="./data/coco", help="captions and boxes (only its annotations/ is read)")
     group.add_argument("--coco_split", default="val2014", help="its first images with boxes")
-    group.add_argument("--num_images", type=positive_int, default=64, help="images sampled to get conditions from")
+    group.add_argument("--num_images", type=whole(1, 10**6), default=64, help="images sampled to get conditions from")
     add_sampling_args(parser)
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--steps", nargs="+", default=["100", "50", "50:5"], help="what is compared: FIRST or FIRST:LAST"
     )
-    group.add_argument("--full_steps", type=positive_int, default=100, help="with what it is compared")
+    group.add_argument("--full_steps", type=steps_int, default=100, help="with what it is compared")
     group.add_argument(
         "--num_iterations", type=positive_int, default=8, help="iterations whose tokens are drawn, evenly spaced"
     )
-    group.add_argument("--num_draws", type=positive_int, default=8, help="draws per token")
+    group.add_argument("--num_draws", type=whole(1, 1024), default=8, help="draws per token")
     add_device_arg(group, default="cpu")
-    group.add_argument("--num_threads", type=positive_int, default=None, help="CPU threads (None: PyTorch's choice)")
+    group.add_argument("--num_threads", type=threads_int, default=None, help="CPU threads (None: PyTorch's choice)")
     return parser
 
 

@@ -12,12 +12,12 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.cli.arguments import script_parser
+from engine.cli.arguments import script_parser, steps_int
 from models.config import StructMARConfig, preset_config
 from models.sampling.config import SamplingConfig
 from util.config import parse_checked
 from util.failures import one_line_errors
-from util.ranges import positive_int
+from util.ranges import whole, width_int
 
 if TYPE_CHECKING:
     from models.structmar import StructMAR
@@ -29,13 +29,13 @@ TERA = 1e12
 def get_parser() -> argparse.ArgumentParser:
     parser = script_parser("scripts.count_flops", __doc__)
     parser.add_argument("--model", default="mar_huge", help="preset")
-    parser.add_argument("--num_categories", type=positive_int, default=80, help="categories of the layouts")
+    parser.add_argument("--num_categories", type=whole(1, 10**6), default=80, help="categories of the layouts")
     parser.add_argument(
-        "--text_dim", type=positive_int, default=512, help="channels of the text states (CLIP ViT-B/32: 512)"
+        "--text_dim", type=width_int, default=512, help="channels of the text states (CLIP ViT-B/32: 512)"
     )
-    parser.add_argument("--num_text", type=positive_int, default=14, help="text tokens of a caption")
-    parser.add_argument("--diffusion_batch_mul", type=positive_int, default=1, help="noise draws per masked token")
-    parser.add_argument("--num_sampling_steps", type=positive_int, default=100, help="diffusion steps per token")
+    parser.add_argument("--num_text", type=whole(1, 4096), default=14, help="text tokens of a caption")
+    parser.add_argument("--diffusion_batch_mul", type=whole(1, 1024), default=1, help="noise draws per masked token")
+    parser.add_argument("--num_sampling_steps", type=steps_int, default=100, help="diffusion steps per token")
     return parser
 
 

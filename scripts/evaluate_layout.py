@@ -38,7 +38,7 @@ from engine.eval.profiles import IMAGE_SIZES, available_profiles, load_profile
 from models.config import PRECISIONS
 from util.failures import first_process_speaks, one_line_errors
 from util.output import require_output_dir
-from util.ranges import nonnegative_int, positive_int
+from util.ranges import batch_int, positive_int, seed_int, threads_int, whole
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -76,7 +76,7 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow_other_frozen", action="store_true",
                        help="generate with a VAE or text encoder other than the one trained with")  # fmt: skip
     group.add_argument(
-        "--seeds", type=nonnegative_int, nargs="+", default=[0], help="one set of images for each; means are taken"
+        "--seeds", type=seed_int, nargs="+", default=[0], help="one set of images for each; means are taken"
     )
     group.add_argument("--no_layout_run", action="store_true", help="also generate without any boxes")
     group.add_argument("--real_bound", action=SWITCH, default=True, help="score the real images (they must be there)")
@@ -95,7 +95,7 @@ def add_judge_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reward_detector", nargs="+", default=[],
                        help="files or sha256 of detectors that were a reward; a checkpoint names its own")  # fmt: skip
     group.add_argument(
-        "--num_resamples", type=positive_int, default=500, help="bootstrap resamples of the 95 %% intervals"
+        "--num_resamples", type=whole(1, 20000), default=500, help="bootstrap resamples of the 95 %% intervals"
     )
     group.add_argument("--fid", default=None, help="weights of FID's Inception network")
     group.add_argument("--clip_score", default=None, help="directory of a whole CLIP model (text and vision)")
@@ -105,13 +105,13 @@ def add_judge_args(parser: argparse.ArgumentParser) -> None:
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--batch_size", type=positive_int, default=16, help="images sampled at a time (it is part of the pixels)"
+        "--batch_size", type=batch_int, default=16, help="images sampled at a time (it is part of the pixels)"
     )
-    group.add_argument("--detector_batch_size", type=positive_int, default=16, help="images detected at a time")
+    group.add_argument("--detector_batch_size", type=batch_int, default=16, help="images detected at a time")
     add_speed_arg(group)
     group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     add_device_arg(group)
-    group.add_argument("--num_threads", type=positive_int, default=None, help="CPU threads (None: PyTorch's choice)")
+    group.add_argument("--num_threads", type=threads_int, default=None, help="CPU threads (None: PyTorch's choice)")
     add_compile_args(group)
     add_timeout_arg(group)
     group.add_argument("--output_dir", default="./output/evaluation", help="made if missing; continued if begun")

@@ -31,7 +31,7 @@ from engine.cli.sampling import parse_sampling_args, sampling_config
 from models.config import PRECISIONS
 from util.failures import one_line_errors
 from util.output import require_output_dir
-from util.ranges import nonnegative_int, positive_int, seed_int
+from util.ranges import batch_int, depth_int, nonnegative_int, pixels_int, seed_int, threads_int, whole, width_int
 from util.read import read_text, require_text
 
 
@@ -71,7 +71,7 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--class_label", type=nonnegative_int, nargs="+", default=None, help="class indices, for MAR's own weights"
     )
-    group.add_argument("--num_images", type=positive_int, default=4,
+    group.add_argument("--num_images", type=whole(1, 10**6), default=4,
                        help="images per scene or class; of a dataset: scenes, with one image each")  # fmt: skip
     group.add_argument("--seed", type=seed_int, default=0, help="image k has seed + k")
 
@@ -79,36 +79,30 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
 def add_mar_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sizes of MAR's own weights (with --class_label; our checkpoints know theirs)")
     group.add_argument("--model", default="mar_huge", help="preset: mar_mini, mar_base, mar_large or mar_huge")
+    group.add_argument("--diffloss_d", type=depth_int, default=None, help="depth of the diffusion head (the preset's)")
+    group.add_argument("--diffloss_w", type=width_int, default=None, help="width of the diffusion head (the preset's)")
+    group.add_argument("--img_size", type=pixels_int, default=None, help="side of the images in pixels (the preset's)")
     group.add_argument(
-        "--diffloss_d", type=positive_int, default=None, help="depth of the diffusion head (the preset's)"
-    )
-    group.add_argument(
-        "--diffloss_w", type=positive_int, default=None, help="width of the diffusion head (the preset's)"
-    )
-    group.add_argument(
-        "--img_size", type=positive_int, default=None, help="side of the images in pixels (the preset's)"
-    )
-    group.add_argument(
-        "--class_num", type=positive_int, default=None, help="rows of the class embedding (the preset's)"
+        "--class_num", type=whole(1, 10**6), default=None, help="rows of the class embedding (the preset's)"
     )
 
 
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--batch_size", type=positive_int, default=8, help="images sampled at a time")
+    group.add_argument("--batch_size", type=batch_int, default=8, help="images sampled at a time")
     add_speed_arg(group)
     group.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of weights and matrix products")
     add_device_arg(group)
-    group.add_argument("--num_threads", type=positive_int, default=None, help="CPU threads (None: PyTorch's choice)")
+    group.add_argument("--num_threads", type=threads_int, default=None, help="CPU threads (None: PyTorch's choice)")
     add_compile_args(group)
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="./output/samples",
                        help="made if missing; what an earlier run of this program left in it (NNNN.png, grid.png, "
                             "samples.json) is replaced, other files stay")  # fmt: skip
     group.add_argument(
-        "--grid_columns", type=positive_int, default=None, help="images per row of the grid (None: square)"
+        "--grid_columns", type=whole(1, 64), default=None, help="images per row of the grid (None: square)"
     )
-    group.add_argument("--grid_scale", type=positive_int, default=None,
+    group.add_argument("--grid_scale", type=whole(1, 64), default=None,
                        help="enlargement of the images in the grid (None: at least 256 pixels wide)")  # fmt: skip
 
 

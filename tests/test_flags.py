@@ -63,10 +63,11 @@ def ranged(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Action, 
 
 def just_outside(numbers: Range) -> list[float]:
     """Below the low end and above the high one, where anything lies there."""
-    step = 1 if numbers.kind is int else 1e-6
-    below = numbers.low if numbers.ends[0] == "(" else numbers.low - step
-    above = numbers.high if numbers.ends[1] == ")" else numbers.high + step
-    return [value for value in (below, above) if not numbers.holds(value) and (step != 1 or math.isfinite(value))]
+    ends = (numbers.low, -math.inf, numbers.ends[0] == "("), (numbers.high, math.inf, numbers.ends[1] == ")")
+    if numbers.kind is int:
+        return [int(end) + (0 if is_outside else int(math.copysign(1, to))) for end, to, is_outside in ends]
+    found = [end if is_outside else math.nextafter(end, to) for end, to, is_outside in ends]
+    return [value for value in found if not numbers.holds(value)]
 
 
 def required_words(parser: argparse.ArgumentParser) -> list[str]:
@@ -84,7 +85,7 @@ def spelled(flag: str, value: Any) -> list[str]:
     """As on the command line, where -1 and -0.5 are values, but -inf and -1e-6 are taken for flags."""
     if not isinstance(value, list):
         return [f"{flag}={value}"]
-    return [flag, *(f"{each:f}" if isinstance(each, float) else str(each) for each in value)]
+    return [flag, *(f"{each:.400f}" if isinstance(each, float) else str(each) for each in value)]
 
 
 def test_there_is_something_to_check(parser_of: Callable[[str], argparse.ArgumentParser]) -> None:
@@ -102,6 +103,7 @@ def test_every_number_has_a_range_and_its_default_lies_inside(
         default = parser.get_default(action.dest)
         values = [] if default is None else default if isinstance(default, list) else [default]
         assert all(numbers.holds(value) for value in values), flag
+        assert math.isfinite(numbers.high) or flag == "--layout_bias_value", flag
 
 
 @every_program
@@ -123,5 +125,5 @@ def test_numbers_just_outside_are_refused(
             for words in ways:
                 with pytest.raises(SystemExit) as caught:
                     run(module, *needed, *words)
-                message = f"{parser.prog}: error: {flag} {numbers.says}, got {numbers.kind(value)}"
+                message = f"{parser.prog}: error: {flag} {numbers.complaint(numbers.kind(value))}"
                 assert caught.value.code == message

@@ -25,9 +25,11 @@ import yaml
 
 from util.output import write_text_atomic
 from util.ranges import Range, Text, check_ranges
+from util.read import read_text, short_path, short_repr
 
 CONFIG_FLAG = "--config"
 MAX_MESSAGE = 600  # characters
+MAX_CHARACTERS = 10**6  # of a file of flags
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
 
 Expand = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
@@ -46,6 +48,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, but a mistyped flag is said before anything that it may be the cause of."""
         words = list(sys.argv[1:] if args is None else args)
+        for action in self._actions:
+            if isinstance(action, Switch) and action.was is not None:
+                self._option_string_actions[f"--{action.was}"] = action
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
             if name.startswith("--") and name not in self._option_string_actions:
@@ -58,6 +63,30 @@ class Parser(argparse.ArgumentParser):
         line = " ".join(message.split())
         shown = line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}..."
         self.exit(2, f"{self.prog}: error: {shown} (--help lists all flags)\n")
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """--flag and --no-flag, so that the command line can undo a YAML file.
+
+    was: an old name that is still understood, in files too, but not shown. was_negative: it says no.
+    """
+
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        was: str | None = None,
+        was_negative: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(option_strings, dest, **options)
+        self.was, self.was_negative = was, was_negative
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.was is not None and option_string == f"--{self.was}":
+            setattr(namespace, self.dest, not self.was_negative)
+        else:
+            super().__call__(parser, namespace, values, option_string)
 
 
 class ConfigError(ValueError):
@@ -142,23 +171,38 @@ def dump_yaml(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     write_text_atomic(Path(path), yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
-def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file ({} for an empty one). Raises ConfigError for anything else, and for repeated keys."""
-    if not Path(path).is_file():
-        raise ConfigError(f"config file {path} does not exist")
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+        text = read_text(path, "config file")
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(
+            f"config file {short_path(path)} has {len(text)} characters, at most {MAX_CHARACTERS} are read"
+        )
+    try:
+        values = yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"config file {short_path(path)} is not YAML: {reason}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"config file {path} must be a mapping of argument names, it is a {type(values).__name__}")
+        kind = type(values).__name__
+        raise ConfigError(f"config file {short_path(path)} must be a mapping of argument names, it is a {kind}")
     return values
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses repeated keys, and aliases: a few lines of them can stand for more than fits into memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"alias *{event.anchor} is not taken", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
@@ -183,25 +227,40 @@ def _apply_preset(
 
 
 def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: str) -> Mapping[str, Any]:
-    """Makes the file's values the parser's defaults, and gives the file's content. Raises ConfigError."""
+    """Makes the file's values the parser's defaults, and gives them by today's names. Raises ConfigError."""
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     actions.pop("config", None)
     actions.pop("help", None)
-    values = load_yaml(path)
+    values = _renamed(load_yaml(path), actions, path)
     for key, value in values.items():
         if key == "config":
-            raise ConfigError(f"config file {path}: config files do not include one another (config: {value!r})")
+            raise ConfigError(
+                f"config file {path}: config files do not include one another (config: {short_repr(value)})"
+            )
         if key not in actions:
             close = difflib.get_close_matches(str(key), list(actions), n=1)
             hint = f", did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"config file {path}: unknown key {key} (value {value!r}){hint}")
+            raise ConfigError(f"config file {path}: unknown key {_key(key)} (value {short_repr(value)}){hint}")
         try:
             converted = _convert(actions[key], value)
-        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-            raise ConfigError(f"config file {path}: {key}: {value!r}: {error}") from error
+        except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
+            raise ConfigError(f"config file {path}: {key}: {short_repr(value)}: {error}") from error
         parser.set_defaults(**{key: converted})
         actions[key].required = False
     return values
+
+
+def _renamed(values: Mapping[str, Any], actions: Mapping[str, argparse.Action], path: str) -> dict[str, Any]:
+    """The values under today's names; old ones of switches may say the opposite."""
+    old = {action.was: action for action in actions.values() if isinstance(action, Switch) and action.was is not None}
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        action = old.get(key) if isinstance(key, str) else None
+        name = key if action is None else action.dest
+        if name in renamed:
+            raise ConfigError(f"config file {path}: {key} is another name of {name}, which is there too")
+        renamed[name] = not value if action is not None and action.was_negative and isinstance(value, bool) else value
+    return renamed
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
@@ -241,6 +300,10 @@ def _convert_scalar(action: argparse.Action, value: Any) -> Any:
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
     return converted
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) and key.isprintable() and len(key) < 100 else short_repr(key)
 
 
 def _type_name(converter: Any) -> str:

@@ -1,8 +1,9 @@
-"""Which numbers a flag takes, said where the flag is added: `add_argument("--epochs", type=positive_int, ...)`.
+"""Which values a flag takes, said where the flag is added: `add_argument("--epochs", type=positive_int, ...)`.
 
 A range reads a number as `int` or `float` would. Whether the number lies inside is checked when everything is parsed
 (`util.config.parse_checked`): a value from the command line, a YAML file, a preset or the parser's default is then held
-to the same range, with the same message.
+to the same range, with the same message. Every range ends somewhere: beyond it a program would hang or run out of
+memory, or the number is a slip of the pen.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 from util.read import short_repr
 
+MANY = 10**9  # of things that are only counted
+LARGEST = 1e12  # of factors and weights
+
 
 @dataclass(frozen=True)
 class Range:
@@ -27,8 +31,8 @@ class Range:
     kind: type[int] | type[float]
     says: str
     low: float
-    high: float = math.inf
-    ends: str = "[)"
+    high: float
+    ends: str = "[]"
 
     def __call__(self, text: str) -> float:
         """The number that `text` states. Raises ArgumentTypeError if it states none."""
@@ -49,6 +53,11 @@ class Range:
         is_below = value <= self.high if self.ends[1] == "]" else value < self.high
         return is_above and is_below
 
+    def complaint(self, value: float) -> str:
+        """What a message says of a number outside."""
+        says = f"must be at most {self.high}" if value > self.high and "lie in" not in self.says else self.says
+        return f"{says}, got {_number(value)}"
+
 
 @dataclass(frozen=True)
 class Text:
@@ -65,18 +74,32 @@ class Text:
         """Whether the pattern matches."""
         return re.fullmatch(self.pattern, value) is not None
 
+    def complaint(self, value: str) -> str:
+        """What a message says of another text."""
+        return f"{self.says}, got {short_repr(value)}"
 
-positive_int = Range(int, "must be positive", 1)
-positive_float = Range(float, "must be positive", 0, ends="()")
-nonnegative_int = Range(int, "must not be negative", 0)
-nonnegative_float = Range(float, "must not be negative", 0)
-finite_float = Range(float, "must be finite", -math.inf, ends="()")
-fraction = Range(float, "must lie in [0, 1]", 0, 1, "[]")
+
+def whole(low: int, high: int) -> Range:
+    """The whole numbers from low to high."""
+    return Range(int, f"must lie in {low} ... {high}", low, high)
+
+
+positive_int = Range(int, "must be positive", 1, MANY)
+positive_float = Range(float, "must be positive", 0, LARGEST, "(]")
+nonnegative_int = Range(int, "must not be negative", 0, MANY)
+nonnegative_float = Range(float, "must not be negative", 0, LARGEST)
+fraction = Range(float, "must lie in [0, 1]", 0, 1)
 fraction_below_one = Range(float, "must lie in [0, 1)", 0, 1, "[)")
 positive_fraction = Range(float, "must lie in (0, 1]", 0, 1, "(]")
+batch_int = whole(1, 65536)  # things held in memory at a time
+threads_int = whole(1, 512)
+workers_int = whole(0, 256)
+pixels_int = whole(1, 4096)  # side of a square picture
+width_int = whole(1, 16384)  # channels
+depth_int = whole(1, 256)  # layers
 
 MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
-seed_int = Range(int, f"must lie in 0 ... {MAX_SEED}", 0, MAX_SEED, "[]")
+seed_int = whole(0, MAX_SEED)
 
 device_name = Text("must be auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d{1,3})?")
 path_text = Text("must not be empty", r"(?s)[^\0]*[^\s\0][^\0]*")
@@ -91,4 +114,11 @@ def check_ranges(actions: Sequence[argparse.Action], values: Mapping[str, Any]) 
             continue
         for each in value if isinstance(value, list) else [value]:
             if not rule.holds(each):
-                raise ValueError(f"{action.option_strings[0]} {rule.says}, got {short_repr(each)}")
+                raise ValueError(f"{action.option_strings[0]} {rule.complaint(each)}")
+
+
+def _number(value: float) -> str:
+    """A number for a message. Python writes no whole number of more than 4,300 digits."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"a number of {math.floor(math.log10(abs(value))) + 1} digits"
+    return str(value)

@@ -10,24 +10,35 @@ import argparse
 import math
 
 from engine.cli.speed import SPEEDS, speed_preset
-from models.config import RESNET50_FPN_V2
-from models.sampling.config import ORDERS
+from models.config import NUM_TRAIN_STEPS, RESNET50_FPN_V2
+from models.sampling.config import MAX_CLIP_X0, MAX_GUIDANCE, MAX_TEMPERATURE, ORDERS
 from util.config import Parser, PresetAction
 from util.ranges import (
     Range,
+    batch_int,
+    depth_int,
     device_name,
-    finite_float,
     fraction,
     fraction_below_one,
     nonnegative_float,
     nonnegative_int,
+    pixels_int,
     positive_float,
     positive_int,
+    seed_int,
+    threads_int,
+    whole,
+    width_int,
+    workers_int,
 )
 
 DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
 DEFAULT_DETECTOR = f"./pretrained_models/{RESNET50_FPN_V2}_coco.pth"
+guidance_float = Range(float, f"must lie in [0, {MAX_GUIDANCE:g}]", 0, MAX_GUIDANCE)
+temperature_float = Range(float, f"must lie in [0, {MAX_TEMPERATURE:g}]", 0, MAX_TEMPERATURE)
+steps_int = whole(1, NUM_TRAIN_STEPS)
+clip_float = Range(float, f"must lie in (0, {MAX_CLIP_X0:g}]", 0, MAX_CLIP_X0, "(]")
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that the command line can undo a YAML file
 
 
@@ -65,32 +76,31 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="mar_huge", help="preset: mar_mini, mar_base, mar_large or mar_huge")
     group.add_argument(
-        "--img_size", type=positive_int, default=None, help="side of the square images in pixels (the preset's)"
+        "--img_size", type=pixels_int, default=None, help="side of the square images in pixels (the preset's)"
     )
     group.add_argument(
-        "--vae_embed_dim", type=positive_int, default=None, help="latent channels of the VAE (the preset's)"
+        "--vae_embed_dim", type=width_int, default=None, help="latent channels of the VAE (the preset's)"
     )
-    group.add_argument("--vae_stride", type=positive_int, default=None, help="pixels per latent cell (the preset's)")
+    group.add_argument("--vae_stride", type=whole(1, 256), default=None, help="pixels per latent cell (the preset's)")
     group.add_argument(
-        "--patch_size", type=positive_int, default=None, help="latent cells per token side (the preset's)"
-    )
-    group.add_argument(
-        "--class_num", type=positive_int, default=None, help="rows of MAR's class embedding (the preset's)"
+        "--patch_size", type=whole(1, 64), default=None, help="latent cells per token side (the preset's)"
     )
     group.add_argument(
-        "--buffer_size", type=positive_int, default=None, help="condition slots before the image tokens (the preset's)"
+        "--class_num", type=whole(1, 10**6), default=None, help="rows of MAR's class embedding (the preset's)"
     )
     group.add_argument(
-        "--diffloss_d", type=positive_int, default=None, help="depth of the diffusion head (the preset's)"
+        "--buffer_size",
+        type=whole(1, 4096),
+        default=None,
+        help="condition slots before the image tokens (the preset's)",
+    )
+    group.add_argument("--diffloss_d", type=depth_int, default=None, help="depth of the diffusion head (the preset's)")
+    group.add_argument("--diffloss_w", type=width_int, default=None, help="width of the diffusion head (the preset's)")
+    group.add_argument(
+        "--max_objects", type=whole(1, 4096), default=None, help="layout slots; at most --buffer_size (the preset's)"
     )
     group.add_argument(
-        "--diffloss_w", type=positive_int, default=None, help="width of the diffusion head (the preset's)"
-    )
-    group.add_argument(
-        "--max_objects", type=positive_int, default=None, help="layout slots; at most --buffer_size (the preset's)"
-    )
-    group.add_argument(
-        "--diffusion_batch_mul", type=positive_int, default=1, help="noise draws per masked token and step"
+        "--diffusion_batch_mul", type=whole(1, 1024), default=1, help="noise draws per masked token and step"
     )
     group.add_argument("--attn_dropout", type=fraction_below_one, default=0.0, help="dropout of attention weights")
     group.add_argument("--proj_dropout", type=fraction_below_one, default=0.0, help="dropout of projections")
@@ -100,7 +110,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rope_mode", default="gated", choices=["gated", "full", "off"],
                        help="2D RoPE with a learnable strength, at full strength, or not at all")  # fmt: skip
     group.add_argument("--no_learned_pos", action="store_true", help="leave out MAR's learned position embeddings")
-    group.add_argument("--layout_bias_value", type=Range(float, "must not be negative", 0, ends="[]"), default=math.inf,
+    group.add_argument("--layout_bias_value", type=Range(float, "must not be negative", 0, math.inf), default=math.inf,
                        help="subtracted from the logits of foreign layout tokens; inf forbids them")  # fmt: skip
     group.add_argument(
         "--layout_bias_encoder", action=SWITCH, default=True, help="the layout attention bias in the encoder's blocks"
@@ -149,7 +159,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use_cached", action=SWITCH, default=False, help="train from the cache in --cached_path")
     group.add_argument("--cached_path", default="", help="folder written by scripts.cache_latents")
     group.add_argument("--check_data", action="store_true", help="look at all that the run reads, then end")
-    group.add_argument("--num_workers", type=nonnegative_int, default=4, help="data loading processes per GPU")
+    group.add_argument("--num_workers", type=workers_int, default=4, help="data loading processes per GPU")
     group.add_argument("--pin_mem", action=SWITCH, default=True, help="pin batches for CUDA")
 
 
@@ -189,7 +199,7 @@ def add_length_args(group: argparse._ArgumentGroup) -> None:
                             "else the weights to start from (MAR's, or another stage's EMA weights)")  # fmt: skip
     group.add_argument("--no_auto_resume", action="store_true",
                        help="do not continue from a checkpoint-last.pth found in --output_dir: start over")  # fmt: skip
-    group.add_argument("--batch_size", type=positive_int, default=64, help="images per process and forward pass")
+    group.add_argument("--batch_size", type=batch_int, default=64, help="images per process and forward pass")
     group.add_argument("--accum_iter", type=positive_int, default=1, help="forward passes per optimizer step")
     group.add_argument("--epochs", type=positive_int, default=20, help="epochs of this stage")
     group.add_argument("--ema_rate", type=fraction, default=0.9999, help="decay of the average of what trains")
@@ -236,7 +246,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", default="./output/stage1_align", help="run folder")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder; None: tensorboard/ in --output_dir")
     add_device_arg(group)
-    group.add_argument("--seed", type=nonnegative_int, default=1, help="every draw is derived from it")
+    group.add_argument("--seed", type=seed_int, default=1, help="every draw is derived from it")
     group.add_argument(
         "--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast; weights stay fp32"
     )
@@ -245,7 +255,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
         "--fsdp", action=SWITCH, default=False, help="shard weights, gradients and optimizer over the processes"
     )
     group.add_argument(
-        "--num_threads", type=positive_int, default=None, help="CPU threads per process; None: PyTorch's choice"
+        "--num_threads", type=threads_int, default=None, help="CPU threads per process; None: PyTorch's choice"
     )
     group.add_argument(
         "--profile_steps", default="",
@@ -285,30 +295,30 @@ def add_timeout_arg(group: argparse._ArgumentGroup) -> None:
 def add_sampling_args(parser: argparse.ArgumentParser) -> None:
     """How images are drawn from the model."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num_iter", type=positive_int, default=64, help="autoregressive iterations per image")
-    group.add_argument("--num_sampling_steps", type=positive_int, default=100, help="diffusion steps per token")
+    group.add_argument("--num_iter", type=batch_int, default=64, help="autoregressive iterations per image")
+    group.add_argument("--num_sampling_steps", type=steps_int, default=100, help="diffusion steps per token")
     group.add_argument(
-        "--cfg", type=finite_float, default=1.0, help="guidance scale of text and layout together; 1: none"
+        "--cfg", type=guidance_float, default=1.0, help="guidance scale of text and layout together; 1: none"
     )
-    group.add_argument("--cfg_text", type=finite_float, default=None, help="guidance scale of the text; None: --cfg")
+    group.add_argument("--cfg_text", type=guidance_float, default=None, help="guidance scale of the text; None: --cfg")
     group.add_argument(
-        "--cfg_layout", type=finite_float, default=None, help="guidance scale of the layout; None: --cfg"
+        "--cfg_layout", type=guidance_float, default=None, help="guidance scale of the layout; None: --cfg"
     )
     group.add_argument(
         "--cfg_schedule", default="linear", choices=["linear", "constant"], help="guidance over iterations"
     )
     group.add_argument(
-        "--temperature", type=nonnegative_float, default=1.0, help="factor on the noise of the reverse diffusion steps"
+        "--temperature", type=temperature_float, default=1.0, help="factor on the noise of the reverse diffusion steps"
     )
     group.add_argument(
-        "--clip_x0", type=positive_float, default=None, help="bound on predicted latents, in standard deviations"
+        "--clip_x0", type=clip_float, default=None, help="bound on predicted latents, in standard deviations"
     )
     group.add_argument(
-        "--t_max", type=nonnegative_int, default=None,
+        "--t_max", type=whole(0, NUM_TRAIN_STEPS - 1), default=None,
         help="first diffusion timestep of sampling; None: the last one, 999 (950 with --num_sampling_steps_last)"
     )  # fmt: skip
     group.add_argument(
-        "--num_sampling_steps_last", type=positive_int, default=None,
+        "--num_sampling_steps_last", type=steps_int, default=None,
         help="diffusion steps per token in the last iteration, linear from --num_sampling_steps in the first; "
              "None: the same in all"
     )  # fmt: skip
@@ -348,7 +358,7 @@ def add_preview_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sample_freq", type=nonnegative_int, default=0, help="optimizer steps between previews; 0: none"
     )
-    group.add_argument("--num_preview", type=positive_int, default=8, help="images in a preview")
+    group.add_argument("--num_preview", type=batch_int, default=8, help="images in a preview")
 
 
 def add_score_args(group: argparse._ArgumentGroup) -> None:
@@ -360,4 +370,4 @@ def add_score_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--eval_images", type=positive_int, default=64, help="layouts scored: the profile's first ones")
     group.add_argument("--eval_split", default="",
                        help="split of the layouts; empty: --coco_split (pictures), the profile's (scores)")  # fmt: skip
-    group.add_argument("--eval_bsz", type=positive_int, default=8, help="images sampled at a time")
+    group.add_argument("--eval_bsz", type=batch_int, default=8, help="images sampled at a time")

@@ -18,11 +18,13 @@ from engine.cli.arguments import (
     add_sampling_args,
     add_score_args,
     add_sft_args,
+    steps_int,
 )
 from engine.rl.settings import ADV_NORMS, GUARD_MODES, KL_ESTIMATORS, MIXES, RewardSettings, RewardWeights
 from util.config import Parser
 from util.ranges import (
     Range,
+    batch_int,
     fraction,
     fraction_below_one,
     nonnegative_float,
@@ -30,6 +32,7 @@ from util.ranges import (
     positive_float,
     positive_fraction,
     positive_int,
+    whole,
 )
 
 ESTIMATORS = ("elbo", "trajectory")
@@ -86,7 +89,7 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--group_size",
-        type=Range(int, "must be at least 2: advantages compare images of one prompt", 2),
+        type=Range(int, "must be at least 2: advantages compare images of one prompt", 2, 1024),
         default=4,
         help="images sampled per prompt; --batch_size counts prompts",
     )
@@ -98,17 +101,19 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rl_masks",
-        type=positive_int,
+        type=whole(1, 65536),
         default=None,
         help="sampling iterations scored per image; None: 4 (elbo), 16 (trajectory)",
     )
     group.add_argument(
         "--rl_draws",
-        type=positive_int,
+        type=steps_int,
         default=None,
         help="noise draws per token (elbo; None: 8) or reverse steps scored (trajectory; None: all but 2 at each end)",
     )
-    group.add_argument("--inner_epochs", type=positive_int, default=2, help="optimizer steps on each update's rollouts")
+    group.add_argument(
+        "--inner_epochs", type=whole(1, 1000), default=2, help="optimizer steps on each update's rollouts"
+    )
     group.add_argument(
         "--clip_range", type=positive_float, default=None, help="of the ratio; None: 0.05 (elbo), 0.2 (trajectory)"
     )
@@ -178,7 +183,7 @@ def add_reward_args(parser: argparse.ArgumentParser) -> None:
         default=settings.iou_floor,
         help="a detection that overlaps less with a wanted box is not that object",
     )
-    group.add_argument("--reward_batch_size", type=positive_int, default=16, help="images the detector sees at a time")
+    group.add_argument("--reward_batch_size", type=batch_int, default=16, help="images the detector sees at a time")
 
 
 def add_rl_preview_args(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +193,7 @@ def add_rl_preview_args(parser: argparse.ArgumentParser) -> None:
         "--sample_freq", type=nonnegative_int, default=20, help="updates between pictures of rollouts; 0: none"
     )
     group.add_argument(
-        "--num_preview", type=positive_int, default=4, help="prompts in such a picture, with all their images"
+        "--num_preview", type=batch_int, default=4, help="prompts in such a picture, with all their images"
     )
     group.add_argument(
         "--online_eval",

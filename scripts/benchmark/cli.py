@@ -23,7 +23,7 @@ from models.config import preset_config
 from util.config import parse_checked
 from util.failures import one_line_errors
 from util.output import require_output_dir
-from util.ranges import positive_int
+from util.ranges import threads_int, whole
 
 PARTS = ("sampling", "rollout", "training", "update", "operations", "curves")
 
@@ -38,8 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", help="of the timed cases, those that begin so: 'StructMAR', 'MAR mar_mini, batch 4'"
     )
-    parser.add_argument("--repeats", type=positive_int, default=5, help="counted runs of each contender")
-    parser.add_argument("--threads", type=positive_int, default=1)
+    parser.add_argument("--repeats", type=whole(1, 1000), default=5, help="counted runs of each contender")
+    parser.add_argument("--threads", type=threads_int, default=1)
     parser.add_argument("--output_dir", type=Path, help="folder for benchmark.json, benchmark.md, benchmark.png")
     return parse_checked(parser, argv)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from engine.cli.arguments import script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
-from util.ranges import positive_int
+from util.ranges import positive_int, whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=None, help="json file of the results (None: not written)")
     parser.add_argument("--max_images", type=positive_int, default=None, help="only the first images of the split")
     parser.add_argument(
-        "--num_resamples", type=positive_int, default=1000, help="bootstrap resamples of the 95 %% intervals"
+        "--num_resamples", type=whole(1, 20000), default=1000, help="bootstrap resamples of the 95 %% intervals"
     )
     return parse_checked(parser, argv)
 

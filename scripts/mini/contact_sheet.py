@@ -12,19 +12,19 @@ from engine.cli.arguments import script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
 from util.output import require_output_file
-from util.ranges import nonnegative_int, positive_int
+from util.ranges import seed_int, whole
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = script_parser("scripts.mini.contact_sheet", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--size", type=positive_int, default=64, help="resolution at which scenes are drawn")
-    parser.add_argument("--cell", type=positive_int, default=256, help="pixels of one cell of the sheet")
-    parser.add_argument("--num_scenes", type=positive_int, default=24, help="number of scenes")
-    parser.add_argument("--columns", type=positive_int, default=6, help="cells in a row")
+    parser.add_argument("--size", type=whole(16, 1024), default=64, help="resolution at which scenes are drawn")
+    parser.add_argument("--cell", type=whole(16, 1024), default=256, help="pixels of one cell of the sheet")
+    parser.add_argument("--num_scenes", type=whole(1, 1000), default=24, help="number of scenes")
+    parser.add_argument("--columns", type=whole(1, 100), default=6, help="cells in a row")
     parser.add_argument("--single", action="store_true", help="single objects, class by class, in place of scenes")
     parser.add_argument("--no_boxes", action="store_true", help="leave the boxes out")
-    parser.add_argument("--seed", type=nonnegative_int, default=0, help="seed of the first scene")
+    parser.add_argument("--seed", type=seed_int, default=0, help="seed of the first scene")
     args = parse_checked(parser, argv)
     with one_line_errors(debug=args.debug):
         require_output_file("--output", args.output)

@@ -15,17 +15,17 @@ from pathlib import Path
 from engine.cli.arguments import script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
-from util.ranges import nonnegative_int, positive_int
+from util.ranges import seed_int, whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser("scripts.mini.make_dataset", __doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("data/mini_coco"), help="folder of the dataset")
-    parser.add_argument("--num_train", type=positive_int, default=6000, help="images in train2017")
-    parser.add_argument("--num_val", type=positive_int, default=500, help="images in val2017")
-    parser.add_argument("--size", type=positive_int, default=64, help="side of the images in pixels")
-    parser.add_argument("--seed", type=nonnegative_int, default=0, help="seed of the whole dataset")
-    parser.add_argument("--num_workers", type=nonnegative_int, default=2, help="processes that draw")
+    parser.add_argument("--num_train", type=whole(1, 10**6), default=6000, help="images in train2017")
+    parser.add_argument("--num_val", type=whole(1, 10**6), default=500, help="images in val2017")
+    parser.add_argument("--size", type=whole(16, 1024), default=64, help="side of the images in pixels")
+    parser.add_argument("--seed", type=seed_int, default=0, help="seed of the whole dataset")
+    parser.add_argument("--num_workers", type=whole(1, 256), default=2, help="processes that draw")
     return parse_checked(parser, argv)
 
 

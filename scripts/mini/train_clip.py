@@ -22,7 +22,16 @@ from pathlib import Path
 from engine.cli.arguments import script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
-from util.ranges import nonnegative_float, nonnegative_int, positive_float, positive_int
+from util.ranges import (
+    batch_int,
+    depth_int,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    seed_int,
+    width_int,
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,15 +39,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/mini_coco"), help="COCO folder of the mini world")
     parser.add_argument("--output", type=Path, default=Path("pretrained_models/mini/clip-text-mini"))
     parser.add_argument("--steps", type=positive_int, default=1200)
-    parser.add_argument("--batch_size", type=positive_int, default=64)
+    parser.add_argument("--batch_size", type=batch_int, default=64)
     parser.add_argument("--lr", type=positive_float, default=1.5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--warmup", type=nonnegative_int, default=60, help="steps of linear warmup")
-    parser.add_argument("--width", type=positive_int, default=64, help="width of text encoder and image tower")
-    parser.add_argument("--depth", type=positive_int, default=2, help="layers of the text encoder")
+    parser.add_argument("--width", type=width_int, default=64, help="width of text encoder and image tower")
+    parser.add_argument("--depth", type=depth_int, default=2, help="layers of the text encoder")
     parser.add_argument(
         "--word_weight", type=nonnegative_float, default=0.2, help="weight of each word prediction loss"
     )
-    parser.add_argument("--seed", type=nonnegative_int, default=0)
+    parser.add_argument("--seed", type=seed_int, default=0)
     parser.add_argument("--save_freq", type=positive_int, default=200, help="steps between saved states")
     parser.add_argument("--log_freq", type=positive_int, default=50)
     parser.add_argument("--max_images", type=positive_int, default=None, help="use the first images only")

@@ -26,7 +26,7 @@ from engine.cli.arguments import script_parser
 from models.config import SMALL, SMALL_FPN
 from util.config import parse_checked
 from util.failures import one_line_errors
-from util.ranges import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
+from util.ranges import batch_int, fraction, nonnegative_float, nonnegative_int, positive_float, positive_int, seed_int
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,12 +35,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(f"pretrained_models/mini/{SMALL}.pth"))
     parser.add_argument("--arch", choices=(SMALL, SMALL_FPN), default=SMALL)
     parser.add_argument("--steps", type=positive_int, default=1200)
-    parser.add_argument("--batch_size", type=positive_int, default=16)
+    parser.add_argument("--batch_size", type=batch_int, default=16)
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--warmup", type=nonnegative_int, default=100, help="steps of linear warmup")
     parser.add_argument("--weight_decay", type=nonnegative_float, default=1e-3)
     parser.add_argument("--soften_prob", type=fraction, default=0.4, help="share of images made soft or noisy")
-    parser.add_argument("--seed", type=nonnegative_int, default=0)
+    parser.add_argument("--seed", type=seed_int, default=0)
     parser.add_argument("--save_freq", type=positive_int, default=250, help="steps between saved states")
     parser.add_argument("--log_freq", type=positive_int, default=50)
     parser.add_argument("--max_images", type=positive_int, default=None, help="use the first images of each split only")

@@ -28,7 +28,16 @@ from pathlib import Path
 from engine.cli.arguments import script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
-from util.ranges import fraction, nonnegative_float, nonnegative_int, positive_float, positive_int
+from util.ranges import (
+    batch_int,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    seed_int,
+    width_int,
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,12 +45,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/mini_coco"), help="folder with train2017 and val2017")
     parser.add_argument("--output", type=Path, default=Path("pretrained_models/mini/vae/kl8_mini.ckpt"))
     parser.add_argument("--steps", type=positive_int, default=2200)
-    parser.add_argument("--batch_size", type=positive_int, default=16)
+    parser.add_argument("--batch_size", type=batch_int, default=16)
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--warmup", type=nonnegative_int, default=100, help="steps of linear warmup")
-    parser.add_argument("--widths", type=positive_int, nargs="+", default=[32, 48, 56, 56], help="channels per level")
-    parser.add_argument("--groups", type=positive_int, default=8, help="GroupNorm groups")
-    parser.add_argument("--latent_channels", type=positive_int, default=16)
+    parser.add_argument("--widths", type=width_int, nargs="+", default=[32, 48, 56, 56], help="channels per level")
+    parser.add_argument("--groups", type=width_int, default=8, help="GroupNorm groups")
+    parser.add_argument("--latent_channels", type=width_int, default=16)
     parser.add_argument("--kl_weight", type=nonnegative_float, default=1e-3)
     parser.add_argument("--mse_weight", type=nonnegative_float, default=4.0)
     parser.add_argument("--edge_weight", type=nonnegative_float, default=0.25)
@@ -50,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ema_rate", type=fraction, default=0.998)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of the forward pass")
-    parser.add_argument("--seed", type=nonnegative_int, default=0)
+    parser.add_argument("--seed", type=seed_int, default=0)
     parser.add_argument("--init", type=Path, default=None, help="start from the weights of this VAE file")
     parser.add_argument("--save_freq", type=positive_int, default=250, help="steps between saved states")
     parser.add_argument("--log_freq", type=positive_int, default=50)

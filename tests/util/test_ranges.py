@@ -10,35 +10,62 @@ import pytest
 from util.config import parse_checked
 from util.ranges import (
     Range,
+    Text,
     check_ranges,
-    finite_float,
+    device_name,
     fraction,
     fraction_below_one,
     nonnegative_float,
     nonnegative_int,
+    optional_path,
+    path_text,
     positive_float,
     positive_fraction,
     positive_int,
+    whole,
 )
 
 
 @pytest.mark.parametrize(
     ("numbers", "inside", "outside"),
     [
-        (positive_int, [1, 2, 10**30], [0, -1]),
-        (positive_float, [1e-300, 1.0], [0.0, -1e-300, math.inf]),
-        (nonnegative_int, [0, 1], [-1]),
-        (nonnegative_float, [0.0, 1e300], [-1e-300, math.inf]),
-        (finite_float, [-1e300, 0.0, 1e300], [-math.inf, math.inf]),
+        (positive_int, [1, 2, 10**9], [0, -1, 10**30]),
+        (positive_float, [1e-300, 1.0], [0.0, -1e-300, 1e30, math.inf]),
+        (nonnegative_int, [0, 1], [-1, 2**70]),
+        (nonnegative_float, [0.0, 1e12], [-1e-300, 1e300, math.inf]),
         (fraction, [0.0, 0.5, 1.0], [-1e-9, 1.0 + 1e-9]),
         (fraction_below_one, [0.0, 1.0 - 1e-9], [-1e-9, 1.0]),
         (positive_fraction, [1e-9, 1.0], [0.0, 1.0 + 1e-9]),
-        (Range(float, "", 0, ends="[]"), [0.0, math.inf], [-1e-9]),
+        (Range(float, "", 0, math.inf), [0.0, math.inf], [-1e-9]),
     ],
 )
 def test_what_holds(numbers: Range, inside: list[float], outside: list[float]) -> None:
     assert all(numbers.holds(value) for value in inside)
     assert not any(numbers.holds(value) for value in [*outside, math.nan])
+
+
+@pytest.mark.parametrize(
+    ("rule", "inside", "outside"),
+    [
+        (device_name, ["auto", "cpu", "cuda", "cuda:3"], ["", "tpu", "cuda:", "cuda:x", "cpu ", "mps"]),
+        (path_text, ["a", "./a b", " a"], ["", " ", "\n", "a\0"]),
+        (optional_path, ["", "a"], [" ", "\t", "\0"]),
+    ],
+)
+def test_what_texts_hold(rule: Text, inside: list[str], outside: list[str]) -> None:
+    assert all(rule.holds(value) for value in inside)
+    assert not any(rule.holds(value) for value in outside)
+
+
+def test_messages_are_short_and_name_the_side() -> None:
+    assert positive_int.complaint(0) == "must be positive, got 0"
+    assert positive_int.complaint(10**10) == "must be at most 1000000000, got 10000000000"
+    assert positive_int.complaint(10**5000) == "must be at most 1000000000, got a number of 5001 digits"
+    assert whole(1, 9).complaint(10) == "must lie in 1 ... 9, got 10"
+    assert len(device_name.complaint("x" * 5000)) < 300
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        positive_int("9" * 5000)
+    assert len(str(caught.value)) < 300
 
 
 def parser() -> argparse.ArgumentParser:
