@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from engine.cli.arguments import add_device_arg, script_parser
-from util.config import parse_checked
+from engine.cli.arguments import SWITCH, add_config_arg, add_device_arg, script_parser
+from util.config import parse_args
 from util.failures import first_process_speaks, one_line_errors
 from util.output import require_output_dir
 from util.ranges import batch_int, pixels_int, positive_float, workers_int
@@ -22,6 +22,7 @@ from util.ranges import batch_int, pixels_int, positive_float, workers_int
 
 def get_parser() -> argparse.ArgumentParser:
     parser = script_parser("scripts.cache_latents", __doc__)
+    add_config_arg(parser)
     parser.add_argument("--coco_root", required=True, help="folder with annotations/ and the image folders")
     parser.add_argument("--coco_split", default="train2014", help="e.g. train2014, val2017: any split with both jsons")
     parser.add_argument("--cached_path", required=True, help="where to write latents/ and text/; one folder per split")
@@ -38,18 +39,20 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_workers", type=workers_int, default=4, help="processes that read images")
     add_device_arg(parser)
-    parser.add_argument("--no_latents", action="store_true", help="do not cache latents")
-    parser.add_argument("--no_text", action="store_true", help="do not cache text states")
-    parser.add_argument("--check_data", action="store_true", help="look at all that is read, then end; write nothing")
+    parser.add_argument("--latents", action=SWITCH, was="no_latents", default=True, help="cache latents")
+    parser.add_argument("--text", action=SWITCH, was="no_text", default=True, help="cache text states")
+    parser.add_argument(
+        "--check_data", action=SWITCH, default=False, help="look at all that is read, then end; write nothing"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with first_process_speaks():
-        args = parse_checked(get_parser(), argv)
+        args = parse_args(get_parser(), argv)
     with one_line_errors("cache_latents", args.debug):
-        if args.no_latents and args.no_text:
-            raise ValueError("--no_latents and --no_text together leave nothing to do")
+        if not args.latents and not args.text:
+            raise ValueError("--no-latents and --no-text together leave nothing to do")
         require_output_dir("--cached_path", args.cached_path)
         from engine.cli.build_cache import cache_split  # imports PyTorch: once the arguments are known to be right
 

@@ -21,6 +21,7 @@ from engine.cli.arguments import (
     DEFAULT_VAE,
     add_config_arg,
     add_device_arg,
+    add_ema_arg,
     add_sampling_args,
     script_parser,
     steps_int,
@@ -38,7 +39,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_config_arg(parser)
     group = parser.add_argument_group("weights and scenes")
     group.add_argument("--resume", required=True, help="training checkpoint, its folder, or exported .safetensors")
-    group.add_argument("--no_ema", action="store_true", help="a checkpoint's raw weights, not their average")
+    add_ema_arg(group)
     group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint in the LDM layout")
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
     group.add_argument("--coco_root", default="./data/coco", help="captions and boxes (only its annotations/ is read)")
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> list[HeadComparison]:
         torch.set_num_threads(args.num_threads)
     config = sampling_config(args)
     device = init_distributed(args.device).device
-    parts = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device, not args.no_ema)
+    parts = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device, args.ema)
     model, identity = parts.model, parts.identity
     assert identity is not None, "a checkpoint says what it is made for"
     index = CocoIndex.load(

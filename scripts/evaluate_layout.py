@@ -27,6 +27,7 @@ from engine.cli.arguments import (
     add_compile_args,
     add_config_arg,
     add_device_arg,
+    add_ema_arg,
     add_sampling_args,
     add_speed_arg,
     add_timeout_arg,
@@ -70,15 +71,16 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image_size", default="profile", choices=IMAGE_SIZES,
                        help="of --images; source: the photographs' own; any: resized as photographs")  # fmt: skip
     group.add_argument("--name", default=None, help="name of the row (the stage or the folder)")
-    group.add_argument("--no_ema", action="store_true", help="a checkpoint's raw weights, not their average")
+    add_ema_arg(group)
     group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint; with --images for its bound only")
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
-    group.add_argument("--allow_other_frozen", action="store_true",
+    group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
                        help="generate with a VAE or text encoder other than the one trained with")  # fmt: skip
     group.add_argument(
         "--seeds", type=seed_int, nargs="+", default=[0], help="one set of images for each; means are taken"
     )
-    group.add_argument("--no_layout_run", action="store_true", help="also generate without any boxes")
+    group.add_argument("--without_layout", action=SWITCH, was="no_layout_run", was_negative=False, default=False,
+                       help="also generate without any boxes")  # fmt: skip
     group.add_argument("--real_bound", action=SWITCH, default=True, help="score the real images (they must be there)")
     group.add_argument("--vae_bound", action=SWITCH, default=None,
                        help="score the VAE round trip; default: with --resume, or when --vae_path exists")  # fmt: skip
@@ -90,7 +92,7 @@ def add_judge_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what scores")
     group.add_argument("--detector", default=DEFAULT_DETECTOR,
                        help="Faster R-CNN weights (.pth) or an export (.onnx: YOLOX, YOLOv8, DETR)")  # fmt: skip
-    group.add_argument("--skip_unknown", action="store_true",
+    group.add_argument("--skip_unknown", action=SWITCH, default=False,
                        help="leave out the categories that the detector does not know")  # fmt: skip
     group.add_argument("--reward_detector", nargs="+", default=[],
                        help="files or sha256 of detectors that were a reward; a checkpoint names its own")  # fmt: skip
@@ -115,7 +117,9 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     add_compile_args(group)
     add_timeout_arg(group)
     group.add_argument("--output_dir", default="./output/evaluation", help="made if missing; continued if begun")
-    group.add_argument("--rescore", action="store_true", help="score the images that are there; never generate")
+    group.add_argument(
+        "--rescore", action=SWITCH, default=False, help="score the images that are there; never generate"
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -127,7 +131,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--seeds must be different numbers, got {args.seeds}")
     if args.name is not None:
         require_own_name(args.name, "--name")
-    for name in ("no_layout_run", "rescore"):
+    for name in ("without_layout", "rescore"):
         if args.images and vars(args)[name]:
             raise ValueError(f"--{name} is for generated images (--resume), got --images {args.images}")
     if args.resume and args.image_size != "profile":

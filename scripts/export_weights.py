@@ -3,7 +3,7 @@
     python -m scripts.export_weights --resume output/stage2_sft/checkpoint-last.pth --output structmar.safetensors
 
 What the weights were made for (sizes, categories, ids of the VAE and the text encoder, stage, step) goes into the
-file's metadata; `scripts.sample` reads it from there. The averaged (EMA) weights are taken unless --no_ema is given.
+file's metadata; `scripts.sample` reads it from there. The averaged (EMA) weights are taken unless --no-ema is given.
 So do the options to sample them with: those the checkpoint names, or those of --sampling_config, a YAML file of
 sampling flags (num_iter: 16, cfg_text: 6.0, ...); flags that the file leaves out have their defaults.
 """
@@ -14,20 +14,21 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import add_sampling_args, script_parser
+from engine.cli.arguments import add_config_arg, add_ema_arg, add_sampling_args, script_parser
 from engine.cli.sampling import sampling_config
 from models.config import EXPORT_PRECISIONS
 from models.sampling.config import SamplingConfig
-from util.config import set_defaults_from_yaml
+from util.config import parse_args, set_defaults_from_yaml
 from util.failures import one_line_errors
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = script_parser("scripts.export_weights", __doc__)
+    add_config_arg(parser)
     parser.add_argument("--resume", required=True, help="training checkpoint, its folder, or an exported file")
     parser.add_argument("--output", required=True, help="the .safetensors file to write (replaced if it exists)")
     parser.add_argument("--dtype", default="fp32", choices=list(EXPORT_PRECISIONS), help="fp16 and bf16 halve the file")
-    parser.add_argument("--no_ema", action="store_true", help="the raw weights, not their average")
+    add_ema_arg(parser)
     parser.add_argument("--sampling_config", default=None, help="YAML of sampling flags that the file shall name")
     return parser
 
@@ -44,7 +45,7 @@ def read_sampling_config(path: str) -> SamplingConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    args = parse_args(get_parser(), argv)
     with one_line_errors(debug=args.debug):
         sampling = read_sampling_config(args.sampling_config) if args.sampling_config else None
         print(export(args, sampling))
@@ -57,7 +58,7 @@ def export(args: argparse.Namespace, sampling: SamplingConfig | None) -> str:
     from util.logging import setup_logging
 
     setup_logging()
-    identity = export_weights(args.resume, args.output, args.dtype, not args.no_ema, sampling)
+    identity = export_weights(args.resume, args.output, args.dtype, args.ema, sampling)
     size = Path(args.output).stat().st_size / 1e6
     kind = f"{identity.weights} weights of stage {identity.stage} after {identity.step} steps"
     return f"wrote {args.output}: {kind}, {args.dtype},\n{size:.1f} MB, sha256 {sha256_file(args.output)}"

@@ -48,7 +48,7 @@ build_if_missing $MINI/fasterrcnn_mini_judge.pth $python -m scripts.mini.train_d
 step "the README's picture and numbers (20 minutes)"
 $python -m scripts.sample --config configs/mini_sample.yaml --layout "" --coco_root data/mini_coco --coco_split val2017 \
     --num_images 16 --grid_scale 3 --output_dir output/mini/samples
-$python -m scripts.evaluate_layout --config configs/mini_eval.yaml --seeds 0 1 2 --no_layout_run --precision "$PRECISION"
+$python -m scripts.evaluate_layout --config configs/mini_eval.yaml --seeds 0 1 2 --without_layout --precision "$PRECISION"
 $python -m scripts.mini.colour_accuracy --images output/mini/evaluation/images/seed_{0,1,2} \
     --output output/mini/evaluation/colour.json
 echo "grid: output/mini/samples/grid.png"

@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from engine.cli.arguments import (
     DEFAULT_CLIP,
     DEFAULT_VAE,
+    SWITCH,
     add_compile_args,
     add_config_arg,
     add_device_arg,
+    add_ema_arg,
     add_sampling_args,
     add_speed_arg,
     script_parser,
@@ -50,10 +52,10 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("weights")
     group.add_argument("--resume", required=True,
                        help="training checkpoint or its folder, exported .safetensors, or MAR's weights")  # fmt: skip
-    group.add_argument("--no_ema", action="store_true", help="a checkpoint's raw weights, not their average")
+    add_ema_arg(group)
     group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint in the LDM layout")
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
-    group.add_argument("--allow_other_frozen", action="store_true",
+    group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
                        help="sample with a VAE or text encoder other than the one trained with")  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def read_weights(path: str | Path, use_ema: bool = True) -> tuple[dict[str, Tens
     if identity is None or is_mar_state(state["model"]):
         raise ValueError(f"{file} holds MAR's weights, without text and layout parts: sample them with --class_label")
     if not use_ema and identity.weights == "ema":
-        raise ValueError(f"{file} holds the ema weights only: --no_ema needs the training checkpoint")
+        raise ValueError(f"{file} holds the ema weights only: --no-ema needs the training checkpoint")
     averaged = state["model_ema"] if use_ema else {}
     return {**state["model"], **averaged}, identity
 

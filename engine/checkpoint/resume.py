@@ -77,7 +77,7 @@ def find_source(output_dir: str | Path, resume: str, auto_resume: bool, stage: s
         own_names = (own.resolve(), own.parent.resolve())
         if resume and resume != state["args"].get("resume") and Path(resume).resolve() not in own_names:
             logger.warning("--resume %s is not read: %s is continued; for the former choose another --output_dir, or "
-                           "--no_auto_resume, which overwrites the latter", resume, own)  # fmt: skip
+                           "--no-auto_resume, which overwrites the latter", resume, own)  # fmt: skip
         return Source("continue", own, state)
     if not resume:
         return Source("scratch", None, {})
@@ -205,9 +205,9 @@ def log_changed_args(source: Source, args: Mapping[str, Any], ignored: tuple[str
     if source.kind != "continue":
         return
     before = source.state["args"]
-    changed = [name for name in args if name not in ignored and before.get(name) != args[name]]
+    changed = [name for name in args if name in before and name not in ignored and before[name] != args[name]]
     for name in changed:
-        logger.warning("continuing with another --%s: %s, before %s", name, args[name], before.get(name))
+        logger.warning("continuing with another --%s: %s, before %s", name, args[name], before[name])
 
 
 def checkpoint_content(

@@ -12,7 +12,7 @@ import math
 from engine.cli.speed import SPEEDS, speed_preset
 from models.config import NUM_TRAIN_STEPS, RESNET50_FPN_V2
 from models.sampling.config import MAX_CLIP_X0, MAX_GUIDANCE, MAX_TEMPERATURE, ORDERS
-from util.config import Parser, PresetAction
+from util.config import Parser, PresetAction, Switch
 from util.ranges import (
     Range,
     batch_int,
@@ -39,7 +39,7 @@ guidance_float = Range(float, f"must lie in [0, {MAX_GUIDANCE:g}]", 0, MAX_GUIDA
 temperature_float = Range(float, f"must lie in [0, {MAX_TEMPERATURE:g}]", 0, MAX_TEMPERATURE)
 steps_int = whole(1, NUM_TRAIN_STEPS)
 clip_float = Range(float, f"must lie in (0, {MAX_CLIP_X0:g}]", 0, MAX_CLIP_X0, "(]")
-SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag, so that the command line can undo a YAML file
+SWITCH = Switch
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -65,6 +65,12 @@ def script_parser(module: str, description: str | None) -> argparse.ArgumentPars
     parser = Parser(prog=f"python -m {module}", description=description)
     add_debug_arg(parser)
     return parser
+
+
+def add_ema_arg(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--ema", action=SWITCH, was="no_ema", default=True, help="a checkpoint's averaged weights, else its raw ones"
+    )
 
 
 def add_config_arg(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +115,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rope_mode", default="gated", choices=["gated", "full", "off"],
                        help="2D RoPE with a learnable strength, at full strength, or not at all")  # fmt: skip
-    group.add_argument("--no_learned_pos", action="store_true", help="leave out MAR's learned position embeddings")
+    group.add_argument("--learned_pos", action=SWITCH, was="no_learned_pos", default=True,
+                       help="MAR's learned position embeddings")  # fmt: skip
     group.add_argument("--layout_bias_value", type=Range(float, "must not be negative", 0, math.inf), default=math.inf,
                        help="subtracted from the logits of foreign layout tokens; inf forbids them")  # fmt: skip
     group.add_argument(
@@ -158,7 +165,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep_crowd", action=SWITCH, default=False, help="keep boxes marked iscrowd")
     group.add_argument("--use_cached", action=SWITCH, default=False, help="train from the cache in --cached_path")
     group.add_argument("--cached_path", default="", help="folder written by scripts.cache_latents")
-    group.add_argument("--check_data", action="store_true", help="look at all that the run reads, then end")
+    group.add_argument("--check_data", action=SWITCH, default=False, help="look at all that the run reads, then end")
     group.add_argument("--num_workers", type=workers_int, default=4, help="data loading processes per GPU")
     group.add_argument("--pin_mem", action=SWITCH, default=True, help="pin batches for CUDA")
 
@@ -197,8 +204,8 @@ def add_length_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--resume", default="",
                        help="checkpoint file, or a folder with checkpoint-last.pth: continued if this stage wrote it, "
                             "else the weights to start from (MAR's, or another stage's EMA weights)")  # fmt: skip
-    group.add_argument("--no_auto_resume", action="store_true",
-                       help="do not continue from a checkpoint-last.pth found in --output_dir: start over")  # fmt: skip
+    group.add_argument("--auto_resume", action=SWITCH, was="no_auto_resume", default=True,
+                       help="continue from a checkpoint-last.pth found in --output_dir; else start over")  # fmt: skip
     group.add_argument("--batch_size", type=batch_int, default=64, help="images per process and forward pass")
     group.add_argument("--accum_iter", type=positive_int, default=1, help="forward passes per optimizer step")
     group.add_argument("--epochs", type=positive_int, default=20, help="epochs of this stage")

@@ -36,6 +36,7 @@ from engine.checkpoint.resume import (
 )
 from engine.checkpoint.writer import CheckpointWriter
 from engine.cli.sampling import sampling_config
+from engine.cli.sizes import model_config
 from engine.data.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data.check import DataCheck, check_dataset
 from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler
@@ -58,7 +59,7 @@ from models.frozen.text import ClipTextEncoder
 from models.frozen.vae import LatentCodec
 from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
-from models.structmar import StructMAR, StructMARConfig, preset_config
+from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable, summarize_trainable
 from util.coco import CocoIndex
 from util.config import resolved_dict
@@ -70,35 +71,10 @@ from util.types import Category
 
 logger = logging.getLogger(__name__)
 
-PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
-                 "diffloss_w", "max_objects")  # fmt: skip
-FREE_FLAGS = ("output_dir", "log_dir", "resume", "no_auto_resume", "num_workers", "pin_mem", "log_freq",
+FREE_FLAGS = ("output_dir", "log_dir", "resume", "auto_resume", "num_workers", "pin_mem", "log_freq",
               "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "debug", "dist_timeout",
               "profile_steps", "check_data")  # fmt: skip
 """A continued run may change these without a word: they do not change what it learns."""
-
-
-def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -> StructMARConfig:
-    """The preset with what the flags replace. Raises ValueError for an unknown preset or sizes that do not fit."""
-    values = vars(args)
-    chosen = {name: values[name] for name in PRESET_FIELDS if values[name] is not None}
-    return preset_config(
-        args.model,
-        num_categories=num_categories,
-        text_dim=text_dim,
-        diffusion_batch_mul=args.diffusion_batch_mul,
-        attn_dropout=args.attn_dropout,
-        proj_dropout=args.proj_dropout,
-        grad_checkpointing=args.grad_checkpointing,
-        rope_mode=args.rope_mode,
-        learned_pos=not args.no_learned_pos,
-        layout_bias_value=args.layout_bias_value,
-        layout_bias_encoder=args.layout_bias_encoder,
-        layout_bias_decoder=args.layout_bias_decoder,
-        layout_fourier=args.layout_fourier,
-        cross_attn_every=args.cross_attn_every,
-        **chosen,
-    )
 
 
 def data_config(args: argparse.Namespace, img_size: int, max_objects: int) -> DataConfig:
@@ -245,7 +221,7 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     config = model_config(args, len(categories), frozen.text_encoder.dim)
     sampler = build_sampler(args, dataset, dist)
     scored = build_online_targets(args, config, categories, dist.device)
-    source = find_source(args.output_dir, args.resume, not args.no_auto_resume, stage.name)
+    source = find_source(args.output_dir, args.resume, args.auto_resume, stage.name)
     kept = source.identity.sampling if stage.keeps_sampling and source.identity is not None else None
     codec, text_encoder_id = frozen.codec, frozen.text_encoder.id
     identity = Identity(config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling)

@@ -42,10 +42,10 @@ def cache_split(args: argparse.Namespace) -> list[str]:
         said = [
             f"{len(index)} images and {len(index.captions())} captions of {index.split}: their entries are in order"
         ]
-        if not args.no_latents:
+        if args.latents:
             said.append(_check_images(index, dist))
-        codec = None if args.no_latents else LatentCodec.load(args.vae_path, dist.device, args.latent_scale)
-        encoder = None if args.no_text else ClipTextEncoder.load(args.clip_path, dist.device)
+        codec = LatentCodec.load(args.vae_path, dist.device, args.latent_scale) if args.latents else None
+        encoder = ClipTextEncoder.load(args.clip_path, dist.device) if args.text else None
         if not args.check_data:
             if codec is not None:
                 cache_latents(args, index, codec, dist)

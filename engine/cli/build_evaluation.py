@@ -85,7 +85,7 @@ def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
         round_trip=None,
         vae_id=None,
         bounds=BoundStore(Path(args.bounds_dir)) if args.bounds_dir else None,
-        no_layout_run=args.no_layout_run,
+        no_layout_run=args.without_layout,
         quality=read_quality(args, dist),
         num_resamples=args.num_resamples,
         detector_batch_size=args.detector_batch_size,
@@ -128,7 +128,7 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
     """The model with its frozen parts, fitted to the profile; what was begun in --output_dir must be the same."""
     profile = eval_set.profile
     pipeline = StructMARPipeline.from_checkpoint(
-        args.resume, args.vae_path, args.clip_path, dist.device, not args.no_ema, args.allow_other_frozen
+        args.resume, args.vae_path, args.clip_path, dist.device, args.ema, args.allow_other_frozen
     )  # fmt: skip
     identity = identity_of(pipeline)
     require_same_categories(eval_set.categories, identity.categories, f"{args.coco_root} {eval_set.split}")

@@ -78,7 +78,7 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device) -> Job:
     scenes = read_scenes(args, identity)
     require_free(Path(args.output_dir), len(scenes))
     pipeline = StructMARPipeline.from_checkpoint(
-        args.resume, args.vae_path, args.clip_path, device, not args.no_ema, args.allow_other_frozen
+        args.resume, args.vae_path, args.clip_path, device, args.ema, args.allow_other_frozen
     )  # fmt: skip
     return Job(pipeline, scenes, None, seeds_of(args, len(scenes)), config)
 
@@ -98,7 +98,7 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     require_free(Path(args.output_dir), len(labels))
     codec = LatentCodec.load(args.vae_path, device)
     require_fitting_codec(codec, args.vae_path, architecture)
-    model = load_mar_for_sampling(args.resume, architecture, device, use_ema=not args.no_ema)
+    model = load_mar_for_sampling(args.resume, architecture, device, use_ema=args.ema)
     pipeline = StructMARPipeline.from_parts(model, codec, caption_encoder=None)
     pipeline.source = args.resume
     scenes = [text_scene(f"class {label}") for label in labels]

@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.cli.sampling import sampling_config
+from engine.cli.sizes import model_config
 from engine.train.profile import profiled_steps
 from models.config import TRAIN_MODES
 from util.names import LAST_NAME
@@ -65,6 +67,12 @@ def _check_run(args: argparse.Namespace) -> None:
         )
     if args.use_cached and args.crop != "center":
         raise ValueError(f"caches hold centre crops: --use_cached does not go with --crop {args.crop}")
+    rates = {f"--{name}_drop_prob": vars(args)[f"{name}_drop_prob"] for name in ("label", "text", "layout")}
+    if sum(rates.values()) > 1:
+        listed = ", ".join(f"{flag} {rate}" for flag, rate in rates.items())
+        raise ValueError(f"{listed} add up to {sum(rates.values()):g}, which is more than 1")
+    model_config(args, num_categories=0, text_dim=0)  # do the sizes fit together?
+    sampling_config(args)
     require_output_dir("--output_dir", args.output_dir)
     if args.log_dir is not None:
         require_output_dir("--log_dir", args.log_dir)

@@ -122,7 +122,7 @@ def not_measured(run: EvaluationRun) -> dict[str, str]:
     if run.round_trip is None:
         skipped[VAE] = "needs the photographs, a VAE (--vae_path) and pictures of a size that fits it"
     if run.generation is not None and not run.no_layout_run:
-        skipped[NO_LAYOUT] = "not asked for (--no_layout_run)"
+        skipped[NO_LAYOUT] = "not asked for (--without_layout)"
     if not can_shuffle(run):
         skipped[SHUFFLED] = "needs at least two images"
     if run.quality is None:

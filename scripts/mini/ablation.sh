@@ -82,7 +82,7 @@ for name in "${NAMES[@]}"; do
     fi
     step "$name: $IMAGES images"
     layout=()
-    if [ "$name" = text_only ]; then layout=(--no_layout_run); fi
+    if [ "$name" = text_only ]; then layout=(--without_layout); fi
     # shellcheck disable=SC2086  # SEEDS is a list
     $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --name "$name" \
         --resume "$OUT/$name/checkpoint-last.pth" --output_dir "$evaluation" --max_images "$IMAGES" --seeds $SEEDS \

@@ -14,10 +14,10 @@ from typing import Any
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import Scene, render_scene
+from util.logging import progress
 
 FORMAT_VERSION = 1  # raise it when the drawing changes: an older dataset in the folder is then an error
 SETTINGS_FILE = "settings.json"
@@ -93,7 +93,7 @@ def _write_split(folder: Path, split: str, count: int, settings: DatasetSettings
     captions: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         results = pool.imap(write, range(count), chunksize=32)
-        for image_id, (records, texts) in enumerate(tqdm(results, total=count, desc=split), start=1):
+        for image_id, (records, texts) in enumerate(progress(results, total=count, desc=split), start=1):
             name = f"{image_id:012d}.jpg"
             images.append({"id": image_id, "file_name": name, "width": settings.size, "height": settings.size})
             instances += [

@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import script_parser
+from engine.cli.arguments import SWITCH, script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
 from util.ranges import (
@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_freq", type=positive_int, default=200, help="steps between saved states")
     parser.add_argument("--log_freq", type=positive_int, default=50)
     parser.add_argument("--max_images", type=positive_int, default=None, help="use the first images only")
-    parser.add_argument("--overwrite", action="store_true", help="train again although the output is there")
+    parser.add_argument("--overwrite", action=SWITCH, default=False, help="train again although the output is there")
     return parse_checked(parser, argv)
 
 

@@ -163,8 +163,8 @@ def test_variants_differ_in_one_part_only(tmp_path: Path, monkeypatch: pytest.Mo
               for line in evaluations(lines)}  # fmt: skip
     for name, values in scored.items():
         assert values["resume"] == f"{values['output_dir'].removesuffix('/evaluation')}/checkpoint-last.pth"
-        assert values["no_layout_run"] == (name == "text_only")
-        same = values.keys() - {"output_dir", "resume", "name", "no_layout_run"}
+        assert values["without_layout"] == (name == "text_only")
+        same = values.keys() - {"output_dir", "resume", "name", "without_layout"}
         assert {key: values[key] for key in same} == {key: scored["full"][key] for key in same}
 
 

@@ -1,0 +1,33 @@
+"""The sizes of a model from parsed arguments: the preset's, with what the flags replace."""
+
+from __future__ import annotations
+
+import argparse
+
+from models.config import StructMARConfig, preset_config
+
+PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
+                 "diffloss_w", "max_objects")  # fmt: skip
+
+
+def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -> StructMARConfig:
+    """The preset with what the flags replace. Raises ValueError for an unknown preset or sizes that do not fit."""
+    values = vars(args)
+    chosen = {name: values[name] for name in PRESET_FIELDS if values[name] is not None}
+    return preset_config(
+        args.model,
+        num_categories=num_categories,
+        text_dim=text_dim,
+        diffusion_batch_mul=args.diffusion_batch_mul,
+        attn_dropout=args.attn_dropout,
+        proj_dropout=args.proj_dropout,
+        grad_checkpointing=args.grad_checkpointing,
+        rope_mode=args.rope_mode,
+        learned_pos=args.learned_pos,
+        layout_bias_value=args.layout_bias_value,
+        layout_bias_encoder=args.layout_bias_encoder,
+        layout_bias_decoder=args.layout_bias_decoder,
+        layout_fourier=args.layout_fourier,
+        cross_attn_every=args.cross_attn_every,
+        **chosen,
+    )
