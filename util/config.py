@@ -51,11 +51,14 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, Switch) and action.was is not None:
                 self._option_string_actions[f"--{action.was}"] = action
-        for word in words[: words.index("--") if "--" in words else None]:
+        for word, value in zip(words, [*words[1:], "--"], strict=True):
+            if word == "--":
+                break
             name = word.partition("=")[0]
             if name.startswith("--") and name not in self._option_string_actions:
                 close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-                self.error(f"unrecognized arguments: {name}" + (f"; did you mean {close[0]}?" if close else ""))
+                given = word if value.startswith("--") else f"{word} {value}"
+                self.error(f"unrecognized arguments: {given}" + (f"; did you mean {close[0]}?" if close else ""))
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -81,7 +81,8 @@ class Text:
 
 def whole(low: int, high: int) -> Range:
     """The whole numbers from low to high."""
-    return Range(int, f"must lie in {low} ... {high}", low, high)
+    says = {1: "must be positive", 0: "must not be negative"}.get(low, f"must lie in {low} ... {high}")
+    return Range(int, says, low, high)
 
 
 positive_int = Range(int, "must be positive", 1, MANY)
@@ -99,7 +100,7 @@ width_int = whole(1, 16384)  # channels
 depth_int = whole(1, 256)  # layers
 
 MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
-seed_int = whole(0, MAX_SEED)
+seed_int = Range(int, f"must lie in 0 ... {MAX_SEED}", 0, MAX_SEED)
 
 device_name = Text("must be auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d{1,3})?")
 path_text = Text("must not be empty", r"(?s)[^\0]*[^\s\0][^\0]*")

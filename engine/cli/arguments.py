@@ -36,9 +36,9 @@ DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
 DEFAULT_DETECTOR = f"./pretrained_models/{RESNET50_FPN_V2}_coco.pth"
 guidance_float = Range(float, f"must lie in [0, {MAX_GUIDANCE:g}]", 0, MAX_GUIDANCE)
-temperature_float = Range(float, f"must lie in [0, {MAX_TEMPERATURE:g}]", 0, MAX_TEMPERATURE)
+temperature_float = Range(float, "must not be negative", 0, MAX_TEMPERATURE)
 steps_int = whole(1, NUM_TRAIN_STEPS)
-clip_float = Range(float, f"must lie in (0, {MAX_CLIP_X0:g}]", 0, MAX_CLIP_X0, "(]")
+clip_float = Range(float, "must be positive", 0, MAX_CLIP_X0, "(]")
 SWITCH = Switch
 
 

@@ -211,7 +211,7 @@ MISTAKES = {
     "batch": (["--prompt", "a", "--batch_size", "-1"], "--batch_size must be positive, got -1"),
     "columns": (["--prompt", "a", "--grid_columns", "0"], "--grid_columns must be positive, got 0"),
     "seed": (["--prompt", "a", "--seed", "-1"], r"--seed must lie in 0 \.\.\. \d+, got -1"),
-    "guidance": (["--prompt", "a", "--cfg", "nan"], "--cfg must be finite, got nan"),
+    "guidance": (["--prompt", "a", "--cfg", "nan"], "--cfg must lie in \\[0, 100\\], got nan"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "--temperature must not be negative, got -1"),
     "iterations": (
         ["--prompt", "a", "--num_iter", "65"],

@@ -61,7 +61,8 @@ def test_messages_are_short_and_name_the_side() -> None:
     assert positive_int.complaint(0) == "must be positive, got 0"
     assert positive_int.complaint(10**10) == "must be at most 1000000000, got 10000000000"
     assert positive_int.complaint(10**5000) == "must be at most 1000000000, got a number of 5001 digits"
-    assert whole(1, 9).complaint(10) == "must lie in 1 ... 9, got 10"
+    assert whole(1, 9).complaint(10) == "must be at most 9, got 10"
+    assert whole(2, 9).complaint(10) == "must lie in 2 ... 9, got 10"
     assert len(device_name.complaint("x" * 5000)) < 300
     with pytest.raises(argparse.ArgumentTypeError) as caught:
         positive_int("9" * 5000)
