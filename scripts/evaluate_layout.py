@@ -34,6 +34,7 @@ from engine.cli.arguments import (
     script_parser,
 )
 from engine.cli.sampling import parse_sampling_args, sampling_config
+from engine.cli.validate import require_path
 from engine.eval.names import require_own_name
 from engine.eval.profiles import IMAGE_SIZES, available_profiles, load_profile
 from models.config import PRECISIONS
@@ -141,6 +142,7 @@ def check_args(args: argparse.Namespace) -> None:
         require_output_dir("--bounds_dir", args.bounds_dir)
     load_profile(args.profile)
     sampling_config(args)
+    require_path("detector", args.detector)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

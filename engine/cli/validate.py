@@ -84,12 +84,14 @@ def _require_paths(args: argparse.Namespace, needed: Sequence[str], optional: Se
         require_path(flag, values[flag])
 
 
+_DETECTOR_KINDS = "a Faster R-CNN (.pth) or a YOLOX, YOLOv8 or DETR export (.onnx)"
 WHERE_TO_GET = {
     "coco_root": "it holds annotations/ and the image folders, see https://cocodataset.org/#download",
     "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar",
     "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
     "detector_path": "fasterrcnn_resnet50_fpn_v2's weights are linked from torchvision's documentation",
-    "eval_detector": "a Faster R-CNN (.pth) or a YOLOX, YOLOv8 or DETR export (.onnx)",
+    "eval_detector": _DETECTOR_KINDS,
+    "detector": _DETECTOR_KINDS,
     "quality_clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
     "resume": "MAR's weights are linked from https://github.com/LTH14/mar; checkpoints lie in the run folders",
 }

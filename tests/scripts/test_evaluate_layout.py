@@ -313,6 +313,7 @@ def test_unknown_classes(world, evaluate, tmp_path):
     [
         ({"resume": None}, "exactly one of --resume, --images; got none"),
         ({"images": "x"}, "exactly one of --resume, --images; got both"),
+        ({"detector": "none.onnx"}, "--detector none.onnx does not exist; a Faster R-CNN .* export"),
         ({"seeds": [1, 1]}, r"--seeds must be different numbers, got \[1, 1\]"),
         ({"num_resamples": 0}, "--num_resamples must be positive, got 0"),
         ({"profile": "nonsense"}, "nonsense"),
