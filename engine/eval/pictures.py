@@ -2,7 +2,7 @@
 
 A picture of another model is looked for by the exact file name that the dataset's json gives, with its subfolder; then
 by that name with another suffix of SUFFIXES; then by the image's id, in decimal or padded with zeros to 12 digits as
-COCO does, beside the folder's top. Nothing else is a match, and wherever a picture could be meant for two images, or an
+COCO does, directly in the folder. Nothing else is a match, and wherever a picture could be meant for two images, or an
 image has two pictures, the folder is refused: a wrong pairing would score a picture against foreign boxes.
 
 Our own pictures are named by id, which no two images of a split share.
@@ -90,15 +90,23 @@ def image_path(folder: Path, target: Target) -> Path:
 
 @dataclass(frozen=True)
 class _Listing:
-    """The pictures below a folder. files: by path from there. by_stem: their paths by path without suffix."""
+    """The files of a folder and of the subfolders that matter. files: by path from the folder. by_stem: the pictures
+    among them, by path without suffix."""
 
     folder: Path
     files: frozenset[str]
     by_stem: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, folder: Path) -> _Listing:
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    def of(cls, folder: Path, targets: Sequence[Target]) -> _Listing:
+        parents = {PurePosixPath(target.file_name).parent for target in targets} | {PurePosixPath()}
+        files = sorted(
+            (parent / path.name).as_posix()
+            for parent in parents
+            if (folder / parent).is_dir()
+            for path in (folder / parent).iterdir()
+            if path.is_file()
+        )
         by_stem: dict[str, list[str]] = {}
         for name in files:
             if PurePosixPath(name).suffix.lower() in SUFFIXES:
@@ -125,7 +133,7 @@ def find_images(folder: str | Path, targets: Sequence[Target], file_names: Mappi
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {short_path(folder)} is not a folder")
-    listing = _Listing.of(folder)
+    listing = _Listing.of(folder, targets)
     by_name = {target.image_id: listing.named(target.file_name) for target in targets}
     by_id = {target.image_id: listing.of_id(target.image_id) for target in targets}
     _require_clear_names(listing, targets, by_name, by_id)

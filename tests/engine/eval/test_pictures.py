@@ -116,3 +116,12 @@ def test_generated_pictures_never_collide_and_stay_inside(eval_set, tmp_path):
     write(tmp_path, [path.name for path in paths])
     found = find_images(tmp_path, targets, {target.image_id: f"photo-{target.image_id}.jpg" for target in targets})
     assert found == {target.image_id: image_path(tmp_path, target) for target in targets}
+
+
+def test_a_subfolder_may_be_a_link(eval_set, tmp_path):
+    """And what lies elsewhere is not looked at: the folder may be large."""
+    targets, names = renamed(eval_set, FOLDERS)
+    folder = write(tmp_path / "pictures", ["b/1.jpg", "c/1.jpg"])
+    write(tmp_path / "elsewhere", ["1.jpg"])
+    (folder / "a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert find_images(folder, targets, names) == {1: folder / "a/1.jpg", 2: folder / "b/1.jpg"}
