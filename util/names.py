@@ -5,3 +5,6 @@ from __future__ import annotations
 LAST_NAME = "checkpoint-last.pth"
 BEST_NAME = "checkpoint-best.safetensors"
 METRICS_NAME = "metrics.jsonl"
+
+BEST_BY = ("eval/AP", "eval/AP50", "eval/mIoU", "eval/SR50", "eval/extra_rate")  # scores while training
+LOWER_IS_BETTER = ("eval/extra_rate",)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from util.checkpoint import safetensors_metadata
 from util.names import BEST_NAME, LAST_NAME
 from util.output import UNFINISHED, writing
 
@@ -58,14 +59,19 @@ def way_back(damaged: Path, read: Callable[[Path], Any]) -> str:
 
 
 def where_to_go_back(folder: Path, step: int) -> str:
-    """The file that holds the weights of `step` or the last ones before, in words; else the flag that keeps some."""
-    for kept, path in kept_checkpoints(folder).items():
-        if kept <= step:
-            return f"{path} (copied to {LAST_NAME}, the same command goes on from it)"
+    """The file to go back to for the weights of `step`, in words: its own, or that of the last step kept before; else
+    the flags that would have kept one."""
     best = folder / BEST_NAME
-    if best.is_file():
-        return f"{best} (--resume it in another --output_dir)"
-    return f"step {step}: no checkpoint of it is there, --keep_every or --keep_best eval/AP50 would have kept one"
+    for kept, path in kept_checkpoints(folder).items():
+        if kept == step or (kept < step and _step_of(best) != step):
+            return f"{path} is of step {kept}: copied to {LAST_NAME}, it is continued"
+    if _step_of(best) == step:
+        return f"{best} holds its weights: --resume it in another --output_dir"
+    return "no checkpoint of it is there, --keep_every or --keep_best eval/AP50 would have kept one"
+
+
+def _step_of(best: Path) -> int | None:
+    return int(safetensors_metadata(best).get("step", -1)) if best.is_file() else None
 
 
 def _is_whole(path: Path, read: Callable[[Path], Any]) -> bool:

@@ -32,7 +32,7 @@ from engine.train.state import Course, Position, TrainState
 from models.structmar import StructMAR
 from models.weights import LoadReport, is_mar_state, load_mar_weights, load_structmar_weights
 from util.checkpoint import resolve_checkpoint
-from util.names import LAST_NAME
+from util.names import BEST_NAME, LAST_NAME
 from util.weights import tensor_problem
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ class Source:
     def identity(self) -> Identity | None:
         """What the weights were made for; None from scratch and for MAR's files, which do not say."""
         return None if self.path is None else identity_of(self.state, self.path)
+
+    @property
+    def has_ema_warmup(self) -> bool:
+        """Of the run that is continued; files of before the flag have none. A run that starts has one."""
+        return self.kind != "continue" or bool(self.state["args"].get("ema_warmup", False))
 
     @property
     def position(self) -> Position:
@@ -73,6 +78,11 @@ def find_source(output_dir: str | Path, resume: str, auto_resume: bool, stage: s
             raise ValueError(
                 f"{own} was written by stage '{state['stage']}', this run is stage '{stage}' and would overwrite it: "
                 f"choose another --output_dir (and pass --resume {own} to start from it)"
+            )
+        if resume and Path(resume).resolve() == own.with_name(BEST_NAME).resolve():
+            raise ValueError(
+                f"--resume {resume} starts over from the best weights, but {own} would be continued: add "
+                "--no-auto_resume, which overwrites it, or choose another --output_dir"
             )
         own_names = (own.resolve(), own.parent.resolve())
         if resume and resume != state["args"].get("resume") and Path(resume).resolve() not in own_names:
@@ -210,17 +220,24 @@ def log_changed_args(source: Source, args: Mapping[str, Any], ignored: tuple[str
         logger.warning("continuing with another --%s: %s, before %s", name, args[name], before[name])
 
 
+def whole_model(state: TrainState) -> dict[str, Tensor]:
+    """All weights, as they are. Collective under FSDP, where rank 0's are whole."""
+    if not isinstance(state.model, FSDPModule):
+        return dict(state.model.state_dict())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: dict[str, Any] = get_model_state_dict(state.model, options=options)
+    return whole
+
+
 def checkpoint_content(
     state: TrainState, position: Position, stage: str, identity: Identity, args: Mapping[str, Any], global_batch: int
 ) -> dict[str, Any]:
     """The checkpoint. Collective under FSDP: every process calls it, rank 0's is whole."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    is_sharded = isinstance(state.model, FSDPModule)
-    model = get_model_state_dict(state.model, options=options) if is_sharded else state.model.state_dict()
     optimizer = get_optimizer_state_dict(state.model, state.optimizer, options=options)
     return {
         "format": CHECKPOINT_FORMAT,
-        "model": dict(model),
+        "model": whole_model(state),
         "model_ema": gathered(state.ema.state_dict()),
         "optimizer": optimizer,
         "epoch": position.epoch,

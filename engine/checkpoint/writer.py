@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.identity import Identity
+from engine.checkpoint.kept import kept_path, link_last
 from engine.checkpoint.resume import checkpoint_content
 from engine.train.state import Position, TrainState
 from util.checkpoint import save_atomic
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class CheckpointWriter:
     """Writes checkpoint-last.pth, atomically, on rank 0. args: every flag by name. open_interval: a process's part of
-    the next log line. extra: what this stage keeps besides."""
+    the next log line. extra: what this stage keeps besides. keep_every: the file of every so many steps stays, under
+    its step's name; 0: none."""
 
     state: TrainState
     output_dir: Path
@@ -32,6 +34,7 @@ class CheckpointWriter:
     dist: DistInfo
     open_interval: Callable[[], dict[str, Any]]
     extra: Callable[[], dict[str, Any]] = dict
+    keep_every: int = 0
 
     def save(self, position: Position) -> None:
         """Every process calls it, and all fail if the file cannot be written."""
@@ -51,6 +54,9 @@ class CheckpointWriter:
 
     def write(self, content: dict[str, Any], position: Position) -> None:
         if self.dist.is_main:
-            path = self.output_dir / LAST_NAME
+            is_kept = self.keep_every > 0 and position.step % self.keep_every == 0
+            path = kept_path(self.output_dir, position.step) if is_kept else self.output_dir / LAST_NAME
             save_atomic(content, path)
+            if is_kept:  # killed before, the run writes the same file again
+                link_last(path)
             logger.info("saved %s at epoch %d, step %d", path, position.epoch, position.step)

@@ -13,6 +13,7 @@ from engine.cli.speed import SPEEDS, speed_preset
 from models.config import NUM_TRAIN_STEPS, RESNET50_FPN_V2
 from models.sampling.config import MAX_CLIP_X0, MAX_GUIDANCE, MAX_TEMPERATURE, ORDERS
 from util.config import Parser, PresetAction, Switch
+from util.names import BEST_BY
 from util.ranges import (
     Range,
     batch_int,
@@ -203,13 +204,19 @@ def add_length_args(group: argparse._ArgumentGroup) -> None:
     """Where a stage starts, how much it takes at a time, for how long."""
     group.add_argument("--resume", default="",
                        help="checkpoint file, or a folder with checkpoint-last.pth: continued if this stage wrote it, "
-                            "else the weights to start from (MAR's, or another stage's EMA weights)")  # fmt: skip
+                            "else the weights to start from (MAR's, or another stage's EMA weights); "
+                            "best: start over from the weights that --keep_best kept in --output_dir")  # fmt: skip
     group.add_argument("--auto_resume", action=SWITCH, was="no_auto_resume", default=True,
                        help="continue from a checkpoint-last.pth found in --output_dir; else start over")  # fmt: skip
     group.add_argument("--batch_size", type=batch_int, default=64, help="images per process and forward pass")
     group.add_argument("--accum_iter", type=positive_int, default=1, help="forward passes per optimizer step")
     group.add_argument("--epochs", type=positive_int, default=20, help="epochs of this stage")
     group.add_argument("--ema_rate", type=fraction, default=0.9999, help="decay of the average of what trains")
+    group.add_argument(
+        "--ema_warmup", action=SWITCH, default=None,
+        help="lower --ema_rate over the first steps, (1 + n) / (10 + n), so that a short run's average follows; None: "
+             "on, but a continued run goes on as it was (MAR has none)"
+    )  # fmt: skip
 
 
 def add_sft_args(group: argparse._ArgumentGroup) -> None:
@@ -276,6 +283,14 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save_freq_steps", type=nonnegative_int, default=0, help="optimizer steps between saves too; 0: epochs only"
     )
+    group.add_argument(
+        "--keep_every", type=nonnegative_int, default=0,
+        help="optimizer steps between checkpoints that stay, as checkpoint-<step>.pth; 0: checkpoint-last.pth only"
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_best", default="", choices=["", *BEST_BY], metavar="NAME",
+        help="keep the averaged weights of the best evaluation by this score, as checkpoint-best.safetensors"
+    )  # fmt: skip
 
 
 def add_debug_arg(group: argparse._ActionsContainer) -> None:

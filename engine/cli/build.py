@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from engine.checkpoint.best import BestKeeper
 from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.load import require_fitting_codec
 from engine.checkpoint.resume import (
@@ -72,8 +73,8 @@ from util.types import Category
 logger = logging.getLogger(__name__)
 
 FREE_FLAGS = ("output_dir", "log_dir", "resume", "auto_resume", "num_workers", "pin_mem", "log_freq",
-              "save_last_freq", "save_freq_steps", "num_threads", "sample_freq", "debug", "dist_timeout",
-              "profile_steps", "check_data")  # fmt: skip
+              "save_last_freq", "save_freq_steps", "keep_every", "keep_best", "num_threads", "sample_freq", "debug",
+              "dist_timeout", "profile_steps", "check_data")  # fmt: skip
 """A continued run may change these without a word: they do not change what it learns."""
 
 
@@ -227,7 +228,8 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     identity = Identity(config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling)
     check_identity(source, identity)
     check_training_state(source)
-    flags = resolved_dict(args)
+    warmup = args.ema_warmup if args.ema_warmup is not None else source.has_ema_warmup
+    flags = resolved_dict(args) | {"ema_warmup": warmup}
     return Parts(stage, dist, sampling, frozen, dataset, check, sampler, identity, source, scored, flags)
 
 
@@ -252,7 +254,7 @@ def build_train_state(
     optimizer = build_optimizer(trainable, schedule_lr, args.weight_decay)
     called = as_module(model)
     wrapped = called if isinstance(model, FSDPModule) else wrap(called, parts.dist.device, parts.dist.world_size)
-    state = TrainState(model, wrapped, trainable, optimizer, Ema(trainable, args.ema_rate))
+    state = TrainState(model, wrapped, trainable, optimizer, Ema(trainable, args.ema_rate, parts.flags["ema_warmup"]))
     restore(state, parts.source)
     return state
 
@@ -277,14 +279,22 @@ def build_pipeline(parts: Parts, state: TrainState) -> StructMARPipeline:
     return StructMARPipeline.from_parts(state.model, parts.frozen.codec, parts.frozen.text_encoder, parts.identity)
 
 
+def build_best_keeper(args: argparse.Namespace, parts: Parts, state: TrainState) -> BestKeeper:
+    keeper = BestKeeper(
+        args.keep_best, state, Path(args.output_dir), parts.stage.name, parts.identity, parts.dist
+    )  # fmt: skip
+    keeper.restore(parts.source)
+    return keeper
+
+
 def build_online_evaluation(
-    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema
+    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema, keeper: BestKeeper
 ) -> OnlineEvaluation | None:
     """None where nothing is scored."""
     if parts.scored is None:
         return None
     return OnlineEvaluation(
-        pipeline, ema, *parts.scored, parts.sampling, args.seed, args.eval_bsz, args.precision, parts.dist
+        pipeline, ema, *parts.scored, parts.sampling, args.seed, args.eval_bsz, args.precision, parts.dist, keeper.note
     )
 
 
@@ -319,8 +329,9 @@ def prepare_run(
     if parts.source.kind == "continue":
         restore_open_interval(step, parts.source, dist)
     written = CheckpointWriter(
-        state, Path(args.output_dir), stage, parts.identity, parts.flags, global_batch, dist, step.open_interval, extra
-    )
+        state, Path(args.output_dir), stage, parts.identity, parts.flags, global_batch, dist, step.open_interval, extra,
+        args.keep_every,
+    )  # fmt: skip
     run = TrainingRun(
         config=config,
         state=state,

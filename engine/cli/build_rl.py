@@ -10,6 +10,7 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from engine.checkpoint.best import BestKeeper
+from engine.checkpoint.kept import where_to_go_back
 from engine.checkpoint.resume import Source, is_backbone
 from engine.cli.arguments_rl import RL_TRAIN_MODES
 from engine.cli.build import (
@@ -24,6 +27,7 @@ from engine.cli.build import (
     Parts,
     PreparedRun,
     Stage,
+    build_best_keeper,
     build_dataset,
     build_online_evaluation,
     build_pipeline,
@@ -83,8 +87,8 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     train_config = rl_train_config(args)
     updates = num_updates(parts, train_config)
     make_inputs = coco_inputs(args, parts) if args.rl_step_ratio < 1 else None
-    held_out = build_held_out(args, parts, pipeline, state.ema)
-    output_dir = Path(args.output_dir)
+    output_dir, keeper = Path(args.output_dir), build_best_keeper(args, parts, state)
+    held_out = build_held_out(args, parts, pipeline, state.ema, keeper)
     preview = RolloutPreview(parts.identity.categories, args.num_preview, args.reward_min_score, dist, output_dir)
     observers = [preview.note] if held_out is None else [preview.note, held_out.note]
     config = grpo_config(args, updates)
@@ -97,7 +101,7 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         step,
         preview,
         evaluate=held_out,
-        extra=extra_content(reward, reference, held_out, state),
+        extra=extra_content(reward, reference, held_out, state, keeper),
         notes=describe_cost(args, parts, estimator, updates),
     )
 
@@ -109,14 +113,15 @@ def num_updates(parts: Parts, config: TrainConfig) -> int:
 
 
 def build_held_out(
-    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema
+    args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema, keeper: BestKeeper
 ) -> HeldOutEvaluation | None:
     """As it was when the run stopped, if it continues. None without a detector that judges."""
-    online = build_online_evaluation(args, parts, pipeline, ema)
+    online = build_online_evaluation(args, parts, pipeline, ema, keeper)
     if online is None:
         logger.warning("no --eval_detector: nothing here will notice a reward that is being fooled")
         return None
-    guard = OverOptimisationGuard(args.guard, args.guard_drop, args.guard_patience)
+    way_back = partial(where_to_go_back, Path(args.output_dir))
+    guard = OverOptimisationGuard(args.guard, args.guard_drop, args.guard_patience, way_back)
     held_out = HeldOutEvaluation(online, guard)
     if parts.source.kind == "continue":
         held_out.restore(parts.source.state["held_out"])
@@ -124,7 +129,11 @@ def build_held_out(
 
 
 def extra_content(
-    reward: LayoutReward, reference: StructMAR | None, held_out: HeldOutEvaluation | None, state: TrainState
+    reward: LayoutReward,
+    reference: StructMAR | None,
+    held_out: HeldOutEvaluation | None,
+    state: TrainState,
+    keeper: BestKeeper,
 ) -> Callable[[], dict[str, Any]]:
     """What a checkpoint of this stage holds besides. The reference is stored as far as the policy can leave it."""
     start = {} if reference is None else dict(reference.named_parameters())
@@ -132,7 +141,8 @@ def extra_content(
 
     def extra() -> dict[str, Any]:
         heard = None if held_out is None else held_out.state()
-        return {"reward_detector": reward.detector_id, "reference": gathered(kept), "held_out": heard}
+        own = {"reward_detector": reward.detector_id, "reference": gathered(kept), "held_out": heard}
+        return own | keeper.content()
 
     return extra
 
@@ -147,6 +157,7 @@ def rl_train_config(args: argparse.Namespace) -> TrainConfig:
         log_freq=args.log_freq,
         save_epochs=args.save_last_freq,
         save_steps=args.save_freq_steps,
+        keep_steps=args.keep_every,
         preview_steps=args.sample_freq,
         eval_steps=args.eval_freq if args.online_eval else 0,
         signal_steps=1,  # an update takes long

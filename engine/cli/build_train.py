@@ -11,6 +11,7 @@ from engine.cli.build import (
     Frozen,
     PreparedRun,
     Stage,
+    build_best_keeper,
     build_dataset,
     build_online_evaluation,
     build_pipeline,
@@ -41,7 +42,7 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         pipeline, state.ema, scenes, parts.sampling, args.seed, args.eval_bsz, args.precision, dist,
         Path(args.output_dir) / "samples",
     )  # fmt: skip
-    config = train_config(args)
+    config, keeper = train_config(args), build_best_keeper(args, parts, state)
     return prepare_run(
         args,
         parts,
@@ -49,7 +50,8 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         config,
         step=SupervisedStep(config, state, coco_inputs(args, parts), dist),
         preview=preview if has_previews else None,
-        evaluate=build_online_evaluation(args, parts, pipeline, state.ema),
+        evaluate=build_online_evaluation(args, parts, pipeline, state.ema, keeper),
+        extra=keeper.content,
     )
 
 
@@ -65,6 +67,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         log_freq=args.log_freq,
         save_epochs=args.save_last_freq,
         save_steps=args.save_freq_steps,
+        keep_steps=args.keep_every,
         preview_epochs=args.eval_freq if args.online_eval else 0,
         preview_steps=args.sample_freq,
     )

@@ -13,7 +13,7 @@ from engine.cli.sampling import sampling_config
 from engine.cli.sizes import model_config
 from engine.train.profile import profiled_steps
 from models.config import TRAIN_MODES
-from util.names import LAST_NAME
+from util.names import BEST_NAME, LAST_NAME
 from util.output import require_output_dir
 
 COCO_MODES = tuple(mode for mode in TRAIN_MODES if mode != "class")
@@ -74,6 +74,10 @@ def _check_run(args: argparse.Namespace) -> None:
     model_config(args, num_categories=0, text_dim=0)  # do the sizes fit together?
     sampling_config(args)
     require_output_dir("--output_dir", args.output_dir)
+    if args.keep_best and not (args.online_eval and args.eval_detector):
+        raise ValueError(f"--keep_best {args.keep_best} needs its scores: --online_eval and --eval_detector")
+    if args.resume == "best":
+        args.resume = str(Path(args.output_dir) / BEST_NAME)
     if args.log_dir is not None:
         require_output_dir("--log_dir", args.log_dir)
 

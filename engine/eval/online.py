@@ -7,7 +7,7 @@ With so few images it is for watching; numbers to report come from scripts/evalu
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.fsdp import FSDPModule
@@ -36,7 +36,9 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class OnlineEvaluation:
-    """Called by the loop on every process; rank 0 writes eval/AP50, eval/mIoU and so on to the run's metrics."""
+    """Called by the loop on every process; rank 0 writes eval/AP50, eval/mIoU and so on to the run's metrics.
+
+    on_scores: is told step and scores under these names, on every process."""
 
     pipeline: StructMARPipeline
     ema: Ema
@@ -47,6 +49,7 @@ class OnlineEvaluation:
     batch_size: int
     precision: str
     dist: DistInfo
+    on_scores: Callable[[int, Mapping[str, float]], None] | None = None
 
     def __call__(self, step: int, writer: MetricWriter) -> None:
         self.score(step, writer)
@@ -68,7 +71,10 @@ class OnlineEvaluation:
             writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
             shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
             logger.info("evaluation of %d layouts at step %d: %s", len(self.eval_set.targets), step, shown)
-        return gather_objects(values)[0]
+        values = gather_objects(values)[0]
+        if self.on_scores is not None:
+            self.on_scores(step, {f"eval/{name}": value for name, value in values.items()})
+        return values
 
     def sample(self) -> dict[int, Picture]:
         """Pictures by image id. Processes share the work, except where a sharded model needs all in every batch."""

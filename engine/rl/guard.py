@@ -8,6 +8,7 @@ A reward that falls together with AP50 is a failing run, not a fooled detector: 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -27,12 +28,16 @@ class GuardState:
 
 class OverOptimisationGuard:
     """mode: one of GUARD_MODES. `off` never speaks, `warn` and `stop` do; to stop is up to the caller (see `stops`).
-    drop: in AP50 as a share in [0, 1], .02 is two points. patience: bad evaluations in a row, at least 1."""
+    drop: in AP50 as a share in [0, 1], .02 is two points. patience: bad evaluations in a row, at least 1.
+    way_back: the file that holds a step's weights, in words for the message."""
 
-    def __init__(self, mode: str, drop: float = 0.02, patience: int = 2) -> None:
+    def __init__(
+        self, mode: str, drop: float = 0.02, patience: int = 2, way_back: Callable[[int], str] | None = None
+    ) -> None:
         self.mode = mode
         self.drop = drop
         self.patience = patience
+        self.way_back = way_back
         self._state = GuardState()
 
     @property
@@ -55,7 +60,9 @@ class OverOptimisationGuard:
         self._state = advance(self._state, step, mean_reward, ap50, self.drop)
         if self.mode == "off" or self._state.num_bad < self.patience or mean_reward is None:
             return None
-        return _message(self._state, step, mean_reward, ap50)
+        assert self._state.best_step is not None, "a bad evaluation has a better one before it"
+        way_back = "" if self.way_back is None else f" ({self.way_back(self._state.best_step)})"
+        return _message(self._state, step, mean_reward, ap50, way_back)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint; `restore` takes them back."""
@@ -80,11 +87,11 @@ def advance(state: GuardState, step: int, mean_reward: float | None, ap50: float
     return GuardState(state.best_step, state.best_ap50, best_reward, state.num_bad + 1 if is_bad else 0)
 
 
-def _message(state: GuardState, step: int, mean_reward: float, ap50: float) -> str:
+def _message(state: GuardState, step: int, mean_reward: float, ap50: float, way_back: str) -> str:
     assert state.best_ap50 is not None, "a bad evaluation has a better one before it"
     return (
         f"step {step}: the policy may be fooling the reward. Held-out AP50 is {100 * ap50:.1f} %, after "
         f"{100 * state.best_ap50:.1f} % at step {state.best_step}, while the mean reward rose from "
         f"{state.best_reward:.4f} to {mean_reward:.4f} (bad evaluations in a row: {state.num_bad}). "
-        f"Go back to step {state.best_step}, raise --kl_coef or lower --lr."
+        f"Go back to step {state.best_step}{way_back}, raise --kl_coef or lower --lr."
     )

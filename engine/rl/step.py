@@ -189,7 +189,7 @@ class GrpoStep:
             self._note({"grad_norm": norm})
             self.skipped_in_a_row = 0
             state.optimizer.step()
-            state.ema.update()
+            state.ema.update(position.step)
         state.optimizer.zero_grad(set_to_none=True)
 
     def rl_backward(self, scored: ScoredPass, weight: float, is_last: bool) -> None:

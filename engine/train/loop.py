@@ -52,6 +52,7 @@ class TrainConfig:
     log_freq: int = 20
     save_epochs: int = 5
     save_steps: int = 0
+    keep_steps: int = 0
     preview_epochs: int = 0
     preview_steps: int = 0
     eval_steps: int = 0
@@ -186,7 +187,19 @@ class _Loop:
             self.save()
         if run.profiler is not None:
             run.profiler.close()
+        if signum is None:
+            self.warn_of_young_average()
         return signum
+
+    def warn_of_young_average(self) -> None:
+        ema, step = self.run.state.ema, self.position.step
+        share = ema.start_share(step)
+        if share > YOUNG_SHARE:
+            logger.warning(
+                "the average is young: after %d steps at --ema_rate %g, %.1f %% of it are the weights that the stage "
+                "started from, and it is what is sampled, scored and handed on: lower the rate, or --ema_warmup",
+                step, ema.rate, 100 * share,
+            )  # fmt: skip
 
     def save_what_is_whole(self, error: Exception) -> None:
         """Before the run ends by `error`: this process's last chance."""
@@ -247,7 +260,8 @@ class _Loop:
         if self.run.preview is not None and (_is_due(step, config.preview_steps) or is_preview_epoch):
             self.run.step.check()
             self.run.preview(step, self.writer)
-        if _is_due(step, config.save_steps) or (is_epoch_end and _is_due(epoch, config.save_epochs)):
+        is_due = _is_due(step, config.save_steps) or _is_due(step, config.keep_steps)
+        if is_due or (is_epoch_end and _is_due(epoch, config.save_epochs)):
             self.save()  # after all else: a run that is killed before does it again
 
     def evaluate(self) -> None:
@@ -290,6 +304,7 @@ class _Loop:
         self.run.save(self.position)
 
 
+YOUNG_SHARE = 0.1  # of an average that is the start: more is worth a warning
 DEFAULT_SIGNUM = 15  # SIGTERM, for a process that hears of the signal from another one
 
 
@@ -326,7 +341,7 @@ class SupervisedStep:
         meter.add_norm(clip_gradients(state.trainable.values(), config.grad_clip), position.step)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        state.ema.update()
+        state.ema.update(position.step)
         return num_images
 
     def check(self) -> None:

@@ -46,6 +46,27 @@ def test_rate_out_of_range() -> None:
         Ema(parameters(), 1.5)
 
 
+def test_warmup_by_hand():
+    params = {"w": torch.nn.Parameter(torch.zeros(1))}
+    ema = Ema(params, rate=0.5, has_warmup=True)
+    with torch.no_grad():
+        params["w"].fill_(1.0)
+    expected = 0.0
+    for done, rate in enumerate((1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5)):
+        assert ema.rate_at(done) == pytest.approx(rate)
+        ema.update(done)
+        expected = rate * expected + (1 - rate)
+        assert float(ema.state_dict()["w"]) == pytest.approx(expected)
+
+
+def test_what_is_left_of_the_start():
+    slow, warm = (Ema(parameters(), 0.9999, has_warmup) for has_warmup in (False, True))
+    assert slow.start_share(40) == pytest.approx(0.9999**40)
+    assert slow.start_share(0) == warm.start_share(0) == 1
+    assert warm.start_share(1) == pytest.approx(0.1)
+    assert warm.start_share(40) == 0 and slow.start_share(100_000) == 0
+
+
 def test_nothing_to_average() -> None:
     ema = Ema({}, 0.9)
     ema.update()

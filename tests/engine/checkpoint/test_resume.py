@@ -6,6 +6,7 @@ import argparse
 import itertools
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import engine.checkpoint.writer
 import engine.train.loop
 import main_mar
 from engine.checkpoint.files import read_weights_file
 from engine.checkpoint.identity import Identity
+from engine.checkpoint.kept import link_last
 from engine.checkpoint.resume import check_identity, find_source, log_continuation, resumed_position
 from engine.train.state import Course, Position
 from models.structmar import preset_config
@@ -159,6 +162,61 @@ def test_no_auto_resume_starts_over(world, caplog):
     main_mar.main(flags(world, "over", max_steps=1, no_auto_resume=True))
     assert load_checkpoint(world, "over")["step"] == 1
     assert [line["step"] for line in read_metrics(world, "over")] == [1]
+
+
+# --- checkpoints that stay ------------------------------------------------------------------------------------------
+
+
+def checkpoint_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("checkpoint-*")}
+
+
+def test_after_a_kill_the_files_are_the_undisturbed_runs(world):
+    """Byte for byte; killed after a checkpoint that stays was written, before checkpoint-last.pth became it."""
+    command = flags(world, "kept", max_steps=5, keep_every=2)
+    assert main_mar.main(command) == 0
+    wanted = checkpoint_files(world / "kept")
+    assert set(wanted) == {"checkpoint-0000002.pth", "checkpoint-0000004.pth", "checkpoint-last.pth"}
+    (world / "kept").rename(world / "undisturbed")
+
+    def run() -> int:
+        def killing(kept: Path) -> None:
+            if kept.name == "checkpoint-0000004.pth":
+                os.kill(os.getpid(), signal.SIGKILL)
+            link_last(kept)
+
+        engine.checkpoint.writer.link_last = killing
+        return main_mar.main(command)
+
+    assert in_child(run) == -signal.SIGKILL
+    assert load_checkpoint(world, "kept")["step"] == 2
+    main_mar.main(command)
+    assert checkpoint_files(world / "kept") == wanted
+
+
+def test_a_checkpoint_that_stayed_can_be_continued(world, reference):
+    main_mar.main(flags(world, "long", max_steps=4, keep_every=3))
+    main_mar.main(flags(world, "branch", max_steps=5, resume=world / "long" / "checkpoint-0000003.pth"))
+    back = world / "long"
+    shutil.copy(back / "checkpoint-0000003.pth", back / "checkpoint-last.pth")
+    main_mar.main(flags(world, "long", max_steps=5))
+    whole = load_checkpoint(world, reference)
+    for output in ("branch", "long"):
+        found = load_checkpoint(world, output)
+        assert_same(found["model_ema"], whole["model_ema"])
+        assert_same(found["optimizer"]["state"], whole["optimizer"]["state"])
+
+
+def test_the_average_warms_up_unless_the_run_began_without(world, reference, caplog):
+    assert load_checkpoint(world, reference)["args"]["ema_warmup"] is True
+    main_mar.main([*flags(world, "before", max_steps=2), "--no-ema_warmup"])
+    assert "the average is young: after 2 steps at --ema_rate 0.9999, 100.0 %" in caplog.text
+    state = load_checkpoint(world, "before")
+    del state["args"]["ema_warmup"]  # as the files of before the flag
+    torch.save(state, world / "before" / "checkpoint-last.pth")
+    for steps in (3, 4):
+        main_mar.main(flags(world, "before", max_steps=steps))
+        assert load_checkpoint(world, "before")["args"]["ema_warmup"] is False
 
 
 # --- starting from -------------------------------------------------------------------------------------------------

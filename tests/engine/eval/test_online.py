@@ -1,16 +1,23 @@
 """--online_eval with a detector: the evaluation's numbers in the run's metrics, and what it refuses."""
 
+import json
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import yaml
 
 import main_mar
+from engine.checkpoint.load import load_for_sampling
+from engine.eval.online import SHOWN
 from engine.eval.profiles import load_profile
 from tests.helpers.coco_fixture import CATEGORIES
 from tests.helpers.eval_world import write_detector
 from tests.helpers.processes import in_two_processes
+from tests.helpers.runs import assert_same
 from tests.helpers.tiny_run import argv, read_metrics, write_world
+from util.checkpoint import load_plain, safetensors_metadata
+from util.names import BEST_BY
 from util.types import Category
 
 EVERY_EPOCH = {"online_eval": True, "eval_freq": 1, "num_preview": 1, "num_iter": 2, "num_sampling_steps": 3}
@@ -46,6 +53,29 @@ def test_every_round_is_scored_on_the_same_scenes(world):
     assert set(rounds[0]) == {"step", "eval/AP", "eval/AP50", "eval/mIoU", "eval/SR50", "eval/extra_rate"}
     assert rounds[0]["eval/extra_rate"] >= 0 and 0 <= rounds[0]["eval/mIoU"] <= 1
     assert "evaluation of 3 layouts at step 4" in (world / "scored" / "log.txt").read_text()
+
+
+def test_the_best_weights_are_kept_and_started_from(world, caplog):
+    """Averaged, with their score; in the same folder only over the later checkpoint, if that is said."""
+    assert {f"eval/{name}" for _, name in SHOWN} == set(BEST_BY)
+    best = world / "best" / "checkpoint-best.safetensors"
+    command = scored(world, output="best", epochs=2, keep_best="eval/mIoU", keep_every=4, lr=1e-30)
+    main_mar.main(command)
+    rounds = [entry for entry in read_metrics(world, "best") if "eval/mIoU" in entry]
+    value, step = max((entry["eval/mIoU"], -entry["step"]) for entry in rounds)
+    noted = {"name": "eval/mIoU", "value": value, "step": -step}
+    assert json.loads(safetensors_metadata(best)["best"]) == noted
+    state = load_plain(world / "best" / f"checkpoint-{-step:07d}.pth")
+    assert state["best"] == noted
+    assert_same(load_for_sampling(best).model.state_dict(), OrderedDict({**state["model"], **state["model_ema"]}))
+    before = best.read_bytes()
+    with pytest.raises(SystemExit, match="add --no-auto_resume, which overwrites it"):
+        main_mar.main([*command, "--resume", "best"])
+    main_mar.main([*command, "--resume", "best", "--no-auto_resume"])
+    assert f"from the weights of {best}" in caplog.text
+    assert best.read_bytes() == before  # nothing was better
+    with pytest.raises(SystemExit, match="--keep_best eval/AP needs its scores"):
+        main_mar.main([*argv(world, "without"), "--keep_best", "eval/AP"])
 
 
 @pytest.mark.integration
