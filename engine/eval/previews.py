@@ -47,7 +47,6 @@ class Preview:
             return
         grid = scene_grid(images, self.scenes)
         path = self.folder / f"step-{step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_png(grid, path)
         writer.image(step, "samples", grid)
         logger.info("%d samples at step %d: %s", len(images), step, path)

@@ -88,7 +88,6 @@ class RolloutPreview:
             group_size=rollout.group_size,
         )
         path = self.output_dir / "rollouts" / f"step-{step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_png(grid, path)
         writer.image(step, "rollouts", grid)
 

@@ -139,8 +139,8 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("log_freq", [1, 2, 3, 5])
-@pytest.mark.parametrize("stop_after", range(1, 8))
+@pytest.mark.parametrize("log_freq", [2, 3, 5])
+@pytest.mark.parametrize("stop_after", [1, 2, 4, 7])
 def test_a_run_that_stops_anywhere_logs_the_lines_of_one_that_does_not(
     tmp_path: Path, log_freq: int, stop_after: int
 ) -> None:
