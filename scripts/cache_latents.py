@@ -31,7 +31,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--latent_scale", type=positive_float, help="factor of the latents; default: the VAE file's, or MAR's"
     )
     parser.add_argument(
-        "--clip_path", default="pretrained_models/clip-vit-base-patch32", help="text encoder (Hugging Face folder)"
+        "--clip_path",
+        default="pretrained_models/clip-vit-base-patch32",
+        help="text encoder (Hugging Face folder)",
     )
     parser.add_argument("--img_size", type=pixels_int, default=256, help="side of the centre crop, in pixels")
     parser.add_argument(

@@ -67,7 +67,9 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is scored: a checkpoint's images, or a folder's")
     group.add_argument("--resume", default=None, help="training checkpoint, its folder, or exported .safetensors")
     group.add_argument(
-        "--images", default=None, help="folder of any model's pictures, called as the dataset's files or by image id"
+        "--images",
+        default=None,
+        help="folder of any model's pictures, called as the dataset's files or by image id",
     )
     group.add_argument("--image_size", default="profile", choices=IMAGE_SIZES,
                        help="of --images; source: the photographs' own; any: resized as photographs")  # fmt: skip

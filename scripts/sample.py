@@ -33,7 +33,16 @@ from engine.cli.sampling import parse_sampling_args, sampling_config
 from models.config import PRECISIONS
 from util.failures import one_line_errors
 from util.output import require_output_dir
-from util.ranges import batch_int, depth_int, nonnegative_int, pixels_int, seed_int, threads_int, whole, width_int
+from util.ranges import (
+    batch_int,
+    depth_int,
+    nonnegative_int,
+    pixels_int,
+    seed_int,
+    threads_int,
+    whole,
+    width_int,
+)
 from util.read import read_text, require_text
 
 

@@ -268,7 +268,8 @@ def _renamed(values: Mapping[str, Any], actions: Mapping[str, argparse.Action], 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
     """`value` as the action would have stored it. Raises TypeError or ValueError saying what was expected."""
-    if value is None and action.default is None:
+    takes_none = isinstance(action.type, Range) and action.type.takes_none
+    if value is None and (action.default is None or takes_none):
         return None
     if isinstance(action, _SWITCHES):
         if not isinstance(value, bool):

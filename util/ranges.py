@@ -12,7 +12,7 @@ import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from util.read import short_repr
@@ -33,9 +33,12 @@ class Range:
     low: float
     high: float
     ends: str = "[]"
+    takes_none: bool = False  # the word "none" stands for None
 
-    def __call__(self, text: str) -> float:
+    def __call__(self, text: str) -> float | None:
         """The number that `text` states. Raises ArgumentTypeError if it states none."""
+        if self.takes_none and text.strip().lower() == "none":
+            return None
         try:
             return self.kind(text)
         except ValueError as error:
@@ -79,6 +82,11 @@ class Text:
         return f"{self.says}, got {short_repr(value)}"
 
 
+def or_none(numbers: Range) -> Range:
+    """The same numbers, or "none", which undoes what a file or the weights say."""
+    return replace(numbers, takes_none=True)
+
+
 def whole(low: int, high: int) -> Range:
     """The whole numbers from low to high."""
     says = {1: "must be positive", 0: "must not be negative"}.get(low, f"must lie in {low} ... {high}")
@@ -103,19 +111,28 @@ MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
 seed_int = Range(int, f"must lie in 0 ... {MAX_SEED}", 0, MAX_SEED)
 
 device_name = Text("must be auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d{1,3})?")
-path_text = Text("must not be empty", r"(?s)[^\0]*[^\s\0][^\0]*")
-optional_path = Text("must not be blank", r"(?s)|[^\0]*[^\s\0][^\0]*")  # "" stands for none
+some_text = Text("must not be empty", r"(?s)[^\0]*[^\s\0][^\0]*")
+text_or_none = Text("must not be blank", r"(?s)|[^\0]*[^\s\0][^\0]*")  # "" stands for none
 
 
 def check_ranges(actions: Sequence[argparse.Action], values: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first flag with a value outside its range. A value of None is not checked."""
     for action in actions:
-        rule, value = action.type, values.get(action.dest)
-        if not isinstance(rule, Range | Text) or value is None:
+        rule, value = _rule_of(action), values.get(action.dest)
+        if rule is None or value is None:
             continue
         for each in value if isinstance(value, list) else [value]:
-            if not rule.holds(each):
-                raise ValueError(f"{action.option_strings[0]} {rule.complaint(each)}")
+            if isinstance(each, str) == isinstance(rule, Text) and not rule.holds(each):
+                raise ValueError(f"{(*action.option_strings, action.dest)[0]} {rule.complaint(each)}")
+
+
+def _rule_of(action: argparse.Action) -> Range | Text | None:
+    """The flag's own, or that of texts: paths and names are not blank, nor empty where that does not mean none."""
+    if isinstance(action.type, Range | Text):
+        return action.type
+    if action.type is not None or action.choices is not None or not isinstance(action, argparse._StoreAction):
+        return None
+    return text_or_none if action.default in (None, "") and not action.required else some_text
 
 
 def _number(value: float) -> str:

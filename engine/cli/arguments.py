@@ -23,6 +23,7 @@ from util.ranges import (
     fraction_below_one,
     nonnegative_float,
     nonnegative_int,
+    or_none,
     pixels_int,
     positive_float,
     positive_int,
@@ -144,7 +145,9 @@ def add_frozen_args(parser: argparse.ArgumentParser) -> None:
         help="factor on the latents; None: the VAE file's, or MAR's 0.2325",
     )
     group.add_argument(
-        "--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text encoder"
+        "--clip_path",
+        default=DEFAULT_CLIP,
+        help="local Hugging Face directory of the CLIP text encoder",
     )
 
 
@@ -322,9 +325,11 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cfg", type=guidance_float, default=1.0, help="guidance scale of text and layout together; 1: none"
     )
-    group.add_argument("--cfg_text", type=guidance_float, default=None, help="guidance scale of the text; None: --cfg")
     group.add_argument(
-        "--cfg_layout", type=guidance_float, default=None, help="guidance scale of the layout; None: --cfg"
+        "--cfg_text", type=or_none(guidance_float), default=None, help="guidance scale of the text; None: --cfg"
+    )
+    group.add_argument(
+        "--cfg_layout", type=or_none(guidance_float), default=None, help="guidance scale of the layout; None: --cfg"
     )
     group.add_argument(
         "--cfg_schedule", default="linear", choices=["linear", "constant"], help="guidance over iterations"
@@ -333,14 +338,14 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=temperature_float, default=1.0, help="factor on the noise of the reverse diffusion steps"
     )
     group.add_argument(
-        "--clip_x0", type=clip_float, default=None, help="bound on predicted latents, in standard deviations"
+        "--clip_x0", type=or_none(clip_float), default=None, help="bound on predicted latents, in standard deviations"
     )
     group.add_argument(
-        "--t_max", type=whole(0, NUM_TRAIN_STEPS - 1), default=None,
+        "--t_max", type=or_none(whole(0, NUM_TRAIN_STEPS - 1)), default=None,
         help="first diffusion timestep of sampling; None: the last one, 999 (950 with --num_sampling_steps_last)"
     )  # fmt: skip
     group.add_argument(
-        "--num_sampling_steps_last", type=steps_int, default=None,
+        "--num_sampling_steps_last", type=or_none(steps_int), default=None,
         help="diffusion steps per token in the last iteration, linear from --num_sampling_steps in the first; "
              "None: the same in all"
     )  # fmt: skip
@@ -386,7 +391,9 @@ def add_preview_args(parser: argparse.ArgumentParser) -> None:
 def add_score_args(group: argparse._ArgumentGroup) -> None:
     """Which layouts are scored while training, and by what."""
     group.add_argument(
-        "--eval_detector", default="", help="detector that scores (Faster R-CNN .pth or .onnx); empty: pictures only"
+        "--eval_detector",
+        default="",
+        help="detector that scores (Faster R-CNN .pth or .onnx); empty: pictures only",
     )
     group.add_argument("--eval_profile", default="structmar-256", help="protocol of the scores: name or yaml file")
     group.add_argument("--eval_images", type=positive_int, default=64, help="layouts scored: the profile's first ones")

@@ -36,7 +36,8 @@ from util.output import held_folder
 
 logger = logging.getLogger(__name__)
 
-GRID_MAX = 64
+GRID_MAX = 64  # images
+MAX_GRID_PIXELS = 4 * 10**8
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device) -> Job:
     config = sampling_config(args)
     require_fitting_iterations(config.num_iter, identity.config.num_tokens)
     scenes = read_scenes(args, identity)
+    require_grid(args.grid_scale, identity.config.img_size, len(scenes))
     require_free(Path(args.output_dir), len(scenes))
     pipeline = StructMARPipeline.from_checkpoint(
         args.resume, args.vae_path, args.clip_path, device, args.ema, args.allow_other_frozen
@@ -95,6 +97,7 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     config = sampling_config(args)
     require_fitting_iterations(config.num_iter, architecture.num_tokens)
     labels = [label for label in args.class_label for _ in range(args.num_images)]
+    require_grid(args.grid_scale, architecture.img_size, len(labels))
     require_free(Path(args.output_dir), len(labels))
     codec = LatentCodec.load(args.vae_path, device)
     require_fitting_codec(codec, args.vae_path, architecture)
@@ -103,6 +106,15 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     pipeline.source = args.resume
     scenes = [text_scene(f"class {label}") for label in labels]
     return Job(pipeline, scenes, labels, seeds_of(args, len(labels)), config)
+
+
+def require_grid(scale: int | None, img_size: int, num_images: int) -> None:
+    """Raises ValueError for a grid that would not fit into memory."""
+    pixels = min(num_images, GRID_MAX) * (img_size * (scale or 1)) ** 2
+    if pixels > MAX_GRID_PIXELS:
+        raise ValueError(
+            f"--grid_scale {scale} makes a grid of {pixels / 1e6:.0f} megapixels, at most {MAX_GRID_PIXELS / 1e6:.0f}"
+        )
 
 
 def seeds_of(args: argparse.Namespace, num_images: int) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ OPTION_NAMES = {
     "guidance_scale": "cfg_text",
     "layout_guidance_scale": "cfg_layout",
 }
+BOUNDS = ("clip_x0", "t_max", "num_sampling_steps_last")
+NO_BOUND: Literal["none"] = "none"
 PRECISION_OF = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -105,9 +107,11 @@ def read_generators(seed: Any, generator: Any, num_images: int) -> list[torch.Ge
 
 
 def read_options(own: SamplingConfig, given: Mapping[str, Any], num_tokens: int) -> SamplingConfig:
-    """The weights' own options with those of the call that are not None. Names as in the call or as the flags."""
+    """The weights' own options with those of the call that are not None. Names as in the call or as the flags; "none"
+    takes away a bound that the weights name."""
     changes = {name: value for name, value in given.items() if value is not None}
-    renamed = {OPTION_NAMES.get(name, name): value for name, value in changes.items()}
+    no_bound = {name for name in BOUNDS if isinstance(changes.get(name), str) and changes[name] == NO_BOUND}
+    renamed = {OPTION_NAMES.get(name, name): None if name in no_bound else value for name, value in changes.items()}
     try:
         config = from_plain(SamplingConfig, asdict(own) | renamed, "sampling options")
     except ValueError as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -247,9 +247,9 @@ class StructMARPipeline(DiffusionPipeline):
         *,
         cfg_schedule: str | None = None,
         temperature: float | None = None,
-        clip_x0: float | None = None,
-        t_max: int | None = None,
-        num_sampling_steps_last: int | None = None,
+        clip_x0: float | Literal["none"] | None = None,
+        t_max: int | Literal["none"] | None = None,
+        num_sampling_steps_last: int | Literal["none"] | None = None,
         order: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
         uncond_refresh: int | None = None,
@@ -263,7 +263,7 @@ class StructMARPipeline(DiffusionPipeline):
         per prompt; phrases: what each box holds, of `labels`. gligen_boxes and gligen_phrases mean the same.
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
         num_diffusion_steps: reverse steps per token. These and the options with the names of the command line's flags:
-        None means the weights' own (`own_sampling`); a bound that these name can be changed, not taken away.
+        None means the weights' own (`own_sampling`), "none" takes away a bound that these name.
         seed: image i of the call is the image that scripts.sample draws with seed + i. generator: instead, one that all
         images draw from, or one for each. Without either, images differ from call to call.
         batch_size: images drawn at a time. output_type: pil, np, pt or latent. return_dict: False gives a tuple.

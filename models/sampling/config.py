@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ORDERS = ("random", "gtr", "halton")
 CFG_SCHEDULES = ("linear", "constant")
 ANNEALED_T_MAX = 950  # few steps from t = 999 multiply errors of eps by thousands (models/heads/diffusion.py)
-MAX_GUIDANCE, MAX_TEMPERATURE, MAX_CLIP_X0 = 100.0, 10.0, 1000.0  # beyond, pictures are noise
+MAX_GUIDANCE, MAX_TEMPERATURE, MAX_CLIP_X0 = 100.0, 10.0, 1e6  # beyond, pictures are noise
 FIRST_RUNS = 5  # iterations in a row that run every branch before differences are reused
 
 BranchUse = Literal["full only", "run", "reuse"]

@@ -17,11 +17,11 @@ from util.ranges import (
     fraction_below_one,
     nonnegative_float,
     nonnegative_int,
-    optional_path,
-    path_text,
     positive_float,
     positive_fraction,
     positive_int,
+    some_text,
+    text_or_none,
     whole,
 )
 
@@ -48,8 +48,8 @@ def test_what_holds(numbers: Range, inside: list[float], outside: list[float]) -
     ("rule", "inside", "outside"),
     [
         (device_name, ["auto", "cpu", "cuda", "cuda:3"], ["", "tpu", "cuda:", "cuda:x", "cpu ", "mps"]),
-        (path_text, ["a", "./a b", " a"], ["", " ", "\n", "a\0"]),
-        (optional_path, ["", "a"], [" ", "\t", "\0"]),
+        (some_text, ["a", "./a b", " a"], ["", " ", "\n", "a\0"]),
+        (text_or_none, ["", "a"], [" ", "\t", "\0"]),
     ],
 )
 def test_what_texts_hold(rule: Text, inside: list[str], outside: list[str]) -> None:
