@@ -82,8 +82,8 @@ class StructMARConfig:
             raise ValueError(f"img_size {self.img_size} is not a multiple of vae_stride x patch_size = {step}")
         if self.num_tokens > MAX_TOKENS:
             raise ValueError(
-                f"img_size {self.img_size} over vae_stride x patch_size = {step} makes {self.num_tokens} tokens, "
-                f"at most {MAX_TOKENS} are possible"
+                f"these sizes make too many tokens: img_size {self.img_size} over vae_stride x patch_size = {step} "
+                f"is {self.num_tokens}, at most {MAX_TOKENS} are possible"
             )
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")

@@ -278,7 +278,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "iterations": ({"num_inference_steps": 65}, "num_inference_steps 65 exceeds the 64 tokens of an image"),
     "steps": ({"num_diffusion_steps": 0}, "num_diffusion_steps must lie between 1 and 1000, got 0"),
     "type": ({"num_inference_steps": "many"}, "num_inference_steps must be int, got 'many'"),
-    "guidance": ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
+    "guidance": ({"guidance_scale": float("nan")}, "guidance_scale must lie in .0, 100., got nan"),
     "order of tokens": ({"order": "spiral"}, "order must be one of .*, got 'spiral'"),
 }
 
