@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.helpers.programs import PROGRAMS
-from util.config import CONFIG_FLAG
+from util.config import CONFIG_FLAG, parse_args
 from util.ranges import Range
 
 every_program = pytest.mark.parametrize("module", PROGRAMS)
@@ -127,3 +127,25 @@ def test_numbers_just_outside_are_refused(
                     run(module, *needed, *words)
                 message = f"{parser.prog}: error: {flag} {numbers.complaint(numbers.kind(value))}"
                 assert caught.value.code == message
+
+
+BAD = ["", "abc", "nan", "-1", "9" * 5000]
+
+
+@every_program
+def test_no_value_of_any_flag_is_more_than_one_line(
+    parser_of: Callable[[str], argparse.ArgumentParser], capsys: pytest.CaptureFixture[str], module: str
+) -> None:
+    """Parsed alone: a value is taken, or refused in one line that names its flag."""
+    parser = parser_of(module)
+    needed = required_words(parser)
+    for action in parser._actions:
+        for value in BAD if action.option_strings and action.dest not in ("help", "config") else ():
+            flag = action.option_strings[0]
+            try:
+                parse_args(parser, [*needed, f"{flag}={value}"])
+                said = ""
+            except SystemExit as end:
+                said = end.code if isinstance(end.code, str) else capsys.readouterr().err
+                assert flag in said, said
+            assert len(said.strip().splitlines()) <= 1 and len(said) < 1000, said
