@@ -197,7 +197,9 @@ def say_once(line: str, error: Exception, say: Callable[[str], object]) -> None:
         return
     silent, is_alike = [], False
     with suppress(*gone):
-        silent = [other for other in range(size) if other != rank and not _has(store, f"failed {other}")]
+        others = [other for other in range(size) if other != rank]
+        _has(store, *(f"failed {other}" for other in others))
+        silent = [other for other in others if not store.check([f"failed {other}"])]
         is_alike = not silent and all(store.get(f"failed {other}").decode() == line for other in range(size))
     say(_who_fails(line, error, rank, silent, is_alike))
     with suppress(*gone):
@@ -217,10 +219,10 @@ def _is_lost_contact(error: Exception) -> bool:
     )
 
 
-def _has(store: Store, key: str) -> bool:
-    """Whether the key is there, or comes within a moment."""
+def _has(store: Store, *keys: str) -> bool:
+    """Whether the keys are all there, or come within a moment."""
     end = time.monotonic() + _GRACE.total_seconds()
-    while not store.check([key]):
+    while not store.check(list(keys)):
         if time.monotonic() > end:
             return False
         time.sleep(0.02)

@@ -53,6 +53,8 @@ def one_line_errors(program: str = "", debug: bool = False) -> Iterator[None]:
                 traceback.print_exc()
             line = f"{program}: error: {one_line(error)}" if program else f"error: {one_line(error)}"
             if is_one_of_several():
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, while this one still tells why
                 _say_for_several(line, error)
                 raise SystemExit(1) from error
             _note_in_log(line)
