@@ -108,11 +108,19 @@ class PresetAction(argparse._StoreAction):
         self.expand = expand
 
 
-def parse_checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """`parser.parse_args`, for programs without --config. SystemExit with one line if a number is out of range."""
+def parse_checked(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    rules: Sequence[argparse.Action] | None = None,
+) -> argparse.Namespace:
+    """`parser.parse_args`, for programs without --config. SystemExit with one line if a value is out of range.
+
+    rules: the flags as they were before a file changed their defaults; an empty text means none where that is the
+    flag's own default.
+    """
     args = parser.parse_args(argv)
     try:
-        check_ranges(parser._actions, vars(args))
+        check_ranges(parser._actions if rules is None else rules, vars(args))
     except ValueError as error:
         raise SystemExit(f"{parser.prog}: error: {error}") from error
     return args
@@ -128,6 +136,7 @@ def parse_args(
     the command line, a bad file ends the program with status 2 and one message (`parser.error`). A number out of its
     flag's range ends it with status 1 and one line.
     """
+    rules = parser._actions
     parser = copy.deepcopy(parser)
     parser.set_defaults(**(defaults or {}))
     if CONFIG_FLAG not in parser._option_string_actions:
@@ -146,7 +155,7 @@ def parse_args(
             parser.error(str(error))
     for action in presets:
         _apply_preset(parser, action, found[action.dest], in_file)
-    return parse_checked(parser, argv)
+    return parse_checked(parser, argv, rules)
 
 
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:

@@ -43,6 +43,12 @@ def check_content(state: Mapping[str, Any], file: Path) -> None:
     for name, kind in (_NEEDED | _OPTIONAL).items():
         if name in state:
             _check_entry(name, state[name], kind, file)
+    batches = state.get("images_in_epoch", 0) // state["global_batch"]
+    if "images_in_epoch" in state and state["batch_in_epoch"] != batches:
+        raise ValueError(
+            f"{file}: batch_in_epoch is {state['batch_in_epoch']}, but images_in_epoch {state['images_in_epoch']} and "
+            f"global_batch {state['global_batch']} make {batches}"
+        )
     for name in ("model_ema", "reference"):
         _check_part_of_model(name, state.get(name, {}), state["model"], file)
     trained = _trained(state["optimizer"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 from models.config import StructMARConfig
 from models.sampling.config import SamplingConfig
 from util.plain import from_plain
-from util.types import Category
+from util.read import short_repr
+from util.types import Category, require_distinct
 
 EXPORT_FORMAT = "structmar-1"
 METADATA_KEYS = ("format", "config", "categories", "vae", "text_encoder", "stage", "step", "weights")
@@ -91,14 +93,17 @@ class Identity:
         """
         try:
             sampling = entries.get("sampling")
+            vae_id, latent_scale = _fields(entries["vae"], "vae", id=str, latent_scale=float)
+            (text_encoder_id,) = _fields(entries["text_encoder"], "text_encoder", id=str)
+            stage, step = _fields(entries, "the file", stage=str, step=int)
             return Identity(
                 config=StructMARConfig.from_dict(entries["config"]),
-                vae_id=str(entries["vae"]["id"]),
-                latent_scale=float(entries["vae"]["latent_scale"]),
-                text_encoder_id=str(entries["text_encoder"]["id"]),
-                categories=tuple(Category(int(each["id"]), str(each["name"])) for each in entries["categories"]),
-                stage=str(entries["stage"]),
-                step=int(entries["step"]),
+                vae_id=vae_id,
+                latent_scale=float(latent_scale),
+                text_encoder_id=text_encoder_id,
+                categories=_categories(entries["categories"]),
+                stage=stage,
+                step=step,
                 weights=weights,
                 reward_detector_id=entries.get("reward_detector"),
                 sampling=None if sampling is None else from_plain(SamplingConfig, sampling, "sampling options"),
@@ -127,7 +132,30 @@ class Identity:
                 entries[key] = json.loads(text) if key in _JSON_KEYS else text
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{source} has malformed metadata: {key}: {error}") from error
+        with suppress(ValueError):
+            entries["step"] = int(metadata["step"])
         return Identity.from_dict(entries, source, metadata["weights"])
+
+
+def _fields(entries: Any, where: str, **kinds: type) -> list[Any]:
+    """The named fields of a record, in order. Raises ValueError that begins with `where` and names field and value."""
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{where} must be names and values, got {short_repr(entries)}")
+    for name, kind in kinds.items():
+        if name not in entries:
+            raise ValueError(f"{where} lacks '{name}'")
+        value = entries[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{where}: {name} must be {kind.__name__}, got {short_repr(value)}")
+    return [entries[name] for name in kinds]
+
+
+def _categories(entries: Any) -> tuple[Category, ...]:
+    if not isinstance(entries, list):
+        raise ValueError(f"categories must be a list, got {short_repr(entries)}")
+    found = [Category(*_fields(each, f"categories[{index}]", id=int, name=str)) for index, each in enumerate(entries)]
+    require_distinct(found, "categories")
+    return tuple(found)
 
 
 def require_same_identity(found: Identity, expected: Identity, source: str | Path | None, is_backbone: bool) -> None:

@@ -255,7 +255,7 @@ def build_reference(args: argparse.Namespace, parts: Parts) -> StructMAR | None:
     if args.kl_coef == 0:
         return None
     source = parts.source
-    kept: dict[str, Tensor] = source.state["reference" if source.kind == "continue" else "model_ema"]
+    kept: dict[str, Tensor] = source.state.get("reference" if source.kind == "continue" else "model_ema", {})
     if source.kind == "continue" and not kept:
         raise ValueError(
             f"{source.path} has no reference, it was written with --kl_coef 0; this run has {args.kl_coef}"

@@ -175,6 +175,7 @@ class _Loop:
     def run_epochs(self) -> int | None:
         run, signum = self.run, None
         done, left = self.position.step, self.course.steps_left(self.position)
+        set_lr(run.state.optimizer, run.schedule.at(self.course.epochs_done(self.position)))  # saved even if no step is
         bar: Any = progress(total=done + left, initial=done, unit="step", rank=run.dist.rank)
         with bar:
             if run.config.eval_steps and self.position.step == 0:

@@ -171,8 +171,12 @@ def test_incomplete_metadata_is_named(exported, tmp_path, missing):
         ("sampling", '{"num_iter": 1.5}', "malformed metadata: sampling options: num_iter must be int, got 1.5"),
         ("sampling", '{"num_iter": 0}', "malformed metadata: sampling options: num_iter must be at least 1, got 0"),
         ("categories", json.dumps([{"id": 1, "name": "person"}]), "1 categories, but the model has 3"),
-        ("vae", "{}", "malformed metadata: 'id' is missing"),
-        ("step", "many", "malformed metadata.*many"),
+        ("categories", "7", "malformed metadata: categories must be a list, got 7"),
+        ("categories", '[{"id": 1, "name": null}]', r"malformed metadata: categories\[0\]: name must be str, got None"),
+        ("categories", json.dumps([{"id": 1, "name": "dog"}] * 3), "malformed metadata: categories: two .* id 1"),
+        ("vae", "{}", "malformed metadata: vae lacks 'id'"),
+        ("vae", "[]", r"malformed metadata: vae must be names and values, got \[\]"),
+        ("step", "many", "malformed metadata: the file: step must be int, got 'many'"),
     ],
 )
 def test_malformed_metadata(exported, tmp_path, key, value, message):

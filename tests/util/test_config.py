@@ -61,6 +61,13 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
     assert override.pin_mem is True and override.ids == [9]
 
 
+def test_an_empty_text_is_none_where_that_is_the_default_whatever_a_file_says(tmp_path: Path) -> None:
+    path = write(tmp_path, "resume: a.pth\ncoco_root: data\n")
+    assert parse_args(make_parser(), ["--config", path, "--resume", ""]).resume == ""
+    with pytest.raises(SystemExit, match="--coco_root must not be empty, got ''"):
+        parse_args(make_parser(), ["--config", path, "--coco_root", ""])
+
+
 def test_the_parser_is_left_as_it_was(tmp_path: Path) -> None:
     parser = make_parser()
     parse_args(parser, ["--config", write(tmp_path, "coco_root: a\nbatch_size: 8")])

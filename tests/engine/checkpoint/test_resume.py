@@ -147,9 +147,10 @@ def test_a_signal_saves_and_gives_the_exit_code(world, reference, signum):
 
 
 def test_a_finished_run_can_be_started_again(world, reference):
-    before = load_checkpoint(world, reference)
+    last = world / reference / "checkpoint-last.pth"
+    before = last.read_bytes()
     assert main_mar.main(flags(world, reference, max_steps=5)) == 0
-    assert_same(load_checkpoint(world, reference)["model"], before["model"])
+    assert last.read_bytes() == before  # what killed runs are compared by: the learning rate is the position's, too
 
 
 def test_changed_arguments_are_named(world, reference, caplog):

@@ -69,7 +69,7 @@ def test_nothing_is_saved_where_nothing_is_new() -> None:
 def test_half_an_update_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, calls = tiny_run(save_epochs=0), []
 
-    def out_of_memory() -> None:
+    def out_of_memory(step: int) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError
