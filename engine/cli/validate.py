@@ -68,7 +68,7 @@ def _check_run(args: argparse.Namespace) -> None:
     if args.use_cached and args.crop != "center":
         raise ValueError(f"caches hold centre crops: --use_cached does not go with --crop {args.crop}")
     rates = {f"--{name}_drop_prob": vars(args)[f"{name}_drop_prob"] for name in ("label", "text", "layout")}
-    if sum(rates.values()) > 1:
+    if sum(rates.values()) > 1 and 1 not in rates.values():  # a rate of 1: the condition is never given
         listed = ", ".join(f"{flag} {rate}" for flag, rate in rates.items())
         raise ValueError(f"{listed} add up to {sum(rates.values()):g}, which is more than 1")
     model_config(args, num_categories=0, text_dim=0)  # do the sizes fit together?
