@@ -98,7 +98,7 @@ def test_three_stages_and_samples(
         assert f"{origin} (stage '{'mar' if stage == 1 else 'text_layout'}'" in caplog.text
         assert run(photos, tmp_path, stage, origin, epochs, max_steps=num_steps) == 0
         stopped = divmod(num_steps - 6, STEPS_PER_EPOCH)
-        where = f"at epoch {stopped[0]}, step {num_steps - 6} (image {20 * stopped[1]} of the epoch)"
+        where = f"at epoch {stopped[0]}, step {num_steps - 6} (image {BATCH_SIZE * stopped[1]} of the epoch)"
         assert f"continuing stage '{name}' from {checkpoint} {where}" in caplog.text
         curve = losses(tmp_path, stage)
         assert len(curve) == num_steps == load_plain(checkpoint)["step"]
