@@ -34,6 +34,7 @@ from util.checksum import (
 )
 from util.names import LAST_NAME
 from util.output import write_atomic
+from util.weights import tensor_problem
 
 _UNREADABLE = (
     RuntimeError,
@@ -217,7 +218,12 @@ def _load_safetensors(file: Path, map_location: torch.device | str) -> dict[str,
         with safetensors.safe_open(file, framework="pt") as opened:
             damaged = damaged_tensor(tensors, opened.metadata() or {})
         if damaged is not None:
-            raise ValueError(f"{file} is damaged: {damaged} is not what was written, by its checksum")
+            odd = tensor_problem(damaged, tensors[damaged]) if damaged in tensors else None
+            why = f" ({odd})" if odd else ""
+            raise ValueError(
+                f"{file} is damaged: {damaged} is not what was written, by its checksum{why}; what was changed on "
+                "purpose is saved without the checksums in the metadata"
+            )
         return {name: tensor.to(map_location) for name, tensor in tensors.items()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file ({_one_line(error)})") from error

@@ -257,6 +257,10 @@ def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: str) -> Mappin
             converted = _convert(actions[key], value)
         except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
             raise ConfigError(f"config file {path}: {key}: {short_repr(value)}: {error}") from error
+        try:
+            check_ranges([actions[key]], {key: converted})
+        except ValueError as error:
+            raise ConfigError(f"config file {path}: {error}") from error
         parser.set_defaults(**{key: converted})
         actions[key].required = False
     return values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from util.checkpoint import load_plain, safetensors_metadata, save_atomic, save_safetensors_atomic
@@ -79,3 +81,13 @@ def test_written_again_by_the_library_it_is_the_same_to_a_checksum(tmp_path: Pat
     save_file(load_plain(path) | {"first": torch.zeros(5)}, tmp_path / "other.safetensors", metadata)
     with pytest.raises(ValueError, match=r"other\.safetensors is damaged: first"):
         load_plain(tmp_path / "other.safetensors")
+
+
+def test_a_tensor_changed_by_another_program_is_said_to_be_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_safetensors_atomic({"weight": torch.ones(3)}, path, {"step": "1"})
+    with safe_open(path, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    save_file({"weight": torch.full((3,), math.nan)}, path, metadata)
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged: weight .* \(weight is not finite"):
+        load_plain(path)

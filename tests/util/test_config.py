@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from util.config import ConfigError, PresetAction, dump_yaml, load_yaml, parse_args, resolved_dict
+from util.ranges import positive_float
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -179,3 +180,14 @@ def test_an_unknown_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         parse_args(preset_parser(), ["--config", write(tmp_path, "coco_root: x\npreset: quickest\n")])
     assert "preset: 'quickest'" in capsys.readouterr().err
+
+
+def test_a_number_out_of_range_in_a_file_is_told_with_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=positive_float, default=1.0)
+    path = write(tmp_path, "lr: .nan\n")
+    with pytest.raises(SystemExit):
+        parse_args(parser, ["--config", path])
+    assert f"config file {path}: --lr must be positive, got nan" in capsys.readouterr().err
