@@ -207,6 +207,7 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"mask_ratio_min": 1.0}, "--mask_ratio_min must lie in (0, 1), got 1.0"),
     ({"label_drop_prob": 1.5}, "--label_drop_prob must lie in [0, 1], got 1.5"),
     ({"text_drop_prob": -0.1}, "--text_drop_prob must lie in [0, 1], got -0.1"),
+    ({"label_drop_prob": 0.5, "text_drop_prob": 0.4, "layout_drop_prob": 0.2}, "add up to 1.1, which is more than 1"),
     ({"ema_rate": 1.01}, "--ema_rate must lie in [0, 1], got 1.01"),
     ({"attn_dropout": 1.0}, "--attn_dropout must lie in [0, 1), got 1.0"),
     ({"train_mode": "all"}, "--train_mode must be one of full, text_layout, text_proj, backbone, got 'all'"),

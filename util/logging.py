@@ -124,14 +124,6 @@ def setup_logging(output_dir: str | os.PathLike[str] | None = None, rank: int = 
     logging.captureWarnings(True)
 
 
-def close_log() -> None:
-    """Ends log.txt; the console goes on. For a process that does another run afterwards."""
-    root = logging.getLogger()
-    for handler in [each for each in root.handlers if isinstance(each, _LogFile)]:
-        root.removeHandler(handler)
-        handler.close()
-
-
 def note_in_log(line: str) -> None:
     """Into log.txt alone, if there is one that can be written: what the program prints itself when it ends."""
     for handler in logging.getLogger().handlers:
