@@ -132,7 +132,7 @@ def test_sampling_options_are_carried_over_or_replaced(world, exported, tmp_path
     [
         ("num_iters: 8", r"sampling\.yaml: unknown key num_iters \(value 8\), did you mean num_iter"),
         ("batch_size: 8", r"sampling\.yaml: unknown key batch_size"),
-        ("num_iter: 0", r"sampling\.yaml: num_iter must be at least 1, got 0"),
+        ("num_iter: 0", r"sampling\.yaml: --num_iter must be positive, got 0"),
         ("cfg: high", r"sampling\.yaml: cfg: 'high': could not convert string to float"),
     ],
 )
