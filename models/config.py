@@ -15,8 +15,19 @@ from util.plain import from_plain
 
 MAX_TOKENS = 16384  # attention takes memory by their square
 ROPE_MODES = ("gated", "full", "off")
+TRUNKS = ("mae", "single")
+HEADS = ("diffusion", "discrete")
+NORMS = ("layer", "rms")
+MLPS = ("gelu", "swiglu")
+NORM_POSITIONS = ("pre", "res_post")
+QK_NORMS = ("none", "head_layer", "head_rms", "full_rms")
+ROPE_AXES = ("xy", "yx")
+SCORED = ("masked", "all")  # tokens that a discrete head's loss is taken over
+_CHOICES = {"rope_mode": ROPE_MODES, "trunk": TRUNKS, "head": HEADS, "norm": NORMS, "mlp": MLPS, "loss_on": SCORED,
+            "norm_position": NORM_POSITIONS, "qk_norm": QK_NORMS, "rope_axes": ROPE_AXES}  # fmt: skip
 LARGEST_SIZE = 1 << 16
-_MAY_BE_ZERO = ("encoder_depth", "decoder_depth", "num_categories", "text_dim", "cross_attn_every")
+_MAY_BE_ZERO = ("encoder_depth", "decoder_depth", "num_categories", "text_dim", "cross_attn_every", "codebook_size",
+                "code_dim")  # fmt: skip
 TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class")
 NUM_TRAIN_STEPS = 1000  # timesteps of the head's diffusion process
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # of matrix products: PyTorch's names of the dtypes
@@ -37,6 +48,13 @@ class StructMARConfig:
     """The architecture. `num_categories` or `text_dim` of 0 leave the layout or text parts out; without both, and with
     `rope_mode` off, what remains is MAR. `cross_attn_every` k lets every k-th block attend to the caption; 0 lets none,
     so that the caption enters by its pooled projection alone.
+
+    trunk: `mae`, MAR's encoder of visible tokens and decoder of all; `single`, the decoder's path alone, over buffer
+    and all tokens, hidden ones as the mask token. head: `diffusion`, continuous tokens; `discrete`, a class per code of
+    a codebook of `codebook_size`. norm, mlp, norm_position (`res_post`: x + N(F(x))), qk_norm (queries and keys, before
+    RoPE), rope_axes (`xy`: a head's first half turns with the column), linear_bias: of the trunk's blocks
+    (`blocks.py`). code_dim: channels of a code where `patch_size` puts several into a token; 0: the trunk's width.
+    label_smoothing, loss_on: of the discrete head's loss. size_condition: sizes and crop join the base condition.
 
     A new field needs a default that leaves models as they were before it: the files of today lack it."""
 
@@ -69,6 +87,19 @@ class StructMARConfig:
     layout_bias_encoder: bool = True
     layout_bias_decoder: bool = True
     layout_fourier: bool = True
+    trunk: str = "mae"
+    head: str = "diffusion"
+    codebook_size: int = 0
+    code_dim: int = 0
+    norm: str = "layer"
+    mlp: str = "gelu"
+    norm_position: str = "pre"
+    qk_norm: str = "none"
+    rope_axes: str = "xy"
+    linear_bias: bool = True
+    label_smoothing: float = 0.1
+    loss_on: str = "masked"
+    size_condition: bool = False
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -89,8 +120,21 @@ class StructMARConfig:
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if width % heads or (self.rope_mode != "off" and width // heads % 4):
                 raise ValueError(f"{part}: width {width} over {heads} heads must give head widths divisible by 4")
-        if self.rope_mode not in ROPE_MODES:
-            raise ValueError(f"rope_mode must be one of {ROPE_MODES}, got {self.rope_mode!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if (self.head == "discrete") != (self.codebook_size > 0):
+            raise ValueError(f"codebook_size {self.codebook_size} with head {self.head!r}: a discrete head has one")
+        if self.head == "discrete" and self.vae_embed_dim != 1:
+            raise ValueError(f"a discrete head has one code in a cell: vae_embed_dim 1, got {self.vae_embed_dim}")
+        single = (self.encoder_depth, self.encoder_embed_dim) == (0, self.decoder_embed_dim)
+        if self.trunk == "single" and not single:
+            raise ValueError(
+                f"a single trunk has no encoder: encoder_depth 0 and encoder_embed_dim {self.decoder_embed_dim} as the "
+                f"decoder's, got {self.encoder_depth} and {self.encoder_embed_dim}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.num_categories and self.max_objects > self.buffer_size:
             raise ValueError(f"max_objects {self.max_objects} does not fit into buffer_size {self.buffer_size}")
         if not self.layout_bias_value >= 0:
@@ -107,8 +151,22 @@ class StructMARConfig:
         return self.grid[0] * self.grid[1]
 
     @property
+    def codes_per_token(self) -> int:
+        """How many codes, each hidden and drawn on its own, make a token of the trunk: 1 but for a single trunk with a
+        discrete head and patches. (A trunk of MAE's kind hides and shows whole tokens.)"""
+        return self.patch_size**2 if self.head == "discrete" and self.trunk == "single" else 1
+
+    def unit_grid(self, grid: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of what is hidden and drawn on its own: the trunk's tokens, or the codes in them. grid: the
+        trunk's tokens, the config's by default."""
+        rows, columns = self.grid if grid is None else grid
+        side = self.patch_size if self.codes_per_token > 1 else 1
+        return rows * side, columns * side
+
+    @property
     def token_dim(self) -> int:
-        return self.vae_embed_dim * self.patch_size**2
+        """Channels of what is hidden and drawn on its own."""
+        return self.vae_embed_dim * self.patch_size**2 // self.codes_per_token
 
     def has_cross_attention(self, block: int) -> bool:
         """Whether block number `block` (from 0) attends to the caption."""
