@@ -172,6 +172,8 @@ def load_eval_set(
     file_names = {image.id: image.file_name for image in whole.images}
     logger.info("%s, profile %s (%s): %d images", whole.path, profile.name, profile.hash, len(targets))
     logger.info("%s: left out or noted: %s", whole.path, _summary(removed))
+    if max_images is not None and max_images > len(targets):
+        logger.warning("%s: %d images were asked for, there are %d", whole.path, max_images, len(targets))
     return EvalSet(profile, root, split, whole.categories, tuple(targets), dict(removed), file_names)
 
 

@@ -226,6 +226,13 @@ def test_the_split_and_the_ids_hash(tmp_path):
     assert load_eval_set(root, SQUASH, max_images=2).ids_hash != own.ids_hash
 
 
+def test_more_images_than_there_are_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    num_images = len(load(tmp_path, SQUASH).targets)
+    assert "were asked for" not in caplog.text
+    load(tmp_path, SQUASH, max_images=num_images + 1)
+    assert f"{num_images + 1} images were asked for, there are {num_images}" in caplog.text
+
+
 def test_perfect_detections_get_full_marks(tmp_path):
     for profile in (CENTER, SQUASH, ORIGINAL):
         eval_set = load(tmp_path, profile, min_visibility=0.25)
