@@ -2,9 +2,11 @@
 
     python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --layout configs/layouts/coco.json
     python -m scripts.sample --resume CKPT --coco_root ./data/coco --coco_split val2014 --num_images 16
+    python -m scripts.sample --resume CKPT --speech caption.wav --asr_path DIR --layout configs/layouts/coco.json
     python -m scripts.sample --resume mar_huge.safetensors --model mar_huge --class_label 207 360
 
-The last form samples MAR's own weights, class by class: that is how they are checked by eye. Sampling flags that
+--speech takes the caption from a WAV file and prints what each part of the way from sound to picture takes. The last
+form samples MAR's own weights, class by class: that is how they are checked by eye. Sampling flags that
 neither the command nor --config gives have the values that the weights name, where they name some.
 
 Into --output_dir go NNNN.png (plain images; the settings are in the PNG's text), grid.png (the first 64) and
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from engine.cli.arguments import (
     DEFAULT_CLIP,
@@ -43,7 +46,7 @@ from util.ranges import (
     whole,
     width_int,
 )
-from util.read import read_text, require_text
+from util.read import read_text, require_regular_file, require_text, short_repr
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -51,6 +54,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_config_arg(parser)
     add_weight_args(parser)
     add_source_args(parser)
+    add_speech_args(parser)
     add_mar_args(parser)
     add_sampling_args(parser)
     add_run_args(parser)
@@ -87,6 +91,19 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=seed_int, default=0, help="image k has seed + k")
 
 
+def add_speech_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a spoken caption")
+    group.add_argument(
+        "--speech", default=None, help="WAV file that says the caption, in place of --prompt; empty: none"
+    )
+    group.add_argument(
+        "--asr_path", default=None, help="local Hugging Face directory of the recogniser: Whisper, or one with CTC"
+    )
+    group.add_argument("--speech_repeats", type=whole(0, 1000), default=1,
+                       help="with --speech: the first batch is drawn this many times more, to print the median time of "
+                            "each part; 0: none")  # fmt: skip
+
+
 def add_mar_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sizes of MAR's own weights (with --class_label; our checkpoints know theirs)")
     group.add_argument("--model", default="mar_huge", help="preset: mar_mini, mar_base, mar_large or mar_huge")
@@ -121,9 +138,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that contradict one another."""
     if args.prompt is not None:
         require_text(args.prompt, "--prompt")
-    from_file = bool(args.layout) or args.prompt is not None
+    check_speech(args)
+    has_scene = bool(args.layout) or args.prompt is not None or bool(args.speech)
     sources = {
-        "--layout/--prompt": from_file,
+        "--layout/--prompt/--speech": has_scene,
         "--coco_root": bool(args.coco_root),
         "--class_label": args.class_label is not None,
     }
@@ -136,6 +154,19 @@ def check_args(args: argparse.Namespace) -> None:
         read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
     require_output_dir("--output_dir", args.output_dir)
     sampling_config(args)
+
+
+def check_speech(args: argparse.Namespace) -> None:
+    """Raises ValueError or FileNotFoundError for a spoken caption beside a written one, or one that is not there."""
+    if not args.speech:
+        return
+    if args.prompt is not None:
+        raise ValueError(f"--speech {args.speech} says the caption: give it or --prompt {short_repr(args.prompt)}")
+    require_regular_file(args.speech, "speech file")
+    if not args.asr_path:
+        raise ValueError(f"--speech {args.speech} needs --asr_path, the directory of a recogniser")
+    if not Path(args.asr_path).is_dir():
+        raise FileNotFoundError(f"recogniser directory not found: {args.asr_path} (--asr_path)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,8 +22,10 @@ from engine.sample.generate import num_iterations
 from engine.sample.grid import scene_grid
 from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, replacing, require_free
 from engine.sample.pipeline import StructMARPipeline
+from engine.sample.speech import measure_latency, transcribe
 from engine.train.parallel import compile_parts
 from models.config import preset_config
+from models.frozen.speech import PipelineTranscriber, Transcriber
 from models.frozen.vae import LatentCodec
 from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
@@ -62,21 +64,50 @@ def draw_samples(args: argparse.Namespace, sampling_note: str | None) -> str:
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     device = init_distributed(args.device).device
-    job = prepare_classes(args, device) if args.class_label else prepare_scenes(args, device)
+    heard = hear(args, device) if args.speech else None
+    prompt = args.prompt if heard is None else heard.prompt
+    job = prepare_classes(args, device) if args.class_label else prepare_scenes(args, device, prompt)
     if args.compile or args.cuda_graphs:
         compile_parts(job.pipeline.model, args.cuda_graphs)
     logger.info(f"{len(job.scenes)} images on {device}, {args.batch_size} at a time")
-    return run(job, args.batch_size, args.precision, Path(args.output_dir), resolved_dict(args))
+    written = run(job, args.batch_size, args.precision, Path(args.output_dir), resolved_dict(args))
+    if heard is None or not args.speech_repeats:
+        return written
+    return f"{written}\n{latency_table(job, heard, args.batch_size, args.precision, args.speech_repeats)}"
 
 
-def prepare_scenes(args: argparse.Namespace, device: torch.device) -> Job:
+@dataclass(frozen=True)
+class Heard:
+    """A spoken caption and who understood it."""
+
+    path: str
+    transcriber: Transcriber
+    prompt: str
+
+
+def hear(args: argparse.Namespace, device: torch.device) -> Heard:
+    """The caption that --speech says. Raises FileNotFoundError or ValueError naming what is wrong with which file."""
+    transcriber = PipelineTranscriber.load(args.asr_path, device)
+    prompt = transcribe(args.speech, transcriber)
+    logger.info(f"heard in {args.speech}: {prompt}")
+    return Heard(args.speech, transcriber, prompt)
+
+
+def latency_table(job: Job, heard: Heard, batch_size: int, precision: str, repeats: int) -> str:
+    """What each part of the way from sound to the first batch of pictures takes."""
+    scenes, seeds = job.scenes[:batch_size], job.seeds[:batch_size]
+    way = (job.pipeline, heard.transcriber, heard.path, scenes, seeds, job.config, precision)
+    return measure_latency(*way, repeats).table()
+
+
+def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str | None) -> Job:
     """The scenes, a StructMAR checkpoint that knows their labels, and the frozen parts it was trained with."""
     identity = read_identity(args.resume)
     if identity is None:
         raise ValueError(f"{args.resume} holds MAR's weights, which know no captions: sample them with --class_label")
     config = sampling_config(args)
     require_fitting_iterations(config.num_iter, identity.config.num_tokens)
-    scenes = read_scenes(args, identity)
+    scenes = read_scenes(args, identity, prompt)
     require_grid(args.grid_scale, identity.config.img_size, len(scenes))
     require_free(Path(args.output_dir), len(scenes))
     pipeline = StructMARPipeline.from_checkpoint(
@@ -121,17 +152,21 @@ def seeds_of(args: argparse.Namespace, num_images: int) -> list[int]:
     return [args.seed + index for index in range(num_images)]
 
 
-def read_scenes(args: argparse.Namespace, identity: Identity) -> list[Scene]:
-    """One scene per image: each scene of a layout file `--num_images` times, a dataset's scenes once."""
+def read_scenes(args: argparse.Namespace, identity: Identity, prompt: str | None) -> list[Scene]:
+    """One scene per image: each scene of a layout file `--num_images` times, a dataset's scenes once.
+
+    prompt: the caption, written or heard; None: the layout file's.
+    """
     if args.coco_root:
         filters = BoxFilters(max_objects=identity.config.max_objects)
         index = CocoIndex.load(args.coco_root, args.coco_split, filters, identity.config.img_size)
         require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
         return scenes_from_dataset(index, identity.config.img_size, args.num_images)
-    if not args.layout:
-        scenes = [text_scene(args.prompt)]
+    if args.layout:
+        scenes = read_layout_file(args.layout, identity.categories, identity.config.max_objects, prompt)
     else:
-        scenes = read_layout_file(args.layout, identity.categories, identity.config.max_objects, args.prompt)
+        assert prompt is not None, "the flags were checked: there is a layout file, a dataset or a caption"
+        scenes = [text_scene(prompt)]
     return [scene for scene in scenes for _ in range(args.num_images)]
 
 

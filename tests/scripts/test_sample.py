@@ -144,7 +144,7 @@ def test_another_source_than_the_config_files(sample, world, tmp_path):
     write_coco(tmp_path / "coco")
     (tmp_path / "sample.yaml").write_text(f"layout: {world.layout}\nnum_images: 1\n")
     flags = ("--config", str(tmp_path / "sample.yaml"), "--coco_root", str(tmp_path / "coco"))
-    with pytest.raises(SystemExit, match="got --layout/--prompt, --coco_root"):
+    with pytest.raises(SystemExit, match="got --layout/--prompt/--speech, --coco_root"):
         sample(*flags, "--coco_split", "val2017")
     out = sample(*flags, "--coco_split", "val2017", "--layout", "")
     assert read_json(out)["images"][0]["prompt"] == "caption 0 of 1"
@@ -205,8 +205,8 @@ def test_only_its_own_files_are_replaced(sample, tmp_path):
 
 
 MISTAKES = {
-    "nothing to generate": ([], "exactly one of --layout/--prompt, --coco_root, --class_label; got none"),
-    "two sources": (["--prompt", "a", "--coco_root", "x"], "got --layout/--prompt, --coco_root"),
+    "nothing to generate": ([], "exactly one of --layout/--prompt/--speech, --coco_root, --class_label; got none"),
+    "two sources": (["--prompt", "a", "--coco_root", "x"], "got --layout/--prompt/--speech, --coco_root"),
     "no images": (["--prompt", "a", "--num_images", "0"], "--num_images must be positive, got 0"),
     "batch": (["--prompt", "a", "--batch_size", "-1"], "--batch_size must be positive, got -1"),
     "columns": (["--prompt", "a", "--grid_columns", "0"], "--grid_columns must be positive, got 0"),
