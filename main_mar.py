@@ -1,5 +1,7 @@
 """Stages 1 and 2 of StructMAR: align the new parts of a MAR model to captions and boxes, then fine-tune all of it.
+Before them, optionally, that model itself: pretraining by class.
 
+    python main_mar.py --train_mode class --class_root data/imagenet ...
     python main_mar.py --train_mode text_layout --resume pretrained_models/mar_huge.safetensors ...
     python main_mar.py --train_mode full --resume output/stage1_align/checkpoint-last.pth ...
     torchrun --nproc_per_node 8 main_mar.py ...
@@ -24,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = train_parser()
     with first_process_speaks(), one_line_errors(parser.prog):
         args, note = parse_sampling_args(parser, argv, validate_train_args)
+        from engine.cli.build_class import build_class_training
         from engine.cli.build_train import build_training
         from engine.cli.main import run_main
-    return run_main(parser.prog, args, build_training, note)
+    build = build_class_training if args.train_mode == "class" else build_training
+    return run_main(parser.prog, args, build, note)
 
 
 if __name__ == "__main__":

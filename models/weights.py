@@ -34,7 +34,7 @@ def is_trainable(name: str, mode: str) -> bool:
 
     text_layout (stage 1): the new parts. text_proj: the text parts alone. full (stages 2 and 3): everything but the
     class embedding, which images with captions never use. backbone: as full, without the diffusion head. class: MAR
-    itself.
+    itself, with the strength of its rotations where it has any.
     """
     if mode == "text_layout":
         return _belongs(name, NEW_PARTS)
@@ -45,7 +45,7 @@ def is_trainable(name: str, mode: str) -> bool:
     if mode == "backbone":
         return not _belongs(name, (*CLASS_PARTS, *HEAD_PARTS))
     if mode == "class":
-        return not _belongs(name, NEW_PARTS)
+        return not _belongs(name, (*TEXT_PARTS, *LAYOUT_PARTS))
     raise ValueError(f"unknown train_mode {mode!r}, choose one of {TRAIN_MODES}")
 
 
@@ -101,8 +101,8 @@ class LoadReport:
 
 
 def is_mar_state(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is MAR's own: a backbone without any new part."""
-    return "fake_latent" in state and not any(_belongs(name, NEW_PARTS) for name in state)
+    """Whether a state dict is MAR's own: a backbone that knows no captions and no layouts."""
+    return "fake_latent" in state and not any(_belongs(name, (*TEXT_PARTS, *LAYOUT_PARTS)) for name in state)
 
 
 def load_mar_weights(model: StructMAR, state: Mapping[str, Tensor], source: str) -> LoadReport:

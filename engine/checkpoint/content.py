@@ -29,7 +29,8 @@ _NEEDED: dict[str, type] = {
     "text_encoder": dict,
     "categories": list,
 }
-_OPTIONAL: dict[str, type] = {"images_in_epoch": int, "sampling": dict, "reward_detector": str, "reference": dict}
+_OPTIONAL: dict[str, type] = {"images_in_epoch": int, "sampling": dict, "reward_detector": str, "reference": dict,
+                             "class_names": list}  # fmt: skip
 
 
 def check_content(state: Mapping[str, Any], file: Path) -> None:

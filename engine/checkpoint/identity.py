@@ -3,6 +3,7 @@
 A training checkpoint holds it as entries of its dictionary, an exported `.safetensors` as strings of its metadata:
     config: the model's sizes. categories: [{"id", "name"}, ...]. vae: {"id", "latent_scale"}. text_encoder: {"id"}.
     stage. step. sampling: the options to sample with, where the file says so. reward_detector: where there was one.
+    class_names: of labels 0, 1, ..., where the weights were trained on labelled pictures.
     In an exported file also weights: "ema" or "raw", and format: "structmar-1".
 The VAE and the text encoder are frozen and not inside: they are named by their ids (sha256), and others are refused.
 """
@@ -25,7 +26,7 @@ from util.types import Category, require_distinct
 
 EXPORT_FORMAT = "structmar-1"
 METADATA_KEYS = ("format", "config", "categories", "vae", "text_encoder", "stage", "step", "weights")
-_JSON_KEYS = ("config", "categories", "vae", "text_encoder", "sampling")
+_JSON_KEYS = ("config", "categories", "vae", "text_encoder", "sampling", "class_names")
 
 TRAINING_FIELDS = (
     "diffusion_batch_mul",
@@ -43,7 +44,8 @@ class Identity:
 
     text_encoder_id: "" for a model without text parts. stage, step: where they were written; step counts that stage's
     optimizer steps. weights: "ema" or "raw". reward_detector_id: sha256 of the detector whose verdict they were trained
-    on, None if on none. sampling: the options to sample them with, None if the file does not say.
+    on, None if on none. sampling: the options to sample them with, None if the file does not say. class_names: of the
+    labels 0, 1, ...; none where they were trained on captions.
     Raises ValueError if the number of categories is not the model's, or a value is out of range.
     """
 
@@ -57,10 +59,14 @@ class Identity:
     weights: str = "raw"
     reward_detector_id: str | None = None
     sampling: SamplingConfig | None = None
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.categories) != self.config.num_categories:
             raise ValueError(f"{len(self.categories)} categories, but the model has {self.config.num_categories}")
+        if self.class_names and len(self.class_names) != self.config.class_num:
+            found, wanted = len(self.class_names), self.config.class_num
+            raise ValueError(f"{found} class names, but the model has class_num {wanted}")
         if not (math.isfinite(self.latent_scale) and self.latent_scale > 0):
             raise ValueError(f"latent_scale must be positive and finite, got {self.latent_scale}")
         if self.step < 0:
@@ -78,6 +84,8 @@ class Identity:
             "text_encoder": {"id": self.text_encoder_id},
             "categories": [{"id": category.id, "name": category.name} for category in self.categories],
         }
+        if self.class_names:
+            entries["class_names"] = list(self.class_names)
         if self.reward_detector_id is not None:
             entries["reward_detector"] = self.reward_detector_id
         if self.sampling is not None:
@@ -102,6 +110,7 @@ class Identity:
                 latent_scale=float(latent_scale),
                 text_encoder_id=text_encoder_id,
                 categories=_categories(entries["categories"]),
+                class_names=_class_names(entries.get("class_names", [])),
                 stage=stage,
                 step=step,
                 weights=weights,
@@ -158,12 +167,20 @@ def _categories(entries: Any) -> tuple[Category, ...]:
     return tuple(found)
 
 
+def _class_names(entries: Any) -> tuple[str, ...]:
+    if not isinstance(entries, list) or not all(type(name) is str for name in entries):
+        raise ValueError(f"class_names must be a list of texts, got {short_repr(entries)}")
+    return tuple(entries)
+
+
 def require_same_identity(found: Identity, expected: Identity, source: str | Path | None, is_backbone: bool) -> None:
     """Raises ValueError naming the file, the field and both values if the weights were made for something else.
 
     is_backbone: the weights have no text or layout parts, hence know no captions and no categories.
     """
     skipped = {*TRAINING_FIELDS, *(NOT_OF_BACKBONES if is_backbone else ())}
+    if found.config.rope_mode != "off":  # weights that were trained with rotations need them
+        skipped -= {"rope_mode"}
     require_same_config(found.config, expected.config, source, skipped)
     frozen_flag = "--vae_path or --latent_scale"
     _refuse_other(source, "vae id", found.vae_id, expected.vae_id, frozen_flag)
@@ -173,6 +190,18 @@ def require_same_identity(found: Identity, expected: Identity, source: str | Pat
         _refuse_other(
             source, "categories", *_first_difference(found.categories, expected.categories), "--coco_root"
         )  # fmt: skip
+
+
+def require_same_classes(found: Identity, expected: Identity, source: str | Path | None) -> None:
+    """Raises ValueError naming the file and the first label with another name, or both numbers of classes. Weights that
+    do not say what their labels stand for are taken."""
+    if found.class_names and found.class_names != expected.class_names:
+        said = f"{len(found.class_names)} classes, here {len(expected.class_names)}"
+        for label, (one, other) in enumerate(zip(found.class_names, expected.class_names, strict=False)):
+            if one != other:
+                said = f"label {label} is {one!r}, here {other!r}"
+                break
+        raise ValueError(f"{source} was trained on other classes: {said} (see --class_root)")
 
 
 def require_same_config(

@@ -38,6 +38,8 @@ def load_for_sampling(path: str | Path, device: torch.device | str = "cpu", use_
     Raises FileNotFoundError, or ValueError naming the file, for anything else; MAR's own: `load_mar_for_sampling`.
     """
     state, identity = read_weights(path, use_ema)
+    if is_mar_state(state):
+        raise _class_conditional(resolve_checkpoint(path))
     require_own_sizes(identity.config, state, str(path))
     model = build_model(identity.config)
     load_structmar_weights(model, state, str(path)).log(logger)
@@ -71,16 +73,21 @@ def load_mar_for_sampling(
 
 
 def read_weights(path: str | Path, use_ema: bool = True) -> tuple[dict[str, Tensor], Identity]:
-    """The tensors to sample with and what they were made for. Errors as `load_for_sampling`."""
+    """The tensors to sample with and what they were made for. Raises FileNotFoundError, or ValueError naming the file
+    for anything else than a training checkpoint or an exported file."""
     file = resolve_checkpoint(path)
     state = read_weights_file(file)
     identity = identity_of(state, file, use_ema)
-    if identity is None or is_mar_state(state["model"]):
-        raise ValueError(f"{file} holds MAR's weights, without text and layout parts: sample them with --class_label")
+    if identity is None:
+        raise _class_conditional(file)
     if not use_ema and identity.weights == "ema":
         raise ValueError(f"{file} holds the ema weights only: --no-ema needs the training checkpoint")
     averaged = state["model_ema"] if use_ema else {}
     return {**state["model"], **averaged}, identity
+
+
+def _class_conditional(file: Path) -> ValueError:
+    return ValueError(f"{file} holds MAR's weights, without text and layout parts: sample them with --class_label")
 
 
 def export_weights(

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from engine.checkpoint.content import CHECKPOINT_FORMAT, check_optimizer
 from engine.checkpoint.files import MAR_STAGE, identity_of, read_weights_file
-from engine.checkpoint.identity import Identity, require_same_identity
+from engine.checkpoint.identity import Identity, require_same_classes, require_same_identity
 from engine.train.parallel import gathered
 from engine.train.state import Course, Position, TrainState
 from models.structmar import StructMAR
@@ -104,7 +104,10 @@ def check_identity(source: Source, expected: Identity) -> None:
     """
     found = source.identity
     if found is not None:
-        require_same_identity(found, expected, source.path, is_backbone(source))
+        is_start = source.kind == "start"
+        require_same_identity(found, expected, source.path, is_backbone=is_start and is_backbone(source))
+        if not is_start:
+            require_same_classes(found, expected, source.path)
 
 
 def check_training_state(source: Source) -> None:
@@ -136,7 +139,7 @@ def load_weights(model: StructMAR, source: Source, stage: str) -> LoadReport | N
     state = source.state
     averaged: dict[str, Tensor] = {} if source.kind == "continue" else state["model_ema"]
     weights = {**state["model"], **averaged}
-    load = load_mar_weights if is_backbone(source) and source.kind == "start" else load_structmar_weights
+    load = load_mar_weights if source.kind == "start" and is_backbone(source) else load_structmar_weights
     report = load(model, weights, str(source.path))
     kinds = "EMA weights" if averaged else "weights"
     if source.kind == "continue":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from engine.cli.arguments_class import add_class_args
 from engine.cli.arguments_scores import add_preview_args
 from engine.cli.speed import SPEEDS, speed_preset
 from models.config import NUM_TRAIN_STEPS, RESNET50_FPN_V2
@@ -49,12 +50,14 @@ def train_parser() -> argparse.ArgumentParser:
     """The parser of main_mar.py."""
     parser = Parser(
         prog="main_mar.py",
-        description="StructMAR stages 1 (--train_mode text_layout) and 2 (--train_mode full) on COCO.",
+        description="StructMAR stages 1 (--train_mode text_layout) and 2 (--train_mode full) on COCO, and what comes "
+        "before them: pretraining by class (--train_mode class) on a folder such as ImageNet's.",
     )
     add_config_arg(parser)
     add_model_args(parser)
     add_frozen_args(parser)
     add_data_args(parser)
+    add_class_args(parser)
     add_train_args(parser)
     add_optim_args(parser)
     add_run_args(parser)
@@ -182,7 +185,7 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
         "--train_mode",
         default="text_layout",
         help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts; "
-             "backbone: full without the diffusion head",
+             "backbone: full without the head; class: pretraining on --class_root, without captions and boxes",
     )  # fmt: skip
     add_length_args(group)
     group.add_argument(

@@ -4,8 +4,9 @@
     build_train_state   the model with its weights, placed; optimizer and average, restored where a run continues
     prepare_run         the loop's TrainingRun around the step, previews and evaluation that a stage hands in
 
-build_train.py hands in what stages 1 and 2 need, build_rl.py what stage 3 needs. These three files alone read
-`argparse.Namespace` below the mains. Everything that can be wrong is found here, before the run writes its first byte.
+build_train.py hands in what stages 1 and 2 need, build_class.py what pretraining by class needs, build_rl.py what stage
+3 needs. These files alone read `argparse.Namespace` below the mains. Everything that can be wrong is found here, before
+the run writes its first byte.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ from engine.cli.sampling import sampling_config
 from engine.cli.sizes import model_config
 from engine.data.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data.check import DataCheck, check_dataset
-from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler
+from engine.data.classes import ClassBatch, ClassDataset
+from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler, collate
 from engine.data.inputs import CocoInputs, DropRates
-from engine.data.loader import coco_batches
+from engine.data.loader import TrainingDataset, load_batches
 from engine.eval.judge import Judge
 from engine.eval.online import OnlineEvaluation
 from engine.eval.profiles import load_profile
@@ -103,15 +105,21 @@ def lr_schedule(args: argparse.Namespace, world_size: int) -> LrSchedule:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What conditions and decodes, and never trains."""
+    """What conditions and decodes, and never trains. caption_encoder: None where no caption is read."""
 
     codec: LatentCodec
-    text_encoder: ClipTextEncoder
+    caption_encoder: ClipTextEncoder | None
+
+    @property
+    def text_encoder(self) -> ClipTextEncoder:
+        """Of a stage that trains on captions."""
+        assert self.caption_encoder is not None, "this stage reads no captions"
+        return self.caption_encoder
 
 
-def build_frozen(args: argparse.Namespace, device: torch.device) -> Frozen:
+def build_frozen(args: argparse.Namespace, device: torch.device, has_captions: bool) -> Frozen:
     codec = LatentCodec.load(args.vae_path, device, args.latent_scale)
-    return Frozen(codec, ClipTextEncoder.load(args.clip_path, device))
+    return Frozen(codec, ClipTextEncoder.load(args.clip_path, device) if has_captions else None)
 
 
 def build_dataset(
@@ -133,7 +141,7 @@ def build_dataset(
     return CocoLayoutDataset(index, config, latents, texts, has_images)
 
 
-def build_sampler(args: argparse.Namespace, dataset: CocoLayoutDataset, dist: DistInfo) -> ResumableSampler:
+def build_sampler(args: argparse.Namespace, dataset: TrainingDataset, dist: DistInfo) -> ResumableSampler:
     """This process's share of every epoch. Raises ValueError if an epoch is shorter than a step."""
     sampler = ResumableSampler(len(dataset), dist.rank, dist.world_size, args.seed, args.batch_size)
     if sampler.num_batches < args.accum_iter:
@@ -159,7 +167,7 @@ def build_online_targets(
     return eval_set, Judge.of(load_detector(args.eval_detector, device, settings), eval_set.categories)
 
 
-BuildData = Callable[[argparse.Namespace, StructMARConfig, Frozen], CocoLayoutDataset]
+BuildData = Callable[[argparse.Namespace, StructMARConfig, Frozen], TrainingDataset]
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,8 @@ class Stage:
 
     keeps_sampling: its checkpoints name the sampling options of the weights it started from, where these name some,
     instead of its own. free_flags: those of its own flags that a continued run may change without a word, see
-    FREE_FLAGS.
+    FREE_FLAGS. has_captions: False where it trains on classes: without captions, layouts and the model's parts for
+    them.
     """
 
     name: str
@@ -176,6 +185,7 @@ class Stage:
     has_pictures: bool
     keeps_sampling: bool
     free_flags: tuple[str, ...]
+    has_captions: bool = True
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,7 @@ class Parts:
     dist: DistInfo
     sampling: SamplingConfig
     frozen: Frozen
-    dataset: CocoLayoutDataset
+    dataset: TrainingDataset
     check: DataCheck
     sampler: ResumableSampler
     identity: Identity
@@ -201,6 +211,12 @@ class Parts:
     @property
     def config(self) -> StructMARConfig:
         return self.identity.config
+
+    @property
+    def captioned(self) -> CocoLayoutDataset:
+        """The dataset of a stage that trains on captions."""
+        assert isinstance(self.dataset, CocoLayoutDataset), "this stage reads no captions"
+        return self.dataset
 
     def start(self, config: TrainConfig) -> Position:
         """Where a run of that length goes on."""
@@ -213,19 +229,24 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
     if stage.has_pictures:
         require_fitting_iterations(sampling.num_iter, sizes.num_tokens)
-    frozen = build_frozen(args, dist.device)
+    frozen = build_frozen(args, dist.device, stage.has_captions)
     require_fitting_codec(frozen.codec, args.vae_path, sizes)
     dataset = stage.build_data(args, sizes, frozen)
     with failing_together():
         check = check_dataset(dataset, args.output_dir) if dist.is_main else DataCheck()
-    categories = dataset.index.categories
-    config = model_config(args, len(categories), frozen.text_encoder.dim)
+    categories = () if isinstance(dataset, ClassDataset) else dataset.index.categories
+    class_names = dataset.index.classes if isinstance(dataset, ClassDataset) else ()
+    encoder = frozen.caption_encoder
+    config = model_config(args, len(categories), 0 if encoder is None else encoder.dim)
     sampler = build_sampler(args, dataset, dist)
     scored = build_online_targets(args, config, categories, dist.device)
     source = find_source(args.output_dir, args.resume, args.auto_resume, stage.name)
     kept = source.identity.sampling if stage.keeps_sampling and source.identity is not None else None
-    codec, text_encoder_id = frozen.codec, frozen.text_encoder.id
-    identity = Identity(config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling)
+    codec, text_encoder_id = frozen.codec, "" if encoder is None else encoder.id
+    identity = Identity(
+        config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling,
+        class_names=class_names,
+    )  # fmt: skip
     check_identity(source, identity)
     check_training_state(source)
     warmup = args.ema_warmup if args.ema_warmup is not None else source.has_ema_warmup
@@ -276,7 +297,7 @@ def coco_inputs(args: argparse.Namespace, parts: Parts) -> CocoInputs:
 
 def build_pipeline(parts: Parts, state: TrainState) -> StructMARPipeline:
     """What draws the run's images: the weights as they are in each moment."""
-    return StructMARPipeline.from_parts(state.model, parts.frozen.codec, parts.frozen.text_encoder, parts.identity)
+    return StructMARPipeline.from_parts(state.model, parts.frozen.codec, parts.frozen.caption_encoder, parts.identity)
 
 
 def build_best_keeper(args: argparse.Namespace, parts: Parts, state: TrainState) -> BestKeeper:
@@ -324,7 +345,8 @@ def prepare_run(
     """The run around a stage's step. extra: what its checkpoints hold besides. notes: what its log says besides."""
     dist, stage = parts.dist, parts.stage.name
     pin_memory = args.pin_mem and dist.device.type == "cuda"
-    batches = coco_batches(parts.dataset, parts.sampler, parts.config.max_objects, args.num_workers, pin_memory)
+    collate_fn = ClassBatch.collate if isinstance(parts.dataset, ClassDataset) else collate(parts.config.max_objects)
+    batches = load_batches(parts.dataset, parts.sampler, collate_fn, args.num_workers, pin_memory)
     global_batch = parts.sampler.global_batch
     if parts.source.kind == "continue":
         restore_open_interval(step, parts.source, dist)

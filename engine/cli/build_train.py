@@ -30,12 +30,12 @@ from util.distributed import DistInfo
 
 
 def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
-    """Everything main_mar.py trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
+    """Everything stages 1 and 2 train with. Raises ValueError or FileNotFoundError, naming what does not fit."""
     has_previews = args.online_eval or args.sample_freq > 0
     free_flags = ("max_steps", "eval_freq")
     stage = Stage(args.train_mode, build_images, has_previews, keeps_sampling=False, free_flags=free_flags)
     parts = read_parts(args, dist, stage)
-    scenes = build_scenes(args, parts.dataset) if has_previews else []
+    scenes = build_scenes(args, parts.captioned) if has_previews else []
     state = build_train_state(args, parts, args.train_mode)
     pipeline = build_pipeline(parts, state)
     preview = Preview(

@@ -16,17 +16,31 @@ from models.config import TRAIN_MODES
 from util.names import BEST_NAME, LAST_NAME
 from util.output import require_output_dir
 
-COCO_MODES = tuple(mode for mode in TRAIN_MODES if mode != "class")
-
 
 def validate_train_args(args: argparse.Namespace) -> None:
     """Raises ValueError for the first arguments that do not go together, FileNotFoundError for a missing path."""
-    if args.train_mode == "class":
-        raise ValueError("--train_mode class needs class labels, COCO has none: it is for pretraining scripts")
-    if args.train_mode not in COCO_MODES:
-        raise ValueError(f"--train_mode must be one of {', '.join(COCO_MODES)}, got '{args.train_mode}'")
+    if args.train_mode not in TRAIN_MODES:
+        raise ValueError(f"--train_mode must be one of {', '.join(TRAIN_MODES)}, got '{args.train_mode}'")
+    is_class = args.train_mode == "class"
+    if is_class != bool(args.class_root):
+        raise ValueError(
+            f"--train_mode class and --class_root belong together, got {args.train_mode} and '{args.class_root}'"
+        )
+    if is_class:
+        _refuse_captions(args)
     _check_run(args)
-    _require_paths(args, needed=("coco_root", "vae_path", "clip_path"), optional=("resume", "eval_detector"))
+    needed = ("class_root", "vae_path") if is_class else ("coco_root", "vae_path", "clip_path")
+    _require_paths(args, needed, optional=("resume", "eval_detector"))
+
+
+def _refuse_captions(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that mean captions, boxes or their scores beside --train_mode class."""
+    for flag in ("text_drop_prob", "layout_drop_prob", "online_eval", "use_cached"):
+        if vars(args)[flag]:
+            raise ValueError(
+                f"--{flag} {vars(args)[flag]} does not go with --train_mode class, which reads pictures and their "
+                "classes alone (--label_drop_prob drops these)"
+            )
 
 
 def validate_rl_args(args: argparse.Namespace) -> None:
@@ -90,6 +104,7 @@ def _require_paths(args: argparse.Namespace, needed: Sequence[str], optional: Se
 
 _DETECTOR_KINDS = "a Faster R-CNN (.pth) or a YOLOX, YOLOv8 or DETR export (.onnx)"
 WHERE_TO_GET = {
+    "class_root": "it holds train/ with a folder of pictures for each class, see https://image-net.org",
     "coco_root": "it holds annotations/ and the image folders, see https://cocodataset.org/#download",
     "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar",
     "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
 from engine.data.cache import LatentCache, TextCache
+from engine.data.classes import ClassDataset
 from engine.data.coco import CocoLayoutDataset
 from engine.data.shards import MAKE_AGAIN
 from engine.data.sources import Photograph, photographs_of
@@ -51,17 +53,33 @@ class DataCheck:
                 logger.info("%s: the data will be checked again at the next start", error)
 
 
-def check_dataset(dataset: CocoLayoutDataset, folder: str | Path) -> DataCheck:
+def check_dataset(dataset: CocoLayoutDataset | ClassDataset, folder: str | Path) -> DataCheck:
     """Checks the files that this dataset reads, unless `folder` has the note that they were, as they are.
 
     Raises FileNotFoundError or ValueError, naming the first file that is missing, damaged or of something else.
     """
+    return _check_classes(dataset, folder) if isinstance(dataset, ClassDataset) else _check_coco(dataset, folder)
+
+
+def _check_classes(dataset: ClassDataset, folder: str | Path) -> DataCheck:
+    index = dataset.index
+    paths = [index.image_path(position) for position in range(len(index))]
+    entries = f"{index.folder}: {len(paths)} pictures of {len(index.classes)} classes"
+    note = _note_of(paths, ())
+    if note == _noted(Path(folder)):
+        return DataCheck((entries, f"{len(paths)} pictures are as they were when checked before"), note)
+    _each(lambda path: check_picture(path, None, str(index.folder)), paths, "checking pictures")
+    return DataCheck((entries, f"{len(paths)} pictures are there and whole"), note)
+
+
+def _check_coco(dataset: CocoLayoutDataset, folder: str | Path) -> DataCheck:
     index, caches = dataset.index, [each for each in (dataset.latents, dataset.texts) if each is not None]
     photographs = photographs_of(index) if dataset.has_images else []
     shards = [file for cache in caches for file in cache.shard_files()]
     num_captions = sum(len(image.captions) for image in index.images)
     entries = f"{index.split}: the entries of {len(index)} images and {num_captions} captions are in order"
-    note = _note_of(photographs, shards)
+    paths = [photograph.path for photograph in photographs] + shards
+    note = _note_of(paths, [photograph.size for photograph in photographs])
     if note == _noted(Path(folder)):
         known = f"{len(photographs)} pictures and {len(shards)} shards of caches are as they were when checked before"
         return DataCheck((entries, known), note)
@@ -127,12 +145,11 @@ def _each(check: Callable[[T], bool | None], items: Sequence[T], description: st
     return results
 
 
-def _note_of(photographs: Sequence[Photograph], shards: Sequence[Path]) -> str:
-    """Another one if anything that a check depends on is another: paths, sizes and times of files, sizes in the json."""
-    stated = _each_stated([photograph.path for photograph in photographs] + list(shards))
-    named = [*(photograph.size for photograph in photographs), *(None for _ in shards)]
+def _note_of(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> str:
+    """Another one if anything that a check depends on is another: paths, sizes and times of files, sizes in the json
+    (of the first ones)."""
     digest = hashlib.sha256()
-    for line in zip(stated, named, strict=True):
+    for line in zip_longest(_each_stated(paths), sizes):
         digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.data.classes import ClassBatch
 from engine.data.coco import Batch
 from models.conditioning import drop_conditions, drop_labels
 from models.frozen.base import ImageCodec, TextEncoder
@@ -66,16 +67,6 @@ class CocoInputs:
         rates = self.rates
         kept_text, kept_layout = drop_conditions(text, batch.layout, rates.both, rates.text, rates.layout, rng)
         return StepInputs(latents, text=kept_text.to(self.device), layout=kept_layout.to(self.device))
-
-
-@dataclass(frozen=True)
-class ClassBatch:
-    """Images with class labels [B] int64; pixels [B, 3, H, W] or moments [B, 2C, h, w]."""
-
-    image_ids: list[int]
-    labels: Tensor
-    pixels: Tensor | None = None
-    moments: Tensor | None = None
 
 
 @dataclass(frozen=True)

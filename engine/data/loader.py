@@ -1,21 +1,27 @@
-"""Batches of COCO samples for the loop: the same ones for the same (seed, epoch), from any image on."""
+"""Batches of a dataset for the loop: the same ones for the same (seed, epoch), from any image on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from engine.data.coco import Batch, CocoLayoutDataset, ResumableSampler, Sample, collate
+from engine.data.classes import ClassDataset
+from engine.data.coco import CocoLayoutDataset, ResumableSampler
 from util.rng import generator
+
+TrainingDataset = CocoLayoutDataset | ClassDataset
 
 
 @dataclass(frozen=True)
-class CocoBatches:
-    dataset: CocoLayoutDataset
+class LoadedBatches:
+    """`Batches` of the loop, read by a DataLoader."""
+
+    dataset: TrainingDataset
     sampler: ResumableSampler
-    loader: DataLoader[Sample]
+    loader: DataLoader[Any]
 
     @property
     def num_images(self) -> int:
@@ -25,23 +31,28 @@ class CocoBatches:
     def global_batch(self) -> int:
         return self.sampler.global_batch
 
-    def of_epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+    def of_epoch(self, epoch: int, start: int) -> Iterator[Any]:
         self.dataset.set_epoch(epoch)
         self.sampler.set_epoch(epoch, start)
         return iter(self.loader)
 
 
-def coco_batches(
-    dataset: CocoLayoutDataset, sampler: ResumableSampler, max_objects: int, num_workers: int, pin_memory: bool
-) -> CocoBatches:
-    loader = DataLoader(
+def load_batches(
+    dataset: TrainingDataset,
+    sampler: ResumableSampler,
+    collate: Callable[[Any], Any],
+    num_workers: int,
+    pin_memory: bool,
+) -> LoadedBatches:
+    """collate: a list of the dataset's samples -> a batch."""
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=sampler.batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate(max_objects),
+        collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=generator(sampler.seed, "workers"),  # else the loader would draw from the global generator
     )
-    return CocoBatches(dataset, sampler, loader)
+    return LoadedBatches(dataset, sampler, loader)

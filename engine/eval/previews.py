@@ -16,7 +16,7 @@ from engine.train.parallel import unsharded
 from models.sampling.config import SamplingConfig
 from util.distributed import DistInfo
 from util.ema import Ema
-from util.images import save_png
+from util.images import Picture, save_png
 from util.logging import MetricWriter
 from util.rng import derive_seed
 
@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preview:
-    """Called by the loop on every process (a sharded model needs all of them); rank 0 writes samples/step-N.png."""
+    """Called by the loop on every process (a sharded model needs all of them); rank 0 writes samples/step-N.png.
+
+    labels: the class of each picture, where these are drawn instead of the scenes, whose captions name them."""
 
     pipeline: StructMARPipeline
     ema: Ema
@@ -36,13 +38,14 @@ class Preview:
     precision: str
     dist: DistInfo
     folder: Path
+    labels: Sequence[int] | None = None
 
     def __call__(self, step: int, writer: MetricWriter) -> None:
         if not self.dist.is_main and not isinstance(self.pipeline.model, FSDPModule):
             return
         seeds = [derive_seed(self.seed, "preview", index) for index in range(len(self.scenes))]
         with self.ema.applied(), unsharded(self.pipeline.model):
-            images = self.pipeline.draw(self.scenes, self.config, seeds, self.batch_size, self.precision)
+            images = self._draw(seeds)
         if not self.dist.is_main:
             return
         grid = scene_grid(images, self.scenes)
@@ -50,3 +53,9 @@ class Preview:
         save_png(grid, path)
         writer.image(step, "samples", grid)
         logger.info("%d samples at step %d: %s", len(images), step, path)
+
+    def _draw(self, seeds: Sequence[int]) -> list[Picture]:
+        options = (self.config, seeds, self.batch_size, self.precision)
+        if self.labels is None:
+            return self.pipeline.draw(self.scenes, *options)
+        return self.pipeline.draw_classes(self.labels, *options)

@@ -23,7 +23,8 @@ from engine.checkpoint.resume import (
     resumed_position,
 )
 from engine.checkpoint.writer import CheckpointWriter
-from engine.data.inputs import ClassBatch, ClassInputs
+from engine.data.classes import ClassBatch
+from engine.data.inputs import ClassInputs
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer

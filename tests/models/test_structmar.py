@@ -248,7 +248,7 @@ def test_trainable_sets() -> None:
         "text_proj": {"text"},
         "full": parts - {"class_emb"},
         "backbone": parts - {"class_emb", "head"},
-        "class": parts - {"text", "layout", "rope"},
+        "class": parts - {"text", "layout"},
     }
     assert set(expected) == set(TRAIN_MODES)
     for mode, trained in expected.items():
