@@ -1,7 +1,11 @@
 """The transformer block: MAR's (pre-norm attention and MLP, timm's parameter names) plus RoPE, an attention bias and
 gated cross-attention to the caption. Every addition is the identity when its gate or strength is 0.
 
-    x = x + Attn(LN(x));  x = x + tanh(g) CrossAttn(LN(x), text);  x = x + MLP(LN(x))
+    x = x + Attn(N(x));  x = x + tanh(g) CrossAttn(N(x), text);  x = x + MLP(N(x))
+
+With `norm_position` res_post the norms of attention and MLP stand behind them, x + N(F(x)), so that a block adds no
+more than its norms' weights allow (Swin v2, arXiv:2111.09883; Chameleon, arXiv:2405.09818). Queries and keys may be
+normed before they turn. The other options: `config.py`.
 
 A block's `forward` computes rotations and text keys and values itself, as training needs; its `run` is given them, so
 that sampling computes them once (`models/context.py`).
@@ -14,16 +18,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers.mlp import Mlp
+from timm.layers.mlp import Mlp, SwiGLU
 from torch import Tensor, nn
 
+from models.config import StructMARConfig
+from models.norms import build_norm, build_qk_norm
 from models.rope import Rotation
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+GATED_UNIT = 256  # a gated MLP's width is a multiple of it (LLaMA, arXiv:2302.13971)
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -60,15 +65,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
 class Attention(nn.Module):
     """Self-attention over buffer and image tokens. `rope_strength` exists when it is learned (`rope_mode` gated)."""
 
-    def __init__(self, width: int, num_heads: int, attn_dropout: float, proj_dropout: float, rope_mode: str) -> None:
+    def __init__(self, config: StructMARConfig, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attn_dropout = attn_dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.proj_drop = nn.Dropout(proj_dropout)
-        self.rope_mode = rope_mode
-        if rope_mode == "gated":
+        self.attn_dropout = config.attn_dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=config.linear_bias)
+        self.q_norm = build_qk_norm(config.qk_norm, num_heads, width // num_heads)
+        self.k_norm = build_qk_norm(config.qk_norm, num_heads, width // num_heads)
+        self.proj = nn.Linear(width, width, bias=config.linear_bias)
+        self.proj_drop = nn.Dropout(config.proj_dropout)
+        self.rope_mode = config.rope_mode
+        if config.rope_mode == "gated":
             self.rope_strength = nn.Parameter(torch.zeros(1))
 
     def rotation(self, angles: Tensor) -> Rotation:
@@ -80,6 +87,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))  # each [B, H, n, d]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # [B, H, n, d]
         if rotation is not None:
             q, k = rotation(q), rotation(k)  # [B, H, n, d]
         if query_ids is not None:
@@ -111,15 +120,15 @@ class TextKV:
 
 
 class GatedCrossAttention(nn.Module):
-    """`tanh(g) * CrossAttn(LN(x), text)`; g starts at 0 (not the output projection too: neither would learn)."""
+    """`tanh(g) * CrossAttn(N(x), text)`; g starts at 0 (not the output projection too: neither would learn)."""
 
-    def __init__(self, width: int, num_heads: int, text_dim: int) -> None:
+    def __init__(self, config: StructMARConfig, width: int, num_heads: int, text_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = LayerNorm(width)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(text_dim, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.norm = build_norm(config.norm, width)
+        self.q = nn.Linear(width, width, bias=config.linear_bias)
+        self.kv = nn.Linear(text_dim, 2 * width, bias=config.linear_bias)
+        self.proj = nn.Linear(width, width, bias=config.linear_bias)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def keys_values(self, text: Tensor, text_valid: Tensor, null: Tensor | None = None) -> TextKV:
@@ -144,25 +153,26 @@ class GatedCrossAttention(nn.Module):
         return torch.cat([seen, constant])  # [B, n, D]
 
 
-class Block(nn.Module):
-    """One transformer block. `cross` exists when the block attends to the caption."""
+def build_mlp(config: StructMARConfig, width: int) -> nn.Module:
+    """timm's MLP, or its SwiGLU of about as many parameters: two thirds of the width, rounded up to 256s."""
+    hidden, dropout = int(width * config.mlp_ratio), config.proj_dropout
+    if config.mlp == "gelu":
+        return Mlp(width, hidden, bias=config.linear_bias, drop=dropout)
+    gated = math.ceil(int(2 * hidden / 3) / GATED_UNIT) * GATED_UNIT
+    return SwiGLU(width, gated, bias=config.linear_bias, drop=(0.0, dropout))
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        attn_dropout: float,
-        proj_dropout: float,
-        rope_mode: str,
-        text_dim: int,
-    ) -> None:
+
+class Block(nn.Module):
+    """One transformer block of the trunk. `cross` exists when the block attends to the caption."""
+
+    def __init__(self, config: StructMARConfig, width: int, num_heads: int, text_dim: int) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(width)
-        self.attn = Attention(width, num_heads, attn_dropout, proj_dropout, rope_mode)
-        self.cross = GatedCrossAttention(width, num_heads, text_dim) if text_dim else None
-        self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), drop=proj_dropout)
+        self.is_post = config.norm_position == "res_post"
+        self.norm1 = build_norm(config.norm, width)
+        self.attn = Attention(config, width, num_heads)
+        self.cross = GatedCrossAttention(config, width, num_heads, text_dim) if text_dim else None
+        self.norm2 = build_norm(config.norm, width)
+        self.mlp = build_mlp(config, width)
 
     def forward(
         self,
@@ -189,8 +199,11 @@ class Block(nn.Module):
         query_ids: Tensor | None = None,
     ) -> Tensor:
         """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
-        update = self.attn.attend(self.norm1(x), rotation, bias, query_ids)  # [B, p, D]
+        if self.is_post:
+            update = self.norm1(self.attn.attend(x, rotation, bias, query_ids))  # [B, p, D]
+        else:
+            update = self.attn.attend(self.norm1(x), rotation, bias, query_ids)  # [B, p, D]
         x = update + (x if query_ids is None else gather_tokens(x, query_ids))  # [B, p, D]
         if self.cross is not None and text_kv is not None:
             x = x + self.cross.attend(x, text_kv)  # [B, p, D]
-        return x + self.mlp(self.norm2(x))  # [B, p, D]
+        return x + (self.norm2(self.mlp(x)) if self.is_post else self.mlp(self.norm2(x)))  # [B, p, D]

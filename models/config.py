@@ -22,6 +22,7 @@ MLPS = ("gelu", "swiglu")
 NORM_POSITIONS = ("pre", "res_post")
 QK_NORMS = ("none", "head_layer", "head_rms", "full_rms")
 ROPE_AXES = ("xy", "yx")
+MASK_SCHEDULES = ("truncnorm", "linear", "square", "cosine", "arccos")  # of the share that training hides
 SCORED = ("masked", "all")  # tokens that a discrete head's loss is taken over
 _CHOICES = {"rope_mode": ROPE_MODES, "trunk": TRUNKS, "head": HEADS, "norm": NORMS, "mlp": MLPS, "loss_on": SCORED,
             "norm_position": NORM_POSITIONS, "qk_norm": QK_NORMS, "rope_axes": ROPE_AXES}  # fmt: skip
@@ -127,6 +128,10 @@ class StructMARConfig:
             raise ValueError(f"codebook_size {self.codebook_size} with head {self.head!r}: a discrete head has one")
         if self.head == "discrete" and self.vae_embed_dim != 1:
             raise ValueError(f"a discrete head has one code in a cell: vae_embed_dim 1, got {self.vae_embed_dim}")
+        if self.head == "discrete" and self.diffusion_batch_mul != 1:
+            raise ValueError(f"a discrete head has no noise: diffusion_batch_mul 1, got {self.diffusion_batch_mul}")
+        if self.head != "discrete" and self.loss_on != "masked":
+            raise ValueError(f"loss_on {self.loss_on!r} with head {self.head!r}: a discrete head alone scores all")
         single = (self.encoder_depth, self.encoder_embed_dim) == (0, self.decoder_embed_dim)
         if self.trunk == "single" and not single:
             raise ValueError(
@@ -156,17 +161,27 @@ class StructMARConfig:
         discrete head and patches. (A trunk of MAE's kind hides and shows whole tokens.)"""
         return self.patch_size**2 if self.head == "discrete" and self.trunk == "single" else 1
 
+    @property
+    def token_side(self) -> int:
+        """Cells of the latents along the side of what is hidden and drawn on its own."""
+        return 1 if self.codes_per_token > 1 else self.patch_size
+
     def unit_grid(self, grid: tuple[int, int] | None = None) -> tuple[int, int]:
         """(rows, columns) of what is hidden and drawn on its own: the trunk's tokens, or the codes in them. grid: the
         trunk's tokens, the config's by default."""
         rows, columns = self.grid if grid is None else grid
-        side = self.patch_size if self.codes_per_token > 1 else 1
+        side = self.patch_size // self.token_side
         return rows * side, columns * side
 
     @property
     def token_dim(self) -> int:
         """Channels of what is hidden and drawn on its own."""
         return self.vae_embed_dim * self.patch_size**2 // self.codes_per_token
+
+    @property
+    def mask_schedule(self) -> str:
+        """The default of training's shares of hidden tokens (`masking.mask_ratio`)."""
+        return "arccos" if self.head == "discrete" else "truncnorm"
 
     def has_cross_attention(self, block: int) -> bool:
         """Whether block number `block` (from 0) attends to the caption."""

@@ -1,6 +1,6 @@
 """What a pass over the backbone needs besides its tokens, and where it is computed.
 
-`StructMAR.prepare` makes a `Context` of conditions, in one of two ways:
+`Trunk.prepare` makes a `Context` of conditions, in one of two ways:
 
 - For training: nothing is computed ahead. Every block computes its rotation and its text keys and values inside its own
   call, where gradients, checkpointing, compiling and sharding see them.
@@ -29,7 +29,7 @@ from models.heads.base import HeadSampler
 from models.rope import Rotation
 
 if TYPE_CHECKING:
-    from models.structmar import StructMAR
+    from models.trunk import Trunk
 
 
 class Layer(Protocol):
@@ -96,7 +96,7 @@ class Context:
     """See the module's docstring. network: the model that runs, cast and packed as wanted; head: its head, None for
     training. decoder_bias: [B, 1, K + L, K + L] or None."""
 
-    network: StructMAR
+    network: Trunk
     conditions: Conditions
     encoder: tuple[Layer, ...]
     decoder: tuple[Layer, ...]

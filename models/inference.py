@@ -2,7 +2,7 @@
 
 In bfloat16, autocast would cast weights at every call. Float32 stay: the residual stream and norms of the backbone,
 what is computed once, the way into the head and out of it, and a second head for the first reverse step, where rounding
-costs most (`models/heads/diffusion.py`).
+costs most (`models/heads/diffusion.py`). A discrete head is float32 as a whole.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from models.heads.packed import can_pack, pack
 
 if TYPE_CHECKING:
-    from models.structmar import StructMAR
+    from models.trunk import Trunk
 
 
-def inference_copy(model: StructMAR, dtype: torch.dtype) -> StructMAR:
+def inference_copy(model: Trunk, dtype: torch.dtype) -> Trunk:
     """The float32 model, or a copy that shares all weights but those that are cast or packed (`heads/packed.py`).
 
     Cast are the linears of the backbone's blocks, and the head's blocks and adaLN.
     """
-    packs = model.compile_mode is None and can_pack(model.config.diffloss_w, dtype, model.fake_latent.device)
+    has_diffusion, device = model.config.head == "diffusion", model.fake_latent.device
+    packs = has_diffusion and model.compile_mode is None and can_pack(model.config.diffloss_w, dtype, device)
     if dtype == torch.float32 and not packs:
         return model
     with torch.device("meta"):
@@ -32,18 +33,25 @@ def inference_copy(model: StructMAR, dtype: torch.dtype) -> StructMAR:
     for name, buffer in model.named_buffers():  # none of them is persistent
         owner, _, leaf = name.rpartition(".")
         copy.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    net = copy.diffloss.net
     if dtype != torch.float32:
-        for part in (copy.encoder_blocks, copy.decoder_blocks, copy.decoder_embed):
-            for linear in (module for module in part.modules() if isinstance(module, nn.Linear)):
-                _cast(linear, dtype)
-                linear.register_forward_pre_hook(_cast_input)
-        _cast(net.res_blocks, dtype)
-        _cast(net.final_layer.adaLN_modulation, dtype)
-        net.final_layer.linear.register_forward_pre_hook(_cast_input)
+        for linear in _backbone_linears(copy):
+            _cast(linear, dtype)
+            linear.register_forward_pre_hook(_cast_input)
+        if has_diffusion:
+            net = copy.diffloss.net
+            _cast(net.res_blocks, dtype)
+            _cast(net.final_layer.adaLN_modulation, dtype)
+            net.final_layer.linear.register_forward_pre_hook(_cast_input)
     if packs:
-        pack(net)
+        pack(copy.diffloss.net)
     return copy
+
+
+def _backbone_linears(model: Trunk) -> list[nn.Linear]:
+    parts: list[nn.Module] = [model.encoder_blocks, model.decoder_blocks]
+    if model.config.trunk == "mae":
+        parts.append(model.decoder_embed)
+    return [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
 
 
 def _cast(root: nn.Module, dtype: torch.dtype) -> None:

@@ -1,8 +1,9 @@
 """2D rotary position embedding of image tokens (RoFormer, arXiv:2104.09864, once per axis).
 
-A head's channels split in two halves: the first rotates with x (column), the second with y (row). Within a half, the
-interleaved pair i turns by `position * 10000^(-2i / (d_h / 2))`. A learnable strength multiplies the angles: 0 is the
-identity, 1 the full rotation. Buffer tokens stand nowhere in the image, so their angles are 0.
+A head's channels split in two halves: the first rotates with x (column), the second with y (row), or (`yx`, as in
+LlamaGen) the other way round. Within a half, the interleaved pair i turns by `position * 10000^(-2i / (d_h / 2))`. A
+learnable strength multiplies the angles: 0 is the identity, 1 the full rotation. Buffer tokens stand nowhere in the
+image, so their angles are 0.
 
 Shape letters: B batch, H heads, n tokens, d head width, L image tokens, K buffer slots.
 """
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 
-def rope_angles_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Tensor:
-    """Angles in radians of every token of an (h, w) grid in raster order: [h * w, head_dim / 2] float32."""
+def rope_angles_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0, axes: str = "xy") -> Tensor:
+    """Angles in radians of every token of an (h, w) grid in raster order: [h * w, head_dim / 2] float32. axes: of
+    `config.ROPE_AXES`."""
     if head_dim % 4:
         raise ValueError(f"2D RoPE needs a head width divisible by 4, got {head_dim}")
     height, width = grid
@@ -24,7 +26,8 @@ def rope_angles_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) 
     frequencies = base ** (-2 * torch.arange(pairs, dtype=torch.float32) / (head_dim / 2))  # [d/4]
     columns = torch.arange(width, dtype=torch.float32).repeat(height)  # [L]
     rows = torch.arange(height, dtype=torch.float32).repeat_interleave(width)  # [L]
-    return torch.cat([columns[:, None] * frequencies, rows[:, None] * frequencies], dim=-1)  # [L, d/2]
+    halves = [columns[:, None] * frequencies, rows[:, None] * frequencies]  # [L, d/4] each
+    return torch.cat(halves if axes == "xy" else halves[::-1], dim=-1)  # [L, d/2]
 
 
 def with_buffer(angles: Tensor, buffer_size: int) -> Tensor:

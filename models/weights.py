@@ -22,7 +22,7 @@ LAYOUT_PARTS = ("layout_embed.",)
 ROPE_PARTS = (".rope_strength",)
 NEW_PARTS = (*TEXT_PARTS, *LAYOUT_PARTS, *ROPE_PARTS)
 CLASS_PARTS = ("class_emb.",)
-HEAD_PARTS = ("diffloss.",)
+HEAD_PARTS = ("diffloss.", "code_head.")
 
 
 def _belongs(name: str, parts: tuple[str, ...]) -> bool:
@@ -33,7 +33,7 @@ def is_trainable(name: str, mode: str) -> bool:
     """Whether parameter `name` trains in a mode.
 
     text_layout (stage 1): the new parts. text_proj: the text parts alone. full (stages 2 and 3): everything but the
-    class embedding, which images with captions never use. backbone: as full, without the diffusion head. class: MAR
+    class embedding, which images with captions never use. backbone: as full, without the token head. class: MAR
     itself, with the strength of its rotations where it has any.
     """
     if mode == "text_layout":
@@ -67,7 +67,7 @@ def part_of(name: str) -> str:
     for part, parts in (("text", TEXT_PARTS), ("layout", LAYOUT_PARTS), ("rope", ROPE_PARTS)):
         if _belongs(name, parts):
             return part
-    if name.startswith("diffloss."):
+    if name.startswith(HEAD_PARTS):
         return "head"
     if name.startswith(("decoder_", "mask_token", "diffusion_pos")):
         return "decoder"
@@ -126,11 +126,9 @@ def load_structmar_weights(model: StructMAR, state: Mapping[str, Tensor], source
 
 def require_own_sizes(config: StructMARConfig, state: Mapping[str, Tensor], source: str) -> None:
     """Raises ValueError if a file's config is not that of its own tensors, before a model of whatever size is made."""
-    parts = {
-        "encoder_depth": "encoder_blocks",
-        "decoder_depth": "decoder_blocks",
-        "diffloss_d": "diffloss.net.res_blocks",
-    }
+    parts = {"encoder_depth": "encoder_blocks", "decoder_depth": "decoder_blocks"}
+    if config.head == "diffusion":
+        parts["diffloss_d"] = "diffloss.net.res_blocks"
     for field, part in parts.items():
         found = {name[len(part) :].split(".")[1] for name in state if name.startswith(f"{part}.")}
         if len(found) != getattr(config, field):

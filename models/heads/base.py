@@ -2,7 +2,8 @@
 
 The trunk turns visible tokens and conditions into one vector z per token. A head embeds tokens for the trunk, gives the
 training loss of tokens under their z, and draws tokens from z. The diffusion head (`diffloss.py`,
-`diffusion_sampler.py`) has continuous tokens; whatever implements these protocols can take its place.
+`diffusion_sampler.py`) has continuous tokens, the discrete one (`discrete.py`, `discrete_sampler.py`) codes; `build.py`
+makes what a config asks for.
 
 Shape letters: B images, G guidance branches, L image tokens, C token channels, D trunk width, r rows (tokens),
 p tokens drawn in one iteration, M noisy copies of a token in training.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Guide = Callable[[Tensor], Tensor]
 """Predictions of all guidance branches [G, r, ...] -> the guided one [r, ...]."""
@@ -67,14 +68,14 @@ class HeadSampler(Protocol):
 
 
 class TokenHead(Protocol):
-    """token_dim: C. Training: `sample_noise`, then `token_loss`. Sampling: `sampler`."""
+    """token_dim: C; z_dim: D, channels of the condition z. Training: `sample_noise`, then `token_loss`. Sampling:
+    `sampler`."""
 
     @property
     def token_dim(self) -> int: ...
 
-    @staticmethod
-    def embedding(token_dim: int, width: int) -> nn.Module:
-        """A new module [..., C] -> [..., D]; the trunk owns it (as `z_proj`, MAR's name)."""
+    @property
+    def z_dim(self) -> int: ...
 
     def empty_tokens(self, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:
         """Stand-ins for tokens that are not known yet, never looked at: [B, L, C]."""

@@ -38,6 +38,7 @@ class DiffLoss(nn.Module):
     def __init__(self, channels: int, z_channels: int, width: int, depth: int, grad_checkpointing: bool) -> None:
         super().__init__()
         self.channels = channels
+        self.z_dim = z_channels
         self.net = SimpleMLPAdaLN(channels, z_channels, width, depth, grad_checkpointing)
         tables = training_schedule().tables()
         self.table_names = tuple(tables)
@@ -47,11 +48,6 @@ class DiffLoss(nn.Module):
     @property
     def token_dim(self) -> int:
         return self.channels
-
-    @staticmethod
-    def embedding(token_dim: int, width: int) -> nn.Module:
-        """A new embedding of tokens, [..., C] -> [..., D]."""
-        return nn.Linear(token_dim, width)
 
     def empty_tokens(self, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:
         """Stand-ins for tokens that are not known yet: [B, L, C] float32."""
