@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from engine.cli.arguments import SWITCH, add_config_arg, add_device_arg, script_parser
+from engine.cli.arguments import SWITCH, VAE_HELP, add_config_arg, add_device_arg, script_parser
 from util.config import parse_args
 from util.failures import first_process_speaks, one_line_errors
 from util.output import require_output_dir
@@ -26,7 +26,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--coco_root", required=True, help="folder with annotations/ and the image folders")
     parser.add_argument("--coco_split", default="train2014", help="e.g. train2014, val2017: any split with both jsons")
     parser.add_argument("--cached_path", required=True, help="where to write latents/ and text/; one folder per split")
-    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help="VAE checkpoint (LDM layout)")
+    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help=VAE_HELP)
     parser.add_argument(
         "--latent_scale", type=positive_float, help="factor of the latents; default: the VAE file's, or MAR's"
     )

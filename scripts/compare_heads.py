@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from engine.cli.arguments import (
     DEFAULT_CLIP,
     DEFAULT_VAE,
+    VAE_HELP,
     add_config_arg,
     add_device_arg,
     add_ema_arg,
@@ -40,7 +41,7 @@ def get_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("weights and scenes")
     group.add_argument("--resume", required=True, help="training checkpoint, its folder, or exported .safetensors")
     add_ema_arg(group)
-    group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint in the LDM layout")
+    group.add_argument("--vae_path", default=DEFAULT_VAE, help=VAE_HELP)
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
     group.add_argument("--coco_root", default="./data/coco", help="captions and boxes (only its annotations/ is read)")
     group.add_argument("--coco_split", default="val2014", help="its first images with boxes")

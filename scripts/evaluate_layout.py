@@ -24,6 +24,7 @@ from engine.cli.arguments import (
     DEFAULT_DETECTOR,
     DEFAULT_VAE,
     SWITCH,
+    VAE_HELP,
     add_compile_args,
     add_config_arg,
     add_device_arg,
@@ -75,7 +76,7 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
                        help="of --images; source: the photographs' own; any: resized as photographs")  # fmt: skip
     group.add_argument("--name", default=None, help="name of the row (the stage or the folder)")
     add_ema_arg(group)
-    group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint; with --images for its bound only")
+    group.add_argument("--vae_path", default=DEFAULT_VAE, help=f"{VAE_HELP}; with --images for its bound only")
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
     group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
                        help="generate with a VAE or text encoder other than the one trained with")  # fmt: skip

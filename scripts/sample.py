@@ -24,6 +24,7 @@ from engine.cli.arguments import (
     DEFAULT_CLIP,
     DEFAULT_VAE,
     SWITCH,
+    VAE_HELP,
     add_compile_args,
     add_config_arg,
     add_device_arg,
@@ -66,7 +67,7 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", required=True,
                        help="training checkpoint or its folder, exported .safetensors, or MAR's weights")  # fmt: skip
     add_ema_arg(group)
-    group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint in the LDM layout")
+    group.add_argument("--vae_path", default=DEFAULT_VAE, help=VAE_HELP)
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
     group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
                        help="sample with a VAE or text encoder other than the one trained with")  # fmt: skip

@@ -130,9 +130,13 @@ def require_same_frozen(kind: str, path: str | Path, found: str, expected: str, 
 
 
 def require_fitting_codec(codec: ImageCodec, path: str | Path, config: StructMARConfig) -> None:
-    """Raises ValueError naming the field and both sizes if the VAE's latents are not those that the model takes."""
+    """Raises ValueError naming the field and both sizes if the VAE's latents are not those that the model takes.
+
+    A codebook_size of 0 stands for continuous latents.
+    """
     for name, wanted, found in (
         ("vae_stride", config.vae_stride, codec.stride),
+        ("codebook_size", config.codebook_size, codec.codebook_size),
         ("vae_embed_dim", config.vae_embed_dim, codec.latent_channels),
     ):
         if wanted != found:

@@ -37,6 +37,7 @@ from util.ranges import (
 )
 
 DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
+VAE_HELP = "image tokenizer: a KL VAE (LDM's layout) or a VQ (LlamaGen's file or a folder of diffusers)"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
 DEFAULT_DETECTOR = f"./pretrained_models/{RESNET50_FPN_V2}_coco.pth"
 guidance_float = Range(float, f"must lie in [0, {MAX_GUIDANCE:g}]", 0, MAX_GUIDANCE)
@@ -141,12 +142,12 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
 def add_frozen_args(parser: argparse.ArgumentParser) -> None:
     """The frozen VAE and text encoder."""
     group = parser.add_argument_group("frozen parts")
-    group.add_argument("--vae_path", default=DEFAULT_VAE, help="KL VAE checkpoint in the LDM layout")
+    group.add_argument("--vae_path", default=DEFAULT_VAE, help=VAE_HELP)
     group.add_argument(
         "--latent_scale",
         type=positive_float,
         default=None,
-        help="factor on the latents; None: the VAE file's, or MAR's 0.2325",
+        help="factor on the latents; None: the VAE file's, or MAR's 0.2325; codes have none",
     )
     group.add_argument(
         "--clip_path",

@@ -56,10 +56,10 @@ from engine.train.parallel import compile_parts, shard, wrap
 from engine.train.profile import StepProfiler, profiled_steps
 from engine.train.state import Position, TrainState
 from models.build import build_model
+from models.frozen.codec import Codec, load_codec
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import ClipTextEncoder
-from models.frozen.vae import LatentCodec
 from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
@@ -107,7 +107,7 @@ def lr_schedule(args: argparse.Namespace, world_size: int) -> LrSchedule:
 class Frozen:
     """What conditions and decodes, and never trains. caption_encoder: None where no caption is read."""
 
-    codec: LatentCodec
+    codec: Codec
     caption_encoder: ClipTextEncoder | None
 
     @property
@@ -118,7 +118,7 @@ class Frozen:
 
 
 def build_frozen(args: argparse.Namespace, device: torch.device, has_captions: bool) -> Frozen:
-    codec = LatentCodec.load(args.vae_path, device, args.latent_scale)
+    codec = load_codec(args.vae_path, device, args.latent_scale)
     return Frozen(codec, ClipTextEncoder.load(args.clip_path, device) if has_captions else None)
 
 

@@ -16,8 +16,9 @@ from engine.data.cache import LatentCacheKey, TextCacheKey
 from engine.data.cache_write import CropBatch, Progress, Share, write_latent_cache, write_text_cache
 from engine.data.check import check_pictures
 from engine.data.sources import Photograph, Source, photographs_of
+from models.frozen.base import ImageCodec
+from models.frozen.codec import load_codec
 from models.frozen.text import ClipTextEncoder
-from models.frozen.vae import LatentCodec
 from util.boxes import plan_center_crop
 from util.coco import BoxFilters, CocoIndex
 from util.distributed import DistInfo, barrier, failing_together, init_distributed, shutdown
@@ -44,7 +45,7 @@ def cache_split(args: argparse.Namespace) -> list[str]:
         ]
         if args.latents:
             said.append(_check_images(index, dist))
-        codec = LatentCodec.load(args.vae_path, dist.device, args.latent_scale) if args.latents else None
+        codec = load_codec(args.vae_path, dist.device, args.latent_scale) if args.latents else None
         encoder = ClipTextEncoder.load(args.clip_path, dist.device) if args.text else None
         if not args.check_data:
             if codec is not None:
@@ -98,7 +99,7 @@ def _progress(description: str, dist: DistInfo) -> Iterator[Progress]:
         yield advance_to
 
 
-def cache_latents(args: argparse.Namespace, index: CocoIndex, codec: LatentCodec, dist: DistInfo) -> None:
+def cache_latents(args: argparse.Namespace, index: CocoIndex, codec: ImageCodec, dist: DistInfo) -> None:
     photographs = photographs_of(index)
     crops = _Crops(photographs, args.img_size, f"instances_{index.split}.json")
 

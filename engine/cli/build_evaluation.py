@@ -25,9 +25,9 @@ from engine.eval.run import round_trip, run_evaluation
 from engine.eval.targets import EvalSet, load_eval_set
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import compile_parts
+from models.frozen.codec import load_codec
 from models.frozen.detections import BoxDetector, DetectorSettings
 from models.frozen.faster_rcnn import load_detector
-from models.frozen.vae import LatentCodec
 from models.masking import require_fitting_iterations
 from util.checkpoint import sha256_file
 from util.distributed import DistInfo, init_distributed, shutdown
@@ -151,10 +151,10 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
 
 def add_vae_bound(args: argparse.Namespace, run: EvaluationRun) -> EvaluationRun:
     """With the model's own VAE, or the one of --vae_path; needs the photographs."""
-    wanted = args.vae_bound if args.vae_bound is not None else bool(args.resume) or Path(args.vae_path).is_file()
+    wanted = args.vae_bound if args.vae_bound is not None else bool(args.resume) or Path(args.vae_path).exists()
     if not wanted or not args.real_bound:
         return run
-    codec = run.generation.pipeline.codec if run.generation else LatentCodec.load(args.vae_path, run.dist.device)
+    codec = run.generation.pipeline.codec if run.generation else load_codec(args.vae_path, run.dist.device)
     resolution = run.eval_set.profile.resolution
     if resolution is None or resolution % codec.stride:
         message = f"profile {run.eval_set.profile.name}: pictures of {resolution or 'many sizes'} do not fit its stride"

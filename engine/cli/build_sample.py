@@ -25,8 +25,8 @@ from engine.sample.pipeline import StructMARPipeline
 from engine.sample.speech import measure_latency, transcribe
 from engine.train.parallel import compile_parts
 from models.config import preset_config
+from models.frozen.codec import load_codec
 from models.frozen.speech import PipelineTranscriber, Transcriber
-from models.frozen.vae import LatentCodec
 from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
 from util.coco import BoxFilters, CocoIndex
@@ -130,7 +130,7 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     labels = [label for label in args.class_label for _ in range(args.num_images)]
     require_grid(args.grid_scale, architecture.img_size, len(labels))
     require_free(Path(args.output_dir), len(labels))
-    codec = LatentCodec.load(args.vae_path, device)
+    codec = load_codec(args.vae_path, device)
     require_fitting_codec(codec, args.vae_path, architecture)
     model = load_mar_for_sampling(args.resume, architecture, device, use_ema=args.ema)
     pipeline = StructMARPipeline.from_parts(model, codec, caption_encoder=None)

@@ -106,7 +106,7 @@ _DETECTOR_KINDS = "a Faster R-CNN (.pth) or a YOLOX, YOLOv8 or DETR export (.onn
 WHERE_TO_GET = {
     "class_root": "it holds train/ with a folder of pictures for each class, see https://image-net.org",
     "coco_root": "it holds annotations/ and the image folders, see https://cocodataset.org/#download",
-    "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar",
+    "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar, vq_ds16_c2i.pt from https://github.com/FoundationVision/LlamaGen",
     "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
     "detector_path": "fasterrcnn_resnet50_fpn_v2's weights are linked from torchvision's documentation",
     "eval_detector": _DETECTOR_KINDS,

@@ -46,7 +46,7 @@ from util.read import short_repr
 
 @dataclass(frozen=True)
 class LatentCacheKey:
-    """What latents depend on, besides pictures. vae_id: `LatentCodec.id`. crop: only "center" can be cached."""
+    """What latents depend on, besides pictures. vae_id: `ImageCodec.id`. crop: only "center" can be cached."""
 
     vae_id: str
     latent_scale: float

@@ -94,9 +94,9 @@ def encode_latents(
     epoch: int,
     device: torch.device,
 ) -> Tensor:
-    """One draw of the VAE's posterior per image: scaled latents [B, C, h, w] in float32, without gradients."""
+    """One draw of the VAE's posterior per image, or its codes: latents [B, C, h, w] in float32, without gradients."""
     if moments is None:
         assert pixels is not None, "a batch holds pixels or moments"
         moments = codec.encode(pixels.to(device, non_blocking=True))  # [B, 2C, h, w]
     generators = [generator(seed, "latent", epoch, image_id) for image_id in image_ids]
-    return codec.sample(moments.to(device, torch.float32, non_blocking=True), generators)  # [B, C, h, w]
+    return codec.sample(moments.to(device, non_blocking=True), generators)  # [B, C, h, w]

@@ -25,7 +25,7 @@ from engine.eval.pictures import PictureOf, folder_pictures, image_path
 from engine.eval.plan import EvaluationRun, PictureRow, generation_identity
 from engine.eval.results import write_everything, write_json
 from engine.eval.targets import EvalSet, Target
-from models.frozen.vae import LatentCodec
+from models.frozen.base import ImageCodec
 from util.distributed import DistInfo, barrier
 from util.images import Picture, to_model_range, to_picture
 from util.logging import progress
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "generation.json"
 
 
-def round_trip(codec: LatentCodec, eval_set: EvalSet) -> PictureOf:
-    """The real pictures encoded (the posterior's mode) and decoded: what a perfect model could at best make."""
+def round_trip(codec: ImageCodec, eval_set: EvalSet) -> PictureOf:
+    """The real pictures encoded (the posterior's mode, or codes) and decoded: the best that a model could make."""
 
     @torch.no_grad()
     def picture_of(target: Target) -> Picture:

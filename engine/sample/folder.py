@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.checkpoint.identity import Identity
+from models.frozen.codec import Autoencoder
 from models.frozen.text import IGNORED_NAMES, TEXT_PREFIX, ClipTextEncoder
 from models.structmar import StructMAR
 from util.checkpoint import sha256_tensors
@@ -69,7 +69,7 @@ class FolderRecord:
 
 
 def contents_of(
-    model: StructMAR, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+    model: StructMAR, vae: Autoencoder, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> dict[str, str]:
     """The sha256 of each component's tensors, by the component's name; of the tokenizer, its vocabulary's."""
     states = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in text_encoder.state_dict().items()}

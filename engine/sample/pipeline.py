@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -47,8 +47,8 @@ from engine.sample.inputs import (
     read_scenes,
 )
 from engine.sample.transformer import StructMARTransformer
+from models.frozen.codec import Autoencoder, Codec, codec_around, load_codec
 from models.frozen.text import ClipTextEncoder
-from models.frozen.vae import LatentCodec, config_of
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import SampleOutput
 from models.structmar import StructMAR
@@ -80,11 +80,11 @@ class StructMARPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: StructMARTransformer,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         text_encoder: CLIPTextModel | None,
         tokenizer: CLIPTokenizer | None,
         identity: Identity | None = None,
-        codec: LatentCodec | None = None,
+        codec: Codec | None = None,
         caption_encoder: ClipTextEncoder | None = None,
     ) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class StructMARPipeline(DiffusionPipeline):
         if codec is None:
             if identity is None:
                 raise ValueError("make a pipeline by from_pretrained, from_checkpoint or from_parts")
-            codec = LatentCodec(vae, config_of(vae), identity.latent_scale, identity.vae_id)
+            codec = codec_around(vae, identity.latent_scale, identity.vae_id)
             caption_encoder = caption_encoder_of(text_encoder, tokenizer, identity.text_encoder_id)
         self.codec, self.identity = codec, identity
         self._caption_encoder = caption_encoder
@@ -104,7 +104,7 @@ class StructMARPipeline(DiffusionPipeline):
     def from_parts(
         cls,
         model: StructMAR,
-        codec: LatentCodec,
+        codec: Codec,
         caption_encoder: ClipTextEncoder | None,
         identity: Identity | None = None,
     ) -> StructMARPipeline:
@@ -130,7 +130,7 @@ class StructMARPipeline(DiffusionPipeline):
         """
         loaded = load_for_sampling(path, device, use_ema=use_ema)
         model, identity = loaded.model, loaded.identity
-        codec = LatentCodec.load(vae_path, device, identity.latent_scale)
+        codec = load_codec(vae_path, device, identity.latent_scale)
         require_same_frozen("VAE", vae_path, codec.id, identity.vae_id, allow_other_frozen)
         require_fitting_codec(codec, vae_path, identity.config)
         encoder = ClipTextEncoder.load(clip_path, device)

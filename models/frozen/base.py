@@ -19,7 +19,11 @@ from util.types import TextContext
 
 
 class ImageCodec(Protocol):
-    """Pixels to latents and back. stride: pixels per latent cell. latent_scale: factor on the latents."""
+    """Pixels to latents and back. stride: pixels per latent cell. latent_scale: factor on the latents.
+
+    codebook_size: 0 where latents are continuous. Otherwise they are codes, whole numbers below it in float32, one in
+    a cell: latent_channels and latent_scale are 1.
+    """
 
     id: str
     latent_scale: float
@@ -29,6 +33,9 @@ class ImageCodec(Protocol):
 
     @property
     def latent_channels(self) -> int: ...
+
+    @property
+    def codebook_size(self) -> int: ...
 
     @property
     def device(self) -> torch.device: ...

@@ -17,27 +17,34 @@ Shape letters: B batch, C latent channels, H x W pixels, h x w latents (H = h * 
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from util.checkpoint import load_plain, sha256_file
-from util.weights import tensor_problem
-
-logger = logging.getLogger(__name__)
+from models.frozen.published import (
+    LAYER_RENAMES,
+    NORM_NUM_GROUPS,
+    count_indices,
+    module_state,
+    plain_int,
+    published_state,
+    read_tokenizer_file,
+    renamed,
+    require_generators,
+    require_groups,
+    require_pixels,
+)
+from util.checkpoint import sha256_file
 
 MAR_LATENT_SCALE = 0.2325
-LDM_NORM_NUM_GROUPS = 32
 LOGVAR_RANGE = (-30.0, 20.0)
-IGNORED_PREFIXES = ("loss.",)  # the perceptual loss and the discriminator that LDM saves with its autoencoders
-WHERE_TO_GET = "kl16.ckpt is linked from the README of https://github.com/LTH14/mar"
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,10 @@ class VaeConfig:
     latent_channels: int
     encoder_attention: bool
     mid_attention: bool
-    norm_num_groups: int = LDM_NORM_NUM_GROUPS
+    norm_num_groups: int = NORM_NUM_GROUPS
 
     def __post_init__(self) -> None:
-        if self.norm_num_groups < 1 or any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ValueError(
-                f"norm_num_groups={self.norm_num_groups} does not divide every width of {self.block_out_channels}"
-            )
+        require_groups(self.norm_num_groups, self.block_out_channels)
 
     @property
     def stride(self) -> int:
@@ -103,36 +107,23 @@ _RENAMES = (
     (r"\.down_blocks\.(\d+)\.", r".down.\1."),
     (r"(\.down\.\d+|\.up\.\d+)\.resnets\.", r"\1.block."),
     (r"(\.down\.\d+)\.attentions\.", r"\1.attn."),
-    (r"\.downsamplers\.0\.", ".downsample."),
-    (r"\.upsamplers\.0\.", ".upsample."),
     (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.conv_norm_out\.", ".norm_out."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.to_out\.0\.", ".proj_out."),
+    *LAYER_RENAMES,
 )
 
 
 def ldm_name(name: str, num_levels: int) -> str:
     """The LDM name of a diffusers parameter, e.g. decoder.up_blocks.0.resnets.1.* -> decoder.up.<last>.block.1.*"""
     name = re.sub(r"\.up_blocks\.(\d+)\.", lambda found: f".up.{num_levels - 1 - int(found[1])}.", name)
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _is_attention_projection(ldm_key: str) -> bool:
-    return re.search(r"\.attn(\.\d+|_1)\.(q|k|v|proj_out)\.weight$", ldm_key) is not None
+    return renamed(name, _RENAMES)
 
 
 def ldm_state_dict(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
     """The autoencoder's parameters in LDM layout. The tensors share memory with the module."""
     num_levels = len(autoencoder.config.block_out_channels)
-    renamed = {ldm_name(name, num_levels): tensor for name, tensor in autoencoder.state_dict().items()}
-    return {key: value[:, :, None, None] if _is_attention_projection(key) else value for key, value in renamed.items()}
+    return published_state(autoencoder.state_dict(), partial(ldm_name, num_levels=num_levels))
 
 
 def ldm_checkpoint(autoencoder: AutoencoderKL, latent_scale: float, dtype: torch.dtype) -> dict[str, object]:
@@ -151,32 +142,13 @@ def diffusers_state_dict(ldm_state: Mapping[str, Tensor], config: VaeConfig) -> 
     Raises ValueError listing missing tensors, tensors left over and tensors of another shape than `config` implies.
     """
     with torch.device("meta"):
-        expected = build_autoencoder(config)
-    names = {ldm_name(name, len(config.block_out_channels)): name for name in expected.state_dict()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in ldm_state_dict(expected).items()}
-    problems = [f"missing {key}" for key in names if key not in ldm_state]
-    problems += [f"left over {key}" for key in ldm_state if key not in names]
-    problems += [
-        f"{key} has shape {tuple(ldm_state[key].shape)}, expected {shape}"
-        for key, shape in shapes.items()
-        if key in ldm_state and tuple(ldm_state[key].shape) != shape
-    ]
-    problems += [found for key in names if key in ldm_state and (found := tensor_problem(key, ldm_state[key]))]
-    if problems:
-        raise ValueError(f"{len(problems)} tensors do not fit {config}: {_shorten(problems)}")
-    return {
-        name: (ldm_state[key][:, :, 0, 0] if _is_attention_projection(key) else ldm_state[key]).float()
-        for key, name in names.items()
-    }
+        expected = build_autoencoder(config).state_dict()
+    return module_state(ldm_state, expected, partial(ldm_name, num_levels=len(config.block_out_channels)), config)
 
 
-def _shorten(problems: Sequence[str], limit: int = 12) -> str:
-    return "; ".join(problems[:limit]) + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
-
-
-def infer_config(ldm_state: Mapping[str, Tensor], norm_num_groups: int = LDM_NORM_NUM_GROUPS) -> VaeConfig:
+def infer_config(ldm_state: Mapping[str, Tensor], norm_num_groups: int = NORM_NUM_GROUPS) -> VaeConfig:
     """Reads the architecture off names and shapes. Raises ValueError if a tensor that defines it is missing."""
-    num_levels = _count(ldm_state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    num_levels = count_indices(ldm_state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     keys = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(num_levels)]
     missing = [key for key in (*keys, "decoder.conv_in.weight") if key not in ldm_state]
     if missing or num_levels == 0:
@@ -184,40 +156,12 @@ def infer_config(ldm_state: Mapping[str, Tensor], norm_num_groups: int = LDM_NOR
         raise ValueError(f"not an autoencoder in LDM layout: no tensor {', '.join(wanted)}")
     return VaeConfig(
         block_out_channels=tuple(ldm_state[key].shape[0] for key in keys),
-        layers_per_block=_count(ldm_state, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
+        layers_per_block=count_indices(ldm_state, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
         latent_channels=ldm_state["decoder.conv_in.weight"].shape[1],
         encoder_attention=f"encoder.down.{num_levels - 1}.attn.0.q.weight" in ldm_state,
         mid_attention="encoder.mid.attn_1.q.weight" in ldm_state,
         norm_num_groups=norm_num_groups,
     )
-
-
-def _count(keys: Iterable[str], pattern: str) -> int:
-    """One more than the largest index that `pattern`'s group matches; 0 if nothing matches."""
-    matches = (re.fullmatch(pattern, key) for key in keys)
-    return 1 + max((int(found[1]) for found in matches if found), default=-1)
-
-
-def read_ldm_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """-> (state dict in LDM layout without `IGNORED_PREFIXES`, the plain entries beside it).
-
-    The state dict may be the file itself or lie under "model" or "state_dict", nested or not.
-    Raises FileNotFoundError (naming the file and where to get it) and ValueError (not a checkpoint, no tensors).
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"VAE checkpoint not found: {path}. {WHERE_TO_GET}")
-    payload: dict[str, object] = load_plain(path)
-    entries: dict[str, object] = {}
-    while nested := next((payload[key] for key in ("model", "state_dict") if isinstance(payload.get(key), dict)), None):
-        entries |= {key: value for key, value in payload.items() if value is not nested}
-        payload = nested  # type: ignore[assignment]
-    tensors = {key: value for key, value in payload.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no state dict: expected tensors under 'model', found {sorted(payload)[:8]}")
-    kept = {key: value for key, value in tensors.items() if not key.startswith(IGNORED_PREFIXES)}
-    if len(kept) < len(tensors):
-        logger.info("%s: ignored %d tensors named %s*", path, len(tensors) - len(kept), "*, ".join(IGNORED_PREFIXES))
-    return kept, entries
 
 
 class LatentCodec:
@@ -244,9 +188,20 @@ class LatentCodec:
         Raises FileNotFoundError if there is no such file; ValueError naming the file if it is truncated, has missing
         or left-over tensors, or states another latent scale than the one asked for.
         """
-        state, entries = read_ldm_file(path)
+        return cls.from_state(*read_tokenizer_file(path), path, device, latent_scale)
+
+    @classmethod
+    def from_state(
+        cls,
+        state: Mapping[str, Tensor],
+        entries: Mapping[str, object],
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        latent_scale: float | None = None,
+    ) -> LatentCodec:
+        """As `load`, of what `read_tokenizer_file` has read from `path`."""
         try:
-            config = infer_config(state, _plain_int(entries, "norm_num_groups", LDM_NORM_NUM_GROUPS))
+            config = infer_config(state, plain_int(entries, "norm_num_groups", NORM_NUM_GROUPS))
             weights = diffusers_state_dict(state, config)
             scale = _resolve_scale(entries, latent_scale)
         except ValueError as error:
@@ -265,15 +220,17 @@ class LatentCodec:
         return self.config.latent_channels
 
     @property
+    def codebook_size(self) -> int:
+        return 0
+
+    @property
     def device(self) -> torch.device:
         return self.autoencoder.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels: [B, 3, H, W] in [-1, 1] -> [B, 2C, h, w]: mean and clamped log-variance, unscaled."""
-        stride = self.stride
-        if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] % stride or pixels.shape[3] % stride:
-            raise ValueError(f"pixels must be [B, 3, H, W] with H, W multiples of {stride}, got {tuple(pixels.shape)}")
+        require_pixels(pixels, self.stride)
         hidden = self.autoencoder.encoder(pixels)  # [B, 2C, h, w]
         mean, logvar = self.autoencoder.quant_conv(hidden).chunk(2, dim=1)  # [B, C, h, w] each
         return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)  # [B, 2C, h, w]
@@ -294,8 +251,7 @@ class LatentCodec:
         if (generators is None) == (noise is None):
             raise ValueError("sample needs either one generator per image or the noise, not both and not neither")
         if generators is not None:
-            if len(generators) != len(mean):
-                raise ValueError(f"{len(mean)} images need as many generators, got {len(generators)}")
+            require_generators(len(generators), len(mean))
             noises = [torch.randn(mean.shape[1:], generator=each, device=each.device) for each in generators]
             noise = torch.stack(noises).to(mean)  # [B, C, h, w]
         assert noise is not None
@@ -322,13 +278,6 @@ class LatentCodec:
             )
         mean, logvar = moments.float().chunk(2, dim=1)  # [B, C, h, w] each
         return mean, logvar
-
-
-def _plain_int(entries: Mapping[str, object], key: str, default: int) -> int:
-    value = entries.get(key, default)
-    if not isinstance(value, int):
-        raise ValueError(f"entry {key!r} must be an integer, got {value!r}")
-    return value
 
 
 def _resolve_scale(entries: Mapping[str, object], asked: float | None) -> float:

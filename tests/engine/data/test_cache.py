@@ -245,7 +245,7 @@ class FakeEncoder:
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """A dataset and the caches that the script made of it with fake models."""
-    monkeypatch.setattr(build_cache, "LatentCodec", FakeCodec)
+    monkeypatch.setattr(build_cache, "load_codec", FakeCodec.load)
     monkeypatch.setattr(build_cache, "ClipTextEncoder", FakeEncoder)
     root = write_coco(tmp_path / "coco")
     command = ["--coco_root", str(root), "--coco_split", "train2017", "--cached_path", str(tmp_path / "cache")]
