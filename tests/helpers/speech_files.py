@@ -9,9 +9,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+from transformers import (
+    GenerationConfig,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from tests.helpers.clip_files import BYTES
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SPECIAL = ("startoftranscript", "en", "translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
 GUID_TAIL = bytes.fromhex("000000001000800000aa00389b71")
 
 
@@ -93,5 +106,30 @@ def write_recogniser(folder: Path, always: str | None = None) -> Path:
     if always is not None:
         model.lm_head.weight.data.zero_()
         model.lm_head.bias.data = torch.eye(len(tokens))[tokens.index(always)]
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_whisper(folder: Path) -> Path:
+    """A random Whisper for English, which writes bytes, as a Hugging Face directory."""
+    folder.mkdir(parents=True)
+    end = len(BYTES)
+    tokenizer = WhisperTokenizer(
+        vocab={token: index for index, token in enumerate([*BYTES, "<|endoftext|>"])}, merges=[]
+    )
+    tokenizer.add_tokens([f"<|{name}|>" for name in SPECIAL], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": end + 1}
+    sizes = {f"{part}_{name}": size for part in ("encoder", "decoder")
+             for name, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = WhisperForConditionalGeneration(
+            WhisperConfig(vocab_size=len(tokenizer), d_model=16, max_target_positions=32, **sizes, **ids)
+        )
+    model.generation_config = GenerationConfig(
+        **ids, no_timestamps_token_id=len(tokenizer) - 1, is_multilingual=False, max_length=12
+    )
     model.save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.frozen.speech import PipelineTranscriber
-from tests.helpers.speech_files import LETTERS, tones, write_recogniser
+from tests.helpers.speech_files import LETTERS, tones, write_recogniser, write_whisper
 from util.wav import Sound
 
 
@@ -43,6 +43,14 @@ def test_it_hears_the_likeliest_token_of_every_instant(folder: Path) -> None:
     assert heard == " ".join("".join(tokens[token] for token in runs).split())
     assert len(set(heard)) > 2
     assert heard == transcriber.transcribe(sound), "the same sound gives the same words"
+
+
+def test_whisper_is_read_too(tmp_path: Path) -> None:
+    sound, transcriber = sound_of(1.0), PipelineTranscriber.load(write_whisper(tmp_path / "asr"))
+    parts = transcriber.recogniser
+    features = parts.feature_extractor(sound.samples, sampling_rate=16000, return_tensors="pt")["input_features"]
+    tokens = parts.model.generate(features, num_beams=5)  # as the pipeline does
+    assert transcriber.transcribe(sound) == parts.tokenizer.decode(tokens[0], skip_special_tokens=True) != ""
 
 
 def test_it_is_frozen_and_draws_nothing(folder: Path) -> None:

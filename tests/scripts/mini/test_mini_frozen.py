@@ -12,6 +12,7 @@ from models.frozen.vae import LatentCodec
 from scripts.mini import clip_training, train_clip, train_vae, vae_training
 from scripts.mini.tokenizer import build_tokenizer, byte_alphabet, save_tokenizer
 from scripts.mini.training import batch_indices, learning_rate
+from tests.helpers.killed import Killed, run_killed_and_again
 
 CAPTIONS = ["a red apple", "a blue kite and a vase", "two red kites on the beach", "a vase left of a blue apple"]
 
@@ -63,26 +64,6 @@ def test_learning_rate():
     assert learning_rate(10, 100, 1.0, 10) == pytest.approx(1.0)
     assert learning_rate(55, 100, 1.0, 10, final=0.0) == pytest.approx(0.5)
     assert learning_rate(100, 100, 1.0, 10, final=0.02) == pytest.approx(0.02)
-
-
-class Killed(BaseException):
-    pass
-
-
-def run_killed_and_again(program, module, arguments, monkeypatch):
-    """Runs a trainer that dies right after saving its state, then the same command again. module: what the program
-    runs."""
-    save_state = module.save_state
-
-    def save_and_die(*args, **kwargs):
-        save_state(*args, **kwargs)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_state", save_and_die)
-        with pytest.raises(Killed):
-            program.main(arguments)
-    program.main(arguments)
 
 
 def vae_arguments(root, output, *more):
