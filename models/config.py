@@ -200,7 +200,7 @@ class StructMARConfig:
         return from_plain(cls, values, where)
 
 
-def _sizes(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict[str, int]:
+def _sizes(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict[str, Any]:
     return {
         "encoder_embed_dim": width,
         "encoder_depth": depth,
@@ -213,19 +213,45 @@ def _sizes(width: int, depth: int, heads: int, head_depth: int, head_width: int)
     }
 
 
-PRESETS: dict[str, dict[str, int]] = {
+def _maskgil(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict[str, Any]:
+    """MaskGIL's: one stack of LLaMA's blocks over codes; norms behind attention and MLP, of queries and keys too."""
+    sizes = _sizes(width, depth, heads, head_depth, head_width) | {"encoder_depth": 0}
+    blocks = {"norm": "rms", "mlp": "swiglu", "norm_position": "res_post", "qk_norm": "head_rms", "linear_bias": False}
+    places = {"rope_mode": "full", "rope_axes": "yx", "learned_pos": False, "buffer_size": 16}
+    codes = {"head": "discrete", "codebook_size": 16384, "vae_embed_dim": 1, "proj_dropout": 0.1}
+    return {"trunk": "single", **sizes, **blocks, **places, **codes}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
     "mar_mini": _sizes(128, 4, 4, 4, 256)
     | {"img_size": 64, "vae_stride": 8, "buffer_size": 16, "max_objects": 8, "class_num": 12},
     "mar_base": _sizes(768, 12, 12, 6, 1024),
     "mar_large": _sizes(1024, 16, 16, 8, 1280),
     "mar_huge": _sizes(1280, 20, 16, 12, 1536),
-}
+    "maskgil_mini": _maskgil(160, 8, 4, 4, 256)
+    | {"img_size": 64, "vae_stride": 4, "patch_size": 2, "codebook_size": 1024, "code_dim": 32, "max_objects": 8,
+       "class_num": 12},
+    "maskgil_base": _maskgil(768, 12, 12, 6, 1024),
+    "maskgil_large": _maskgil(1024, 24, 16, 8, 1280),
+    "maskgil_xlarge": _maskgil(1280, 36, 20, 12, 1536),
+    "maskgil_xxlarge": _maskgil(1536, 48, 24, 12, 1536),
+}  # fmt: skip
 
 
 def preset_config(name: str, **overrides: Any) -> StructMARConfig:
-    """The named sizes with some fields replaced. Raises ValueError for an unknown name."""
+    """The named sizes with some fields replaced. Another trunk than the preset's has as many blocks in all, half of
+    them in MAE's encoder; another head has what it needs of the other fields, as far as they are not given: one code in
+    a cell, or MAR's 16 channels. Raises ValueError for an unknown name."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown model {name!r}; {hint}choose one of {', '.join(PRESETS)}")
-    return StructMARConfig(**(PRESETS[name] | overrides))
+    preset = {"trunk": "mae", "head": "diffusion", **PRESETS[name]}
+    trunk, head = overrides.get("trunk", preset["trunk"]), overrides.get("head", preset["head"])
+    if trunk != preset["trunk"]:
+        depth = preset["encoder_depth"] + preset["decoder_depth"]
+        encoder_depth = depth // 2 if trunk == "mae" else 0
+        preset |= {"encoder_depth": encoder_depth, "decoder_depth": depth - encoder_depth}
+    if head != preset["head"]:
+        preset |= {"vae_embed_dim": 1} if head == "discrete" else {"vae_embed_dim": 16, "codebook_size": 0}
+    return StructMARConfig(**(preset | overrides))

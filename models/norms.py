@@ -40,20 +40,22 @@ def build_norm(kind: str, width: int) -> nn.Module:
 
 
 class HeadNorm(nn.Module):
-    """A norm of queries or keys over each head's channels, with a weight (and, for layer, a bias) per head and channel.
-    Its result has the dtype of its input."""
+    """A norm of queries or keys over each head's channels, with a weight (and, for layer, a bias) per head and channel:
+    [D], head by head. Its result has the dtype of its input."""
 
     def __init__(self, kind: str, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
-        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim)) if kind == "head_layer" else None
+        self.shape = (num_heads, 1, head_dim)
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads * head_dim)) if kind == "head_layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, n, d] -> [B, H, n, d]."""
+        weight = self.weight.view(self.shape)  # [H, 1, d]
         if self.bias is None:
-            return (rms_normalized(x) * self.weight[:, None]).to(x.dtype)  # [B, H, n, d]
+            return (rms_normalized(x) * weight).to(x.dtype)  # [B, H, n, d]
         normalized = F.layer_norm(x.float(), x.shape[-1:], eps=RMS_EPS)  # [B, H, n, d]
-        return (normalized * self.weight[:, None] + self.bias[:, None]).to(x.dtype)  # [B, H, n, d]
+        return (normalized * weight + self.bias.view(self.shape)).to(x.dtype)  # [B, H, n, d]
 
 
 class FullNorm(nn.Module):

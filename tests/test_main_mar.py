@@ -59,10 +59,10 @@ def test_the_papers_values_arrive():
     for args in (first, second):
         assert (args.batch_size, args.warmup_epochs, args.label_drop_prob, args.save_last_freq) == (64, 5, 0.1, 5)
         assert (args.mask_ratio_min, args.grad_clip, args.ema_rate, args.weight_decay) == (0.7, 3.0, 0.9999, 0.02)
-        assert (args.attn_dropout, args.proj_dropout, args.diffusion_batch_mul) == (0.0, 0.0, 1)
         assert (args.vae_path, args.lr_schedule) == ("./pretrained_models/vae/kl16.ckpt", "constant")
         assert args.clip_path == "./pretrained_models/clip-vit-base-patch32"
         config = model_config(args, 80, 512)
+        assert (config.attn_dropout, config.proj_dropout, config.diffusion_batch_mul) == (0.0, 0.0, 1)
         assert (config.img_size, config.vae_stride, config.buffer_size, config.max_objects) == (256, 16, 64, 16)
         assert (config.encoder_embed_dim, config.encoder_depth) == (1280, 20)
         assert (config.diffloss_d, config.diffloss_w) == (12, 1536)

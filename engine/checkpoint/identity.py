@@ -33,6 +33,8 @@ TRAINING_FIELDS = (
     "attn_dropout",
     "proj_dropout",
     "grad_checkpointing",
+    "label_smoothing",
+    "loss_on",
 )  # may change between runs
 NOT_OF_BACKBONES = ("num_categories", "text_dim", "rope_mode", "max_objects", "class_num", "cross_attn_every",
                     "layout_bias_value", "layout_bias_encoder", "layout_bias_decoder", "layout_fourier")  # fmt: skip

@@ -7,32 +7,29 @@ A flag's `type` is its range (`util/ranges.py`).
 from __future__ import annotations
 
 import argparse
-import math
 
 from engine.cli.arguments_class import add_class_args
+from engine.cli.arguments_model import add_model_args
 from engine.cli.arguments_scores import add_preview_args
 from engine.cli.speed import SPEEDS, speed_preset
-from models.config import NUM_TRAIN_STEPS, RESNET50_FPN_V2
+from models.config import MASK_SCHEDULES, NUM_TRAIN_STEPS, RESNET50_FPN_V2, SCORED
 from models.sampling.config import MAX_CLIP_X0, MAX_GUIDANCE, MAX_TEMPERATURE, ORDERS
 from util.config import Parser, PresetAction, Switch
 from util.names import BEST_BY
 from util.ranges import (
     Range,
     batch_int,
-    depth_int,
     device_name,
     fraction,
     fraction_below_one,
     nonnegative_float,
     nonnegative_int,
     or_none,
-    pixels_int,
     positive_float,
     positive_int,
     seed_int,
     threads_int,
     whole,
-    width_int,
     workers_int,
 )
 
@@ -82,61 +79,6 @@ def add_ema_arg(group: argparse._ActionsContainer) -> None:
 
 def add_config_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=None, help="YAML file of flags; the command line wins over it")
-
-
-def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """What the network is. None stands for the preset's own value."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="mar_huge", help="preset: mar_mini, mar_base, mar_large or mar_huge")
-    group.add_argument(
-        "--img_size", type=pixels_int, default=None, help="side of the square images in pixels (the preset's)"
-    )
-    group.add_argument(
-        "--vae_embed_dim", type=width_int, default=None, help="latent channels of the VAE (the preset's)"
-    )
-    group.add_argument("--vae_stride", type=whole(1, 256), default=None, help="pixels per latent cell (the preset's)")
-    group.add_argument(
-        "--patch_size", type=whole(1, 64), default=None, help="latent cells per token side (the preset's)"
-    )
-    group.add_argument(
-        "--class_num", type=whole(1, 10**6), default=None, help="rows of MAR's class embedding (the preset's)"
-    )
-    group.add_argument(
-        "--buffer_size",
-        type=whole(1, 4096),
-        default=None,
-        help="condition slots before the image tokens (the preset's)",
-    )
-    group.add_argument("--diffloss_d", type=depth_int, default=None, help="depth of the diffusion head (the preset's)")
-    group.add_argument("--diffloss_w", type=width_int, default=None, help="width of the diffusion head (the preset's)")
-    group.add_argument(
-        "--max_objects", type=whole(1, 4096), default=None, help="layout slots; at most --buffer_size (the preset's)"
-    )
-    group.add_argument(
-        "--diffusion_batch_mul", type=whole(1, 1024), default=1, help="noise draws per masked token and step"
-    )
-    group.add_argument("--attn_dropout", type=fraction_below_one, default=0.0, help="dropout of attention weights")
-    group.add_argument("--proj_dropout", type=fraction_below_one, default=0.0, help="dropout of projections")
-    group.add_argument(
-        "--grad_checkpointing", action=SWITCH, default=False, help="recompute blocks in backward: less memory"
-    )
-    group.add_argument("--rope_mode", default="gated", choices=["gated", "full", "off"],
-                       help="2D RoPE with a learnable strength, at full strength, or not at all")  # fmt: skip
-    group.add_argument("--learned_pos", action=SWITCH, was="no_learned_pos", default=True,
-                       help="MAR's learned position embeddings")  # fmt: skip
-    group.add_argument("--layout_bias_value", type=Range(float, "must not be negative", 0, math.inf), default=math.inf,
-                       help="subtracted from the logits of foreign layout tokens; inf forbids them")  # fmt: skip
-    group.add_argument(
-        "--layout_bias_encoder", action=SWITCH, default=True, help="the layout attention bias in the encoder's blocks"
-    )
-    group.add_argument(
-        "--layout_bias_decoder", action=SWITCH, default=True, help="the layout attention bias in the decoder's blocks"
-    )
-    group.add_argument(
-        "--layout_fourier", action=SWITCH, default=True, help="boxes enter as Fourier features, else as four numbers"
-    )
-    group.add_argument("--cross_attn_every", type=nonnegative_int, default=1,
-                       help="every k-th block attends to the caption; 0: none, the pooled text is left")  # fmt: skip
 
 
 def add_frozen_args(parser: argparse.ArgumentParser) -> None:
@@ -228,13 +170,20 @@ def add_length_args(group: argparse._ArgumentGroup) -> None:
 
 
 def add_sft_args(group: argparse._ArgumentGroup) -> None:
-    """The diffusion loss on given images."""
+    """The loss on given images."""
+    group.add_argument("--mask_schedule", default=None, choices=MASK_SCHEDULES,
+                       help="how the fraction of tokens masked in training is drawn: MAR's Gaussian, or a curve of a "
+                            "uniform number; None: truncnorm, or (discrete head) arccos")  # fmt: skip
     group.add_argument(
         "--mask_ratio_min",
         type=Range(float, "must lie in (0, 1)", 0, 1, "()"),
         default=0.7,
-        help="smallest fraction of tokens masked in training",
+        help="smallest fraction of tokens masked in training by --mask_schedule truncnorm",
     )
+    group.add_argument("--loss_on", default=None, choices=SCORED,
+                       help="tokens that a discrete head is scored on; None: masked")  # fmt: skip
+    group.add_argument("--label_smoothing", type=fraction_below_one, default=None,
+                       help="of a discrete head's loss; None: 0.1")  # fmt: skip
     group.add_argument(
         "--label_drop_prob", type=fraction, default=0.1, help="probability of dropping text and layout together"
     )

@@ -179,6 +179,7 @@ def grpo_config(args: argparse.Namespace, total_updates: int) -> GrpoConfig:
         grad_clip=args.grad_clip,
         precision=args.precision,
         mask_ratio_min=args.mask_ratio_min,
+        mask_schedule=args.mask_schedule,
     )
 
 

@@ -64,6 +64,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         precision=args.precision,
         grad_clip=args.grad_clip,
         mask_ratio_min=args.mask_ratio_min,
+        mask_schedule=args.mask_schedule,
         log_freq=args.log_freq,
         save_epochs=args.save_last_freq,
         save_steps=args.save_freq_steps,

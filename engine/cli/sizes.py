@@ -7,7 +7,9 @@ import argparse
 from models.config import StructMARConfig, preset_config
 
 PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
-                 "diffloss_w", "max_objects")  # fmt: skip
+                 "diffloss_w", "max_objects", "attn_dropout", "proj_dropout", "rope_mode", "learned_pos", "trunk",
+                 "head", "codebook_size", "code_dim", "norm", "mlp", "norm_position", "qk_norm", "rope_axes",
+                 "linear_bias", "loss_on", "label_smoothing")  # fmt: skip
 
 
 def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -> StructMARConfig:
@@ -19,11 +21,7 @@ def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -
         num_categories=num_categories,
         text_dim=text_dim,
         diffusion_batch_mul=args.diffusion_batch_mul,
-        attn_dropout=args.attn_dropout,
-        proj_dropout=args.proj_dropout,
         grad_checkpointing=args.grad_checkpointing,
-        rope_mode=args.rope_mode,
-        learned_pos=args.learned_pos,
         layout_bias_value=args.layout_bias_value,
         layout_bias_encoder=args.layout_bias_encoder,
         layout_bias_decoder=args.layout_bias_decoder,

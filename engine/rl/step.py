@@ -67,6 +67,7 @@ class GrpoConfig:
     grad_clip: float = 1.0
     precision: str = "fp32"
     mask_ratio_min: float = 0.7
+    mask_schedule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ class GrpoStep:
         model, seed = self.state.model, self.config.seed
         rng = generator(seed, "sft", *key)
         inputs = self.make_inputs(batch, epoch, rng)
-        noise = model.sample_training_noise(len(inputs), rng, self.config.mask_ratio_min, model.grid_of(inputs.latents))
+        ratio_min, schedule = self.config.mask_ratio_min, self.config.mask_schedule
+        noise = model.sample_training_noise(len(inputs), rng, ratio_min, model.grid_of(inputs.latents), schedule)
         torch.manual_seed(derive_seed(seed, "sft dropout", *key))
         device = self.dist.device
         model.train()

@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class TrainConfig:
     """Lengths and intervals; an interval of 0 means never. max_steps: None for no bound. With eval_steps the start is
-    evaluated too. signal_steps: steps between the collective checks for a signal, with more than one process."""
+    evaluated too. mask_schedule: None for the head's own. signal_steps: steps between the collective checks for a
+    signal, with more than one process."""
 
     seed: int
     epochs: int
@@ -49,6 +50,7 @@ class TrainConfig:
     precision: str = "fp32"
     grad_clip: float = 3.0
     mask_ratio_min: float = 0.7
+    mask_schedule: str | None = None
     log_freq: int = 20
     save_epochs: int = 5
     save_steps: int = 0
@@ -310,7 +312,7 @@ DEFAULT_SIGNUM = 15  # SIGTERM, for a process that hears of the signal from anot
 
 
 class SupervisedStep:
-    """Stages 1 and 2: the diffusion loss on the batches' own images. A `Step`."""
+    """Stages 1 and 2: the loss on the batches' own images. A `Step`."""
 
     shown = ("loss", "grad_norm")
 
@@ -326,7 +328,7 @@ class SupervisedStep:
             rng = generator(config.seed, "train", position.step, micro, rank)
             inputs = self.make_inputs(batch, position.epoch, rng)
             noise = state.model.sample_training_noise(
-                len(inputs), rng, config.mask_ratio_min, state.model.grid_of(inputs.latents)
+                len(inputs), rng, config.mask_ratio_min, state.model.grid_of(inputs.latents), config.mask_schedule
             )
             torch.manual_seed(derive_seed(config.seed, "dropout", position.step, micro, rank))
             is_last = micro + 1 == config.accum_iter

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.config import MASK_SCHEDULES
+from models.config import MASK_SCHEDULES, PRESETS, preset_config
 from models.masking import TokenMask, mask_ratio, sample_token_mask
 from models.structmar import StructMAR, gather_tokens
 from models.units import group_units, owners_of, ungroup_units
@@ -154,3 +154,40 @@ def test_a_new_discrete_head_finds_all_codes_equally_likely() -> None:
     model = StructMAR(family_config(label_smoothing=0.0))
     loss = model(some_latents(model), model.sample_training_noise(2, generator(), 0.7))
     assert loss.item() == pytest.approx(torch.tensor(float(CODEBOOK)).log().item())
+
+
+COUNTS = {"base": 110_889_984, "large": 342_913_024, "xlarge": 774_702_080, "xxlarge": 1_410_975_744}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_sizes_of_the_paper(size: str) -> None:
+    """The released models have one class more, for hidden codes, and no norm of queries and keys."""
+    with torch.device("meta"):
+        model = StructMAR(preset_config(f"maskgil_{size}"))
+    config, width = model.config, model.config.decoder_embed_dim
+    norms = config.decoder_depth * 2 * width
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert found == COUNTS[size] - width + norms
+    assert width // config.decoder_num_heads == 64
+    assert {parameter.requires_grad for parameter in model.parameters()} == {True}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_take_the_other_trunk_and_the_other_head(name: str) -> None:
+    own = preset_config(name)
+    for trunk in TRUNKS:
+        config = preset_config(name, trunk=trunk)
+        assert config.encoder_depth + config.decoder_depth == own.encoder_depth + own.decoder_depth
+        assert (config.encoder_depth == 0) == (trunk == "single")
+    codebook_size = own.codebook_size or 64
+    assert preset_config(name, head="discrete", codebook_size=codebook_size).vae_embed_dim == 1
+    assert preset_config(name, head="diffusion").vae_embed_dim == 16
+
+
+def test_weights_of_a_single_trunk_start_small() -> None:
+    model = StructMAR(preset_config("maskgil_mini", num_categories=5, text_dim=12))
+    blocks = model.decoder_blocks.named_parameters()
+    stds = {name: each.std().item() for name, each in blocks if each.dim() == 2}
+    assert stds and all(std == pytest.approx(0.02, rel=0.05) for std in stds.values()), stds
+    assert model.z_proj.codes.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.code_head.out.weight.any() and model.mask_token.std().item() > 0.01
