@@ -2,10 +2,10 @@
 
     python -m scripts.cache_latents --coco_root ./data/coco --coco_split train2014 --cached_path ./data/cache/train2014
 
-Writes <cached_path>/latents (both flips of the centre crop, 2 x 32 x 16 x 16 float32 an image at 256 px: 66 kB) and
-<cached_path>/text (one state per token, about 25 kB a caption for CLIP ViT-B/32). If interrupted, run it again: what is
-there stays, but for items that are damaged or whose picture or caption is another one now. Under torchrun the processes
-share the work.
+Writes <cached_path>/latents (both flips of the centre crop, 2 x 32 x 16 x 16 float32 an image at 256 px: 66 kB; with a
+VQ tokenizer 2 x 16 x 16 codes of 16 bits: 1 kB) and <cached_path>/text (one state per token, about 25 kB a caption for
+CLIP ViT-B/32). If interrupted, run it again: what is there stays, but for items that are damaged or whose picture or
+caption is another one now. Under torchrun the processes share the work.
 """
 
 from __future__ import annotations

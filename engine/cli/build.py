@@ -130,7 +130,10 @@ def build_dataset(
         return CocoLayoutDataset(index, config, has_images=has_images)
     root, latents, texts = Path(args.cached_path), None, None
     if has_images and (root / "latents").is_dir():
-        key = LatentCacheKey(frozen.codec.id, frozen.codec.latent_scale, config.split, config.img_size)
+        codec = frozen.codec
+        key = LatentCacheKey(
+            codec.id, codec.latent_scale, config.split, config.img_size, codebook_size=codec.codebook_size
+        )
         latents = LatentCache(root / "latents", key)
     if (root / "text").is_dir():
         texts = TextCache(root / "text", TextCacheKey(frozen.text_encoder.id, config.split))

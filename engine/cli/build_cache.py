@@ -109,7 +109,9 @@ def cache_latents(args: argparse.Namespace, index: CocoIndex, codec: ImageCodec,
     def encode(pixels: Tensor) -> Tensor:
         return codec.encode(pixels.to(dist.device))
 
-    key = LatentCacheKey(codec.id, codec.latent_scale, args.coco_split, args.img_size)
+    key = LatentCacheKey(
+        codec.id, codec.latent_scale, args.coco_split, args.img_size, codebook_size=codec.codebook_size
+    )
     with _progress("latents", dist) as on_progress:
         path = Path(args.cached_path) / "latents"
         write_latent_cache(

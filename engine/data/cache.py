@@ -2,14 +2,15 @@
 
     <path>/manifest.json               what the cache was made with and for
     <path>/shard-00000.safetensors     ids [n], crc [...], and
-        latents: moments [n, 2, 2C, h, w] float32, unscaled, of the centre crop and of its mirror image;
+        latents: moments [n, 2, 2C, h, w] float32, unscaled, of the centre crop and of its mirror image, or
+                 codes [n, 2, 1, h, w] int16 (int32 beyond 32768 codes): those of the mirror are not the codes mirrored;
                  facts [n, 4] int64 and digest [n, 16] uint8: the picture file of each (sources.py)
         text:    states [sum t, C] float32 and offsets [n + 1]: caption k owns rows offsets[k] to offsets[k + 1];
                  caption_crc [n]: of the captions
 
 Shards appear under their name only when complete. Readers map the files into memory and check a CRC of what they
-return. A cache made with another VAE, latent scale, text encoder, split, size, picture or caption than asked for is
-refused; pictures are compared by `check.py` before the first step, as far as they are on this machine.
+return. A cache made with another VAE, latent scale, codebook, text encoder, split, size, picture or caption than asked for
+is refused; pictures are compared by `check.py` before the first step, as far as they are on this machine.
 
 Shape letters: n items of a shard, C channels, h x w latents, t tokens of one caption.
 """
@@ -31,6 +32,7 @@ from engine.data.shards import (
     MAKE_AGAIN,
     TEXT_FORM,
     ShardForm,
+    code_form,
     crc,
     damaged,
     fault,
@@ -46,13 +48,34 @@ from util.read import short_repr
 
 @dataclass(frozen=True)
 class LatentCacheKey:
-    """What latents depend on, besides pictures. vae_id: `ImageCodec.id`. crop: only "center" can be cached."""
+    """What latents depend on, besides pictures. vae_id: `ImageCodec.id`. crop: only "center" can be cached.
+
+    codebook_size: of codes; 0 for moments, whose manifests do not name it.
+    """
 
     vae_id: str
     latent_scale: float
     split: str
     img_size: int
     crop: str = "center"
+    codebook_size: int = 0
+
+    @property
+    def kind(self) -> str:
+        return "structmar-codes" if self.codebook_size else "structmar-latents"
+
+    @property
+    def entry(self) -> str:
+        """What a shard's values are called."""
+        return "codes" if self.codebook_size else "moments"
+
+    @property
+    def form(self) -> ShardForm:
+        return code_form(self.codebook_size) if self.codebook_size else LATENT_FORM
+
+    def stated(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {name: value for name, value in asdict(self).items() if name != "codebook_size" or value}
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,18 @@ class TextCacheKey:
     text_encoder_id: str
     split: str
 
+    @property
+    def kind(self) -> str:
+        return "structmar-text"
+
+    @property
+    def form(self) -> ShardForm:
+        return TEXT_FORM
+
+    def stated(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return asdict(self)
+
 
 CacheKey = LatentCacheKey | TextCacheKey
 
@@ -69,10 +104,10 @@ CacheKey = LatentCacheKey | TextCacheKey
 class _Shards:
     """The reading side that both caches share: manifest, ids, one lazily opened memory map per shard and process."""
 
-    def __init__(self, path: str | Path, key: CacheKey, kind: str, form: ShardForm) -> None:
-        self.path, self.form = Path(path), form
+    def __init__(self, path: str | Path, key: CacheKey) -> None:
+        self.path, self.form = Path(path), key.form
         manifest = read_manifest(self.path)
-        require_same(self.path, manifest, {"format": kind, "version": FORMAT_VERSION, **asdict(key)})
+        require_same(self.path, manifest, {"format": key.kind, "version": FORMAT_VERSION, **key.stated()})
         self.num_items = int(manifest["num_items"])
         self.shard_size = int(manifest["shard_size"])
         self._handles: dict[int, Any] = {}
@@ -130,22 +165,22 @@ class _Shards:
 
 
 class LatentCache:
-    """Moments by image id. Safe to use from DataLoader workers."""
-
-    KIND = "structmar-latents"
+    """Moments or codes by image id. Safe to use from DataLoader workers."""
 
     def __init__(self, path: str | Path, key: LatentCacheKey) -> None:
         """Raises FileNotFoundError if there is no cache, ValueError if it is incomplete, damaged or of another key."""
-        self._shards = _Shards(path, key, self.KIND, LATENT_FORM)
+        self._shards, self._key = _Shards(path, key), key
         self.path = self._shards.path
         self.split, self.img_size, self.crop = key.split, key.img_size, key.crop
 
     def moments(self, image_id: int, is_flipped: bool) -> Tensor:
-        """-> [2C, h, w] float32, unscaled. Raises KeyError for an unknown image, ValueError for a damaged shard."""
+        """-> [2C, h, w] float32, unscaled, or codes [1, h, w]. Raises KeyError for an unknown image, ValueError for a
+        damaged shard."""
         shard, row = self._shards.locate(image_id)
         handle = self._shards.handle(shard)
-        moments = handle.get_slice("moments")[row, int(is_flipped)].clone()  # [2C, h, w]
-        _verify(moments, handle.get_slice("crc")[row, int(is_flipped)], shard_path(self.path, shard), image_id)
+        moments = handle.get_slice(self._key.entry)[row, int(is_flipped)].clone()  # [2C, h, w]
+        own_crc = handle.get_slice("crc")[row, int(is_flipped)]
+        _verify(moments, own_crc, shard_path(self.path, shard), image_id, self._key.codebook_size)
         return moments
 
     def require(self, image_ids: Iterable[int]) -> None:
@@ -160,16 +195,17 @@ class LatentCache:
         return [shard_path(self.path, shard) for shard in range(self._shards.total)]
 
     def verify(self, shard: int) -> None:
-        """Raises ValueError naming the shard and the image if one of its latents is not what was written, or is not
-        finite."""
-        path, handle = shard_path(self.path, shard), open_shard(shard_path(self.path, shard), LATENT_FORM)
-        first = self._shards.handle(0).get_slice("moments").get_shape()[1:]
-        moments, crcs = handle.get_tensor("moments"), handle.get_tensor("crc")
+        """Raises ValueError naming the shard and the image if one of its latents is not what was written, is not
+        finite, or is a code beyond the codebook."""
+        name, path = self._key.entry, shard_path(self.path, shard)
+        handle = open_shard(path, self._key.form)
+        first = self._shards.handle(0).get_slice(name).get_shape()[1:]
+        moments, crcs = handle.get_tensor(name), handle.get_tensor("crc")
         if list(moments.shape[1:]) != first or first[0] != 2 or list(crcs.shape[1:]) != [2]:
-            raise damaged(path, f"moments {list(moments.shape)} beside others of {first}")
+            raise damaged(path, f"{name} {list(moments.shape)} beside others of {first}")
         for image_id, pair, own_crcs in zip(handle.get_tensor("ids").tolist(), moments, crcs.tolist(), strict=True):
             for view, own_crc in zip(pair, own_crcs, strict=True):
-                _verify(view, own_crc, path, image_id)
+                _verify(view, own_crc, path, image_id, self._key.codebook_size)
 
     def __len__(self) -> int:
         return self._shards.num_items
@@ -178,11 +214,9 @@ class LatentCache:
 class TextCache:
     """Token states by caption id. Safe to use from DataLoader workers."""
 
-    KIND = "structmar-text"
-
     def __init__(self, path: str | Path, key: TextCacheKey) -> None:
         """Raises FileNotFoundError if there is no cache, ValueError if it is incomplete, damaged or of another key."""
-        self._shards = _Shards(path, key, self.KIND, TEXT_FORM)
+        self._shards = _Shards(path, key)
         self.path = self._shards.path
         self.split = key.split
 
@@ -228,7 +262,7 @@ class TextCache:
         return self._shards.num_items
 
 
-def _verify(tensor: Tensor, own_crc: Tensor | int, shard: Path, item_id: int) -> None:
-    found = fault(tensor, int(own_crc))
+def _verify(tensor: Tensor, own_crc: Tensor | int, shard: Path, item_id: int, codebook_size: int = 0) -> None:
+    found = fault(tensor, int(own_crc), codebook_size)
     if found is not None:
         raise damaged(shard, f"{found} of item {item_id}")

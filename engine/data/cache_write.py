@@ -9,17 +9,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.data.cache import CacheKey, LatentCache, LatentCacheKey, TextCache, TextCacheKey
+from engine.data.cache import CacheKey, LatentCacheKey, TextCacheKey
 from engine.data.shards import (
     FORMAT_VERSION,
-    LATENT_FORM,
     MANIFEST,
     TEXT_FORM,
     ShardForm,
@@ -70,13 +69,14 @@ def write_latent_cache(
     """Writes what is missing.
 
     load_batches: lists of positions in `photographs` -> as many batches, in order.
-    encode: pixels -> moments [B, 2C, h, w], unscaled. Raises ValueError if `path` holds a cache of something else.
+    encode: pixels -> moments [B, 2C, h, w], unscaled, or codes [B, 1, h, w]: `ImageCodec.encode`.
+    Raises ValueError if `path` holds a cache of something else.
     """
     if key.crop != "center":
         raise ValueError(f"only the 'center' crop can be cached, got {key.crop!r}")
     ids = [photograph.id for photograph in photographs]
-    _prepare(Path(path), LatentCache.KIND, key, ids, shard_size, share)
-    work = _Work.of(Path(path), ids, shard_size, share, LATENT_FORM, lambda row: _is_latent_stale(row, photographs))
+    _prepare(Path(path), key, ids, shard_size, share)
+    work = _Work.of(Path(path), ids, shard_size, share, key.form, lambda row: _is_latent_stale(row, key, photographs))
     work.report(on_progress)
     chunks = {shard: _chunks(rows, batch_size) for shard, rows in work.stale.items()}
     loaded = iter(load_batches([chunk for shard in chunks for chunk in chunks[shard]]))
@@ -88,7 +88,7 @@ def write_latent_cache(
             work.advance(len(chunk), on_progress)
         moments, facts, digests = (torch.cat(parts) for parts in zip(*collected, strict=True))
         crcs = torch.tensor([[tensor_crc(view) for view in pair] for pair in moments], dtype=torch.int64)  # [n, 2]
-        tensors = {"moments": moments, "crc": crcs, "facts": facts, "digest": digests}
+        tensors = {key.entry: moments, "crc": crcs, "facts": facts, "digest": digests}
         work.save(shard, rows, tensors)
 
 
@@ -107,7 +107,7 @@ def write_text_cache(
     Raises ValueError if `path` holds a cache of something else.
     """
     ids = list(captions)
-    _prepare(Path(path), TextCache.KIND, key, ids, shard_size, share)
+    _prepare(Path(path), key, ids, shard_size, share)
     work = _Work.of(Path(path), ids, shard_size, share, TEXT_FORM, lambda row: _is_text_stale(row, captions[row.id]))
     work.report(on_progress)
     for shard, rows in work.stale.items():
@@ -220,9 +220,9 @@ class _Work:
         save_shard(tensors | {"ids": ids}, file)
 
 
-def _is_latent_stale(row: _Row, photographs: Sequence[Photograph]) -> bool:
-    moments, crcs = row.handle.get_slice("moments")[row.place], row.handle.get_slice("crc")[row.place].tolist()
-    if any(fault(view, own_crc) for view, own_crc in zip(moments, crcs, strict=True)):
+def _is_latent_stale(row: _Row, key: LatentCacheKey, photographs: Sequence[Photograph]) -> bool:
+    moments, crcs = row.handle.get_slice(key.entry)[row.place], row.handle.get_slice("crc")[row.place].tolist()
+    if any(fault(view, own_crc, key.codebook_size) for view, own_crc in zip(moments, crcs, strict=True)):
         return True
     facts, digest = (row.handle.get_slice(name)[row.place].numpy() for name in ("facts", "digest"))
     return Source.from_rows(facts, digest).difference(photographs[row.row]) is not None
@@ -246,22 +246,23 @@ def _chunks(rows: list[int], size: int) -> list[list[int]]:
 
 
 def _both_flips(pixels: Tensor, encode: Callable[[Tensor], Tensor], count: int) -> Tensor:
-    """pixels: [B, 3, H, W] -> [B, 2, 2C, h, w] float32 on the CPU."""
+    """pixels: [B, 3, H, W] -> [B, 2, 2C, h, w] float32, or codes [B, 2, 1, h, w], on the CPU."""
     assert len(pixels) == count, f"{count} images were asked for, {len(pixels)} loaded"
     pair = [encode(pixels), encode(pixels.flip(-1))]
-    return torch.stack([moments.float().cpu() for moments in pair], dim=1)
+    on_cpu = [(moments.float() if moments.is_floating_point() else moments).cpu() for moments in pair]
+    return torch.stack(on_cpu, dim=1)
 
 
-def _prepare(path: Path, kind: str, key: CacheKey, ids: Sequence[int], shard_size: int, share: Share) -> None:
+def _prepare(path: Path, key: CacheKey, ids: Sequence[int], shard_size: int, share: Share) -> None:
     """Writes the manifest, on the first process, or compares it with the one there."""
     if not ids or len(set(ids)) != len(ids):
         raise ValueError(f"a cache needs distinct ids and at least one, got {len(ids)} with {len(set(ids))} distinct")
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, got {shard_size}")
     manifest = {
-        "format": kind,
+        "format": key.kind,
         "version": FORMAT_VERSION,
-        **asdict(key),
+        **key.stated(),
         "num_items": len(ids),
         "shard_size": shard_size,
         "ids_digest": hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest(),

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from models.frozen.codes import code_dtype
 from util.output import write_atomic
 from util.read import read_json
 
@@ -27,6 +28,12 @@ LATENT_FORM: ShardForm = {"ids": ("I64", 1), "crc": ("I64", 2), "moments": ("F32
 TEXT_FORM: ShardForm = {"ids": ("I64", 1), "crc": ("I64", 1), "caption_crc": ("I64", 1), "offsets": ("I64", 1),
                         "states": ("F32", 2)}  # fmt: skip
 LONG = ("offsets", "states")
+
+
+def code_form(codebook_size: int) -> ShardForm:
+    """Of codes: those of the largest codebooks take 32 bits each."""
+    dtype = "I16" if code_dtype(codebook_size) == torch.int16 else "I32"
+    return {name: form for name, form in LATENT_FORM.items() if name != "moments"} | {"codes": (dtype, 5)}
 
 
 def shard_path(path: str | Path, shard: int) -> Path:
@@ -105,8 +112,13 @@ def tensor_crc(tensor: Tensor) -> int:
     return crc(tensor.contiguous().numpy().data.cast("B"))
 
 
-def fault(tensor: Tensor, expected_crc: int) -> str | None:
-    """What is wrong with an item's values: not those that were written, or not finite; None if nothing is."""
+def fault(tensor: Tensor, expected_crc: int, codebook_size: int = 0) -> str | None:
+    """What is wrong with an item's values: not those that were written, or not finite; None if nothing is.
+
+    codebook_size: of codes, which lie below it; 0 for other values.
+    """
     if tensor_crc(tensor) != expected_crc:
         return "checksum"
+    if codebook_size and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < codebook_size:
+        return f"codes from {int(tensor.min())} to {int(tensor.max())} instead of 0 to {codebook_size - 1}"
     return None if bool(torch.isfinite(tensor).all()) else "not finite"

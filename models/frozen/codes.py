@@ -15,7 +15,12 @@ from torch import Tensor
 
 from models.frozen.published import require_generators, require_pixels
 
-MOST_INT16_CODES = 1 << 15
+_MOST_INT16_CODES = 1 << 15
+
+
+def code_dtype(codebook_size: int) -> torch.dtype:
+    """What codes are kept in: int16 where all of them fit into it, else int32."""
+    return torch.int16 if codebook_size <= _MOST_INT16_CODES else torch.int32
 
 
 class CodeNetwork(Protocol):
@@ -70,10 +75,9 @@ class CodeCodec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels: [B, 3, H, W] in [-1, 1] -> codes [B, 1, h, w]: int16 where all codes fit into it, else int32."""
+        """pixels: [B, 3, H, W] in [-1, 1] -> codes [B, 1, h, w] of `code_dtype`."""
         require_pixels(pixels, self.stride)
-        dtype = torch.int16 if self.codebook_size <= MOST_INT16_CODES else torch.int32
-        return self._network.codes_of(pixels).to(dtype)[:, None]  # [B, 1, h, w]
+        return self._network.codes_of(pixels).to(code_dtype(self.codebook_size))[:, None]  # [B, 1, h, w]
 
     def mode(self, codes: Tensor) -> Tensor:
         """codes: [B, 1, h, w] of any type -> the same in float32."""

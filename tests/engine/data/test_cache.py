@@ -221,7 +221,7 @@ def test_only_the_center_crop_can_be_cached(tmp_path):
 
 
 class FakeCodec:
-    id, latent_scale = "vae-1", 0.2325
+    id, latent_scale, codebook_size = "vae-1", 0.2325, 0
 
     @classmethod
     def load(cls, path, device="cpu", latent_scale=None):
