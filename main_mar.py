@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from engine.cli.arguments import train_parser
 from engine.cli.sampling import parse_sampling_args
+from engine.cli.sizes import head_of
 from engine.cli.validate import validate_train_args
 from util.failures import first_process_speaks, one_line_errors
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See `engine.cli.main.run_main`. PyTorch is imported once the arguments are known to be right."""
     parser = train_parser()
     with first_process_speaks(), one_line_errors(parser.prog):
-        args, note = parse_sampling_args(parser, argv, validate_train_args)
+        args, note = parse_sampling_args(parser, argv, validate_train_args, head_of)
         from engine.cli.build_class import build_class_training
         from engine.cli.build_train import build_training
         from engine.cli.main import run_main

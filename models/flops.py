@@ -12,6 +12,7 @@ Shape letters: G guidance branches, L image tokens, D trunk width, C token chann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,7 +27,7 @@ from models.build import build_model
 from models.config import StructMARConfig
 from models.context import Context
 from models.heads.diffusion_sampler import ReverseOptions
-from models.masking import cosine_masked_counts
+from models.heads.discrete_sampler import CodeOptions
 from models.sampling.condition_cache import plan_iterations
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import embed_branches
@@ -127,20 +128,23 @@ def sampling_flops(model: StructMAR, sampling: SamplingConfig, num_text: int) ->
     total: float = count_flops(lambda: prepare(2))[1] - once
     backbone_of = lru_cache(partial(_backbone_flops, model, context))
     token_of = lru_cache(partial(_token_flops, model, context))
-    counts = cosine_masked_counts(config.num_tokens, used.num_iter)
-    order = PlannedOrder(torch.zeros(1, config.num_tokens, dtype=torch.int64), counts)
+    num_tokens = math.prod(config.unit_grid())
+    order = PlannedOrder(torch.zeros(1, num_tokens, dtype=torch.int64), used.masked_counts(num_tokens))
     for iteration, plan in enumerate(plan_iterations(order, used.branch_uses(num_branches))):
         run = num_branches if plan.use == "run" else 1
         drawn = 1 if plan.use == "full only" else num_branches
-        total += backbone_of(run)(plan.kept_ids.shape[1], plan.asked_ids.shape[1])
-        total += plan.token_ids.shape[1] * token_of(drawn)(used.at(iteration).num_reverse_steps)
+        num_asked, num_drawn = plan.asked_ids.shape[1], plan.token_ids.shape[1]
+        if not used.is_blind:
+            num_asked = num_drawn = order.counts[iteration]
+        total += backbone_of(run)(plan.kept_ids.shape[1], num_asked)
+        total += num_drawn * token_of(drawn)(used.head_options(iteration))
     return total
 
 
 def _backbone_flops(model: StructMAR, context: Context, num_branches: int) -> BySize:
     """Of a pass over the first branches, by the numbers of visible tokens and of those asked for."""
     context = context.first(num_branches)
-    tokens = model.head.empty_tokens(num_branches, model.config.num_tokens, META)  # [G, L, C]
+    tokens = model.head.empty_tokens(num_branches, math.prod(model.config.unit_grid()), META)  # [G, L, C]
 
     def count(num_visible: int, num_asked: int) -> float:
         kept_ids, asked_ids = _ids(num_branches, num_visible), _ids(num_branches, num_asked)  # [G, n], [G, p]
@@ -149,18 +153,26 @@ def _backbone_flops(model: StructMAR, context: Context, num_branches: int) -> By
     return second_degree(count, _half(model.config), _half(model.config))
 
 
-def _token_flops(model: StructMAR, context: Context, num_branches: int) -> BySize:
-    """Of drawing a token under guidance, by the number of reverse steps."""
-    head, z = context.head, torch.zeros(num_branches, 1, model.config.decoder_embed_dim, device=META)  # [G, 1, D]
+def _token_flops(
+    model: StructMAR, context: Context, num_branches: int
+) -> Callable[[ReverseOptions | CodeOptions], float]:
+    """Of drawing a token under guidance, by the options of the head."""
+    head, z = context.head, torch.zeros(num_branches, 1, model.head.z_dim, device=META)  # [G, 1, Z]
     assert head is not None, "a context for sampling has a head"
 
-    def count(num_steps: int) -> int:
-        step = head.at(ReverseOptions(num_steps))
+    @lru_cache
+    def count(options: ReverseOptions | CodeOptions) -> int:
+        step = head.at(options)
         noise = step.draw_noise([torch.Generator()], 1).flatten(-3, -2)  # [..., 1, C]
         return count_flops(lambda: step.sample(z, lambda eps: eps[0], noise))[1]
 
-    one, two = count(1), count(2)
-    return lambda num_steps: one + (num_steps - 1) * (two - one)
+    def flops(options: ReverseOptions | CodeOptions) -> float:
+        if isinstance(options, CodeOptions):
+            return count(CodeOptions())
+        one, two = count(ReverseOptions(1)), count(ReverseOptions(2))
+        return one + (options.num_calls - 1) * (two - one)
+
+    return flops
 
 
 def second_degree(count: Callable[..., float], *steps: int) -> BySize:
@@ -190,4 +202,4 @@ def _ids(batch_size: int, num_tokens: int) -> Tensor:
 
 def _half(config: StructMARConfig) -> int:
     """A step from no token over half of them to all."""
-    return max(1, config.num_tokens // 2)
+    return max(1, math.prod(config.unit_grid()) // 2)

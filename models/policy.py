@@ -264,7 +264,7 @@ class TrajectoryEstimator:
 
     def draw_noise(self, samples: Samples, generator: torch.Generator) -> list[ScoringNoise]:
         """See `Estimator`. All images and tokens of a pass share its reverse steps."""
-        counts = cosine_masked_counts(samples.orders.shape[1], self.config.num_iter)
+        counts = self.config.masked_counts(samples.orders.shape[1])
         iterations = draw_iterations(counts, self.num_masks, generator)
         return [self._draw_pass(samples, counts, iteration, generator) for iteration in iterations]
 
@@ -308,7 +308,7 @@ class TrajectoryEstimator:
         names, config = choose_branches(self.config, samples.text is not None, samples.layout is not None)
         if config.branch_uses(len(names))[noise.iteration] == "full only":
             names = ("full",)
-        next_masked = cosine_masked_counts(num_tokens, config.num_iter)[noise.iteration + 1]
+        next_masked = config.masked_counts(num_tokens)[noise.iteration + 1]
         eps, fractions = {}, {}
         for name in names:
             with nullcontext() if name == "full" else torch.no_grad():
@@ -324,7 +324,8 @@ class TrajectoryEstimator:
                     full_precision_head=True,
                 )  # [n, p, K, 2C]
             eps[name], fractions[name] = output.float().chunk(2, dim=-1)  # each [n, p, K, C]
-        return combine_branches(eps, *guidance_scales(config, num_tokens, next_masked)), fractions["full"]
+        scales = guidance_scales(config, num_tokens, next_masked, noise.iteration)
+        return combine_branches(eps, *scales), fractions["full"]
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ from engine.cli.arguments import (
     add_config_arg,
     add_device_arg,
     add_ema_arg,
-    add_sampling_args,
     script_parser,
-    steps_int,
 )
+from engine.cli.arguments_sampling import add_sampling_args, steps_int
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from util.failures import one_line_errors
 from util.ranges import positive_int, threads_int, whole
@@ -108,8 +107,9 @@ def check_args(args: argparse.Namespace) -> None:
     for text in args.steps:
         first, last = read_steps(text)
         replace(sampling_config(args), num_sampling_steps=first, num_sampling_steps_last=last)
-    if args.num_iterations > args.num_iter:
-        raise ValueError(f"--num_iterations {args.num_iterations} is more than --num_iter {args.num_iter}")
+    num_iter = sampling_config(args).num_iter
+    if args.num_iterations > num_iter:
+        raise ValueError(f"--num_iterations {args.num_iterations} is more than --num_iter {num_iter}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

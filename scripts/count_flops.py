@@ -9,12 +9,14 @@ is two operations. Element-wise work, the frozen VAE and CLIP are not counted.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.cli.arguments import script_parser, steps_int
+from engine.cli.arguments import script_parser
+from engine.cli.arguments_sampling import steps_int
 from models.config import StructMARConfig, preset_config
-from models.sampling.config import SamplingConfig
+from models.sampling.config import default_sampling
 from util.config import parse_checked
 from util.failures import one_line_errors
 from util.ranges import whole, width_int
@@ -70,10 +72,13 @@ def count(name: str, config: StructMARConfig, num_text: int, num_sampling_steps:
     for stage, mode in (("stage 1, text_layout", "text_layout"), ("stage 2, full", "full")):
         flops = training_flops(model, mode, num_text)
         print(f"{stage}: {flops / TERA:.4g} TFLOP per training image (forward and backward)")
-    for num_iter in (64, 256):
-        if num_iter <= config.num_tokens:
+    is_discrete = config.head == "discrete"
+    own_options = {} if is_discrete else {"num_sampling_steps": num_sampling_steps}
+    for num_iter in (8, 32) if is_discrete else (64, 256):
+        if num_iter <= math.prod(config.unit_grid()):
             for scale, guided in ((1.0, "no guidance"), (3.0, "guidance")):
-                sampling = SamplingConfig(num_iter, num_sampling_steps, cfg_text=scale, cfg_layout=scale)
+                scales = {"cfg_text": scale, "cfg_layout": scale}
+                sampling = default_sampling(config.head, num_iter=num_iter, **scales, **own_options)
                 flops = sampling_flops(model, sampling, num_text)
                 print(f"sampling, {num_iter} iterations, {guided}: {flops / TERA:.4g} TFLOP per image")
 

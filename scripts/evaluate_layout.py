@@ -29,11 +29,11 @@ from engine.cli.arguments import (
     add_config_arg,
     add_device_arg,
     add_ema_arg,
-    add_sampling_args,
     add_speed_arg,
     add_timeout_arg,
     script_parser,
 )
+from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.cli.validate import require_path
 from engine.eval.names import require_own_name

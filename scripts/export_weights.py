@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from engine.cli.arguments import add_config_arg, add_ema_arg, add_sampling_args, script_parser
+from engine.cli.arguments import add_config_arg, add_ema_arg, script_parser
+from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.sampling import sampling_config
 from models.config import EXPORT_PRECISIONS
-from models.sampling.config import SamplingConfig
+from models.sampling.config import HEAD_DEFAULTS, SamplingConfig, require_options_of
 from util.config import parse_args, set_defaults_from_yaml
 from util.failures import one_line_errors
 
@@ -33,13 +35,21 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_sampling_config(path: str) -> SamplingConfig:
-    """The options in a YAML file of sampling flags. Raises ValueError naming the file for other keys and bad values."""
+def read_sampling_config(path: str, head: str) -> SamplingConfig:
+    """The options in a YAML file of sampling flags, for a head; what it leaves out has the head's defaults.
+
+    Raises ValueError naming the file for other keys, bad values and another head's options.
+    """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     add_sampling_args(parser)
-    set_defaults_from_yaml(parser, path)
+    said = set_defaults_from_yaml(parser, path)
+    args = parser.parse_args([])
+    for name, value in HEAD_DEFAULTS[head].items():
+        if vars(args)[name] is None:
+            setattr(args, name, value)
     try:
-        return sampling_config(parser.parse_args([]))
+        require_options_of(head, [name for name, value in said.items() if value is not None])
+        return replace(sampling_config(args), head=head)
     except ValueError as error:
         raise ValueError(f"config file {path}: {error}") from error
 
@@ -47,17 +57,21 @@ def read_sampling_config(path: str) -> SamplingConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(get_parser(), argv)
     with one_line_errors(debug=args.debug):
-        sampling = read_sampling_config(args.sampling_config) if args.sampling_config else None
-        print(export(args, sampling))
+        print(export(args))
 
 
-def export(args: argparse.Namespace, sampling: SamplingConfig | None) -> str:
+def export(args: argparse.Namespace) -> str:
     """Writes the file and gives two lines that describe it. PyTorch is imported only here."""
+    from engine.checkpoint.files import read_identity
     from engine.checkpoint.load import export_weights
     from util.checkpoint import sha256_file
     from util.logging import setup_logging
 
     setup_logging()
+    sampling = None
+    if args.sampling_config:
+        known = read_identity(args.resume)
+        sampling = read_sampling_config(args.sampling_config, "diffusion" if known is None else known.config.head)
     identity = export_weights(args.resume, args.output, args.dtype, args.ema, sampling)
     size = Path(args.output).stat().st_size / 1e6
     kind = f"{identity.weights} weights of stage {identity.stage} after {identity.step} steps"

@@ -29,10 +29,10 @@ from engine.cli.arguments import (
     add_config_arg,
     add_device_arg,
     add_ema_arg,
-    add_sampling_args,
     add_speed_arg,
     script_parser,
 )
+from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from models.config import PRECISIONS
 from util.failures import one_line_errors

@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, Switch) and action.was is not None:
                 self._option_string_actions[f"--{action.was}"] = action
-        for word, value in zip(words, [*words[1:], "--"], strict=True):
+        for word, value in zip(words, [*words[1:], "--"], strict=False):
             if word == "--":
                 break
             name = word.partition("=")[0]

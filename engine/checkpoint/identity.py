@@ -73,6 +73,10 @@ class Identity:
             raise ValueError(f"latent_scale must be positive and finite, got {self.latent_scale}")
         if self.step < 0:
             raise ValueError(f"step must not be negative, got {self.step}")
+        if self.sampling is not None and self.sampling.head != self.config.head:
+            raise ValueError(
+                f"sampling options of the {self.sampling.head} head, the model has the {self.config.head} head"
+            )
         if self.weights not in ("ema", "raw"):
             raise ValueError(f"weights must be 'ema' or 'raw', got '{self.weights}'")
 

@@ -10,10 +10,10 @@ import argparse
 
 from engine.cli.arguments_class import add_class_args
 from engine.cli.arguments_model import add_model_args
+from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.arguments_scores import add_preview_args
 from engine.cli.speed import SPEEDS, speed_preset
-from models.config import MASK_SCHEDULES, NUM_TRAIN_STEPS, RESNET50_FPN_V2, SCORED
-from models.sampling.config import MAX_CLIP_X0, MAX_GUIDANCE, MAX_TEMPERATURE, ORDERS
+from models.config import MASK_SCHEDULES, RESNET50_FPN_V2, SCORED
 from util.config import Parser, PresetAction, Switch
 from util.names import BEST_BY
 from util.ranges import (
@@ -24,12 +24,10 @@ from util.ranges import (
     fraction_below_one,
     nonnegative_float,
     nonnegative_int,
-    or_none,
     positive_float,
     positive_int,
     seed_int,
     threads_int,
-    whole,
     workers_int,
 )
 
@@ -37,10 +35,6 @@ DEFAULT_VAE = "./pretrained_models/vae/kl16.ckpt"
 VAE_HELP = "image tokenizer: a KL VAE (LDM's layout) or a VQ (LlamaGen's file or a folder of diffusers)"
 DEFAULT_CLIP = "./pretrained_models/clip-vit-base-patch32"
 DEFAULT_DETECTOR = f"./pretrained_models/{RESNET50_FPN_V2}_coco.pth"
-guidance_float = Range(float, f"must lie in [0, {MAX_GUIDANCE:g}]", 0, MAX_GUIDANCE)
-temperature_float = Range(float, "must not be negative", 0, MAX_TEMPERATURE)
-steps_int = whole(1, NUM_TRAIN_STEPS)
-clip_float = Range(float, "must be positive", 0, MAX_CLIP_X0, "(]")
 SWITCH = Switch
 
 
@@ -268,53 +262,6 @@ def add_timeout_arg(group: argparse._ArgumentGroup) -> None:
         "--dist_timeout", type=positive_float, default=1800.0,
         help="seconds that a process of torchrun waits for the others before the run ends, naming those that do not "
              "answer; longer than a preview, an evaluation or a save takes"
-    )  # fmt: skip
-
-
-def add_sampling_args(parser: argparse.ArgumentParser) -> None:
-    """How images are drawn from the model."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--num_iter", type=batch_int, default=64, help="autoregressive iterations per image")
-    group.add_argument("--num_sampling_steps", type=steps_int, default=100, help="diffusion steps per token")
-    group.add_argument(
-        "--cfg", type=guidance_float, default=1.0, help="guidance scale of text and layout together; 1: none"
-    )
-    group.add_argument(
-        "--cfg_text", type=or_none(guidance_float), default=None, help="guidance scale of the text; None: --cfg"
-    )
-    group.add_argument(
-        "--cfg_layout", type=or_none(guidance_float), default=None, help="guidance scale of the layout; None: --cfg"
-    )
-    group.add_argument(
-        "--cfg_schedule", default="linear", choices=["linear", "constant"], help="guidance over iterations"
-    )
-    group.add_argument(
-        "--temperature", type=temperature_float, default=1.0, help="factor on the noise of the reverse diffusion steps"
-    )
-    group.add_argument(
-        "--clip_x0", type=or_none(clip_float), default=None, help="bound on predicted latents, in standard deviations"
-    )
-    group.add_argument(
-        "--t_max", type=or_none(whole(0, NUM_TRAIN_STEPS - 1)), default=None,
-        help="first diffusion timestep of sampling; None: the last one, 999 (950 with --num_sampling_steps_last)"
-    )  # fmt: skip
-    group.add_argument(
-        "--num_sampling_steps_last", type=or_none(steps_int), default=None,
-        help="diffusion steps per token in the last iteration, linear from --num_sampling_steps in the first; "
-             "None: the same in all"
-    )  # fmt: skip
-    group.add_argument(
-        "--order", default="random", choices=ORDERS,
-        help="in which tokens are unmasked: at random, one colour of a checkerboard first, or evenly spread"
-    )  # fmt: skip
-    group.add_argument(
-        "--guidance_interval", type=fraction, nargs=2, default=[0.0, 1.0],
-        help="guidance begins and ends at these shares of the iterations; before and after, there is none"
-    )  # fmt: skip
-    group.add_argument(
-        "--uncond_refresh", type=positive_int, default=1,
-        help="guidance runs the branches without text or layout in every k-th iteration and reuses their result in "
-             "between; 1: in all"
     )  # fmt: skip
 
 

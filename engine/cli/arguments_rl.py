@@ -14,11 +14,10 @@ from engine.cli.arguments import (
     add_length_args,
     add_optim_args,
     add_run_args,
-    add_sampling_args,
     add_sft_args,
-    steps_int,
 )
 from engine.cli.arguments_model import add_model_args
+from engine.cli.arguments_sampling import add_sampling_args, steps_int
 from engine.cli.arguments_scores import add_score_args
 from engine.rl.settings import ADV_NORMS, GUARD_MODES, KL_ESTIMATORS, MIXES, RewardSettings, RewardWeights
 from util.config import Parser

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +232,7 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     sampling = sampling_config(args)
     sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
     if stage.has_pictures:
-        require_fitting_iterations(sampling.num_iter, sizes.num_tokens)
+        require_fitting_iterations(sampling.num_iter, math.prod(sizes.unit_grid()))
     frozen = build_frozen(args, dist.device, stage.has_captions)
     require_fitting_codec(frozen.codec, args.vae_path, sizes)
     dataset = stage.build_data(args, sizes, frozen)

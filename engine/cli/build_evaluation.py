@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
             f"the checkpoint at most {identity.config.max_objects}"
         )
     config = sampling_config(args)
-    require_fitting_iterations(config.num_iter, identity.config.num_tokens)
+    require_fitting_iterations(config.num_iter, math.prod(identity.config.unit_grid()))
     if args.compile or args.cuda_graphs:
         compile_parts(pipeline.model, args.cuda_graphs)
     plan = GenerationPlan(config, args.batch_size, args.precision, dist)

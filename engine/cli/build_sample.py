@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str |
     if identity is None:
         raise ValueError(f"{args.resume} holds MAR's weights, which know no captions: sample them with --class_label")
     config = sampling_config(args)
-    require_fitting_iterations(config.num_iter, identity.config.num_tokens)
+    require_fitting_iterations(config.num_iter, math.prod(identity.config.unit_grid()))
     scenes = read_scenes(args, identity, prompt)
     require_grid(args.grid_scale, identity.config.img_size, len(scenes))
     require_free(Path(args.output_dir), len(scenes))
@@ -126,7 +127,7 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
         if not 0 <= label < architecture.class_num:
             raise ValueError(f"--class_label {label} is outside 0 ... {architecture.class_num - 1}")
     config = sampling_config(args)
-    require_fitting_iterations(config.num_iter, architecture.num_tokens)
+    require_fitting_iterations(config.num_iter, math.prod(architecture.unit_grid()))
     labels = [label for label in args.class_label for _ in range(args.num_images)]
     require_grid(args.grid_scale, architecture.img_size, len(labels))
     require_free(Path(args.output_dir), len(labels))

@@ -1,73 +1,118 @@
 """The sampling flags of a command: what they make, and where their defaults come from.
 
-Command line > YAML file > what the weights say (`Identity.sampling`) > parser.
+Command line > YAML file > what the weights say (`Identity.sampling`) > the head's defaults > parser.
+Some flags are one head's alone (`OPTIONS_OF_HEAD`); which head it is, the weights say, or the flags of a new model.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from models.sampling.config import SamplingConfig
+from models.sampling.config import OPTIONS_OF_HEAD, SamplingConfig, default_sampling, require_options_of
 from util.config import given_options, parse_args
+
+if TYPE_CHECKING:
+    from engine.checkpoint.identity import Identity
+
+SCALES = ("cfg_text", "cfg_layout")
+FLAGS = tuple(each.name for each in fields(SamplingConfig) if each.name != "head")
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
-    """Raises ValueError for a value out of range."""
-    return SamplingConfig(
-        num_iter=args.num_iter,
-        num_sampling_steps=args.num_sampling_steps,
-        cfg_text=args.cfg if args.cfg_text is None else args.cfg_text,
-        cfg_layout=args.cfg if args.cfg_layout is None else args.cfg_layout,
-        cfg_schedule=args.cfg_schedule,
-        temperature=args.temperature,
-        clip_x0=args.clip_x0,
-        t_max=args.t_max,
-        num_sampling_steps_last=args.num_sampling_steps_last,
-        order=args.order,
-        guidance_interval=tuple(args.guidance_interval),
-        uncond_refresh=args.uncond_refresh,
-    )
+    """The options of the head that the flags are of; flags that are None have its defaults.
+
+    Raises ValueError for a value out of range, and for flags of different heads.
+    """
+    values: dict[str, Any] = {name: vars(args)[name] for name in FLAGS if vars(args)[name] is not None}
+    values |= {name: args.cfg for name in SCALES if name not in values}
+    values["guidance_interval"] = tuple(args.guidance_interval)
+    head = implied_head(values, args.order)
+    require_options_of(head, values)
+    return default_sampling(head, **values)
+
+
+def implied_head(given: Collection[str], order: str | None) -> str:
+    """The head that options, by name, are of; the diffusion head if they are of any."""
+    is_discrete = order == "confidence" or any(name in given for name in OPTIONS_OF_HEAD["discrete"])
+    return "discrete" if is_discrete else "diffusion"
 
 
 def parse_sampling_args(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
     check: Callable[[argparse.Namespace], None] = lambda args: None,
+    head_of: Callable[[argparse.Namespace], str] | None = None,
 ) -> tuple[argparse.Namespace, str | None]:
-    """As `parse_args`, with the options that the weights of --resume name as defaults; and a line that says which.
+    """As `parse_args`, with the options that the weights of --resume name as defaults, or else their head's; and a line
+    that says which the weights name.
 
     check: raises ValueError or FileNotFoundError for arguments that do not go together. It is called before the
     weights are looked at, which takes seconds as PyTorch is imported, and again with what they name.
+    head_of: the head of the model that the flags describe, where a command makes one; None: the weights say.
+    Raises ValueError for a flag that is another head's.
     """
-    args = parse_args(parser, argv)
+    args, given = parse_args(parser, argv), given_options(parser, argv)
+    said = {name for name in given & set(FLAGS) if vars(args)[name] is not None}
+    _forget_foreign(args, said, implied_head(said, args.order))
     check(args)
-    own = _named_by_weights(args.resume)
-    if own is None:
+    if head_of is None and not _exists(args.resume):
         return args, None
-    given = given_options(parser, argv)
-    both_scales = {"cfg_text", "cfg_layout"} if "cfg" in given else set()  # --cfg stands for both
-    options = asdict(own) | {"guidance_interval": list(own.guidance_interval)}
-    defaults = {name: value for name, value in options.items() if name not in given | both_scales}
+    identity = _identity(args.resume)
+    head = head_of(args) if head_of is not None else "diffusion" if identity is None else identity.config.head
+    require_options_of(head, said)
+    named = None if identity is None or identity.sampling is None or identity.config.head != head else identity.sampling
+    plain = default_sampling(head)
+    defaults = _defaults(parser, plain if named is None else named, given, is_named=named is not None)
     args = parse_args(parser, argv, defaults)
+    _forget_foreign(args, said, head)
     check(args)
+    if named is None:
+        return args, None
+    standard = asdict(plain) | {"guidance_interval": list(plain.guidance_interval)}
     used = [
-        f"{name} {value}"
-        for name, value in defaults.items()
-        if vars(args)[name] == value != parser.get_default(name)
+        f"{name} {value}" for name, value in defaults.items() if vars(args)[name] == value != standard[name]
     ]  # fmt: skip
     return args, f"sampling options from the weights: {', '.join(used)}" if used else None
 
 
-def _named_by_weights(path: str | None) -> SamplingConfig | None:
-    if not path or not Path(path).exists():
+def _defaults(
+    parser: argparse.ArgumentParser, config: SamplingConfig, given: Collection[str], is_named: bool
+) -> dict[str, Any]:
+    """What stands in for the parser's defaults of what is not given: all that weights name, or what is a head's own."""
+    kept = {*given, "head"} | {name for head, names in OPTIONS_OF_HEAD.items() if head != config.head for name in names}
+    if "cfg" in given or not is_named:
+        kept |= set(SCALES)  # --cfg stands for both
+    options = asdict(config) | {"guidance_interval": list(config.guidance_interval)}
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in kept and (is_named or (value is not None and parser.get_default(name) is None))
+    }
+
+
+def _forget_foreign(args: argparse.Namespace, said: Collection[str], head: str) -> None:
+    """Takes back what a preset sets of another head's options."""
+    for other, names in OPTIONS_OF_HEAD.items():
+        for name in names:
+            if other != head and name not in said:
+                setattr(args, name, None)
+
+
+def _exists(path: str | None) -> bool:
+    return bool(path) and Path(str(path)).exists()
+
+
+def _identity(path: str | None) -> Identity | None:
+    """What the weights were made for; None for MAR's, and for what loading will refuse."""
+    if not path or not _exists(path):
         return None
     from engine.checkpoint.files import read_identity
 
     try:
-        identity = read_identity(path)
+        return read_identity(path)
     except (FileNotFoundError, ValueError):
         return None  # loading the weights says what is wrong with them, after the flags are checked
-    return None if identity is None else identity.sampling

@@ -29,3 +29,8 @@ def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -
         cross_attn_every=args.cross_attn_every,
         **chosen,
     )
+
+
+def head_of(args: argparse.Namespace) -> str:
+    """The token head of `model_config`."""
+    return model_config(args, num_categories=0, text_dim=0).head

@@ -19,4 +19,7 @@ LOWERED = ("num_sampling_steps", "num_iter")
 def speed_preset(name: str, current: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a preset. current: the values without it; of LOWERED, a smaller number stays."""
     preset = SPEEDS[name]
-    return {key: min(value, current[key]) if key in LOWERED else value for key, value in preset.items()}
+    return {
+        key: min(value, current[key]) if key in LOWERED and current[key] is not None else value
+        for key, value in preset.items()
+    }

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from models.flops import PassFlops, ScoringFlops, meta_model, sampling_flops
-from models.masking import cosine_masked_counts
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import choose_branches
 from models.structmar import StructMAR, StructMARConfig
@@ -90,7 +89,7 @@ def estimate_cost(
     batches of prompts in an update, rolled out and scored one after the other.
     Raises ValueError for an unknown estimator, a count below 1, or more masks than iterations.
     """
-    draws = _scored_draws(estimator, num_draws, sampling.num_reverse_steps)
+    draws = _scored_draws(estimator, num_draws, sampling.head_options(0).num_calls)
     sizes = {
         "prompts": prompts,
         "group_size": group_size,
@@ -102,7 +101,7 @@ def estimate_cost(
     images, evaluations = accum_iter * prompts * group_size, 1 + has_reference + inner_epochs
     model = meta_model(config)
     scored = _mean_scoring(model, sampling, estimator, draws, num_text_tokens)
-    head_calls = sum(sampling.at(iteration).num_reverse_steps for iteration in range(sampling.num_iter))
+    head_calls = sum(sampling.head_options(iteration).num_calls for iteration in range(sampling.num_iter))
     return RlCost(
         images=images,
         iterations=sampling.num_iter,
@@ -122,7 +121,7 @@ def _mean_scoring(
     num_tokens, is_elbo = model.config.num_tokens, estimator == "elbo"
     branches = 1 if is_elbo else len(choose_branches(sampling, has_text=True, has_layout=True)[0])
     flops, forward, backward = ScoringFlops(model, num_text_tokens), 0.0, 0.0
-    counts = cosine_masked_counts(num_tokens, sampling.num_iter)
+    counts = sampling.masked_counts(num_tokens)
     for (now, after), use in zip(pairwise(counts), sampling.branch_uses(branches), strict=True):
         part = flops.at(now, draws * (now if is_elbo else now - after))
         share = (now - after) / num_tokens

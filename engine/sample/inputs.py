@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from engine.data.scenes import Scene, read_entry
 from engine.sample.generate import Hooks, image_generator
-from models.sampling.config import SamplingConfig
+from models.sampling.config import SamplingConfig, require_options_of
 from util.plain import from_plain
 from util.ranges import MAX_SEED
 from util.types import Category
@@ -27,9 +27,26 @@ OPTION_NAMES = {
     "guidance_scale": "cfg_text",
     "layout_guidance_scale": "cfg_layout",
 }
-BOUNDS = ("clip_x0", "t_max", "num_sampling_steps_last")
+BOUNDS = ("clip_x0", "t_max", "num_sampling_steps_last", "top_k", "top_p")
 NO_BOUND: Literal["none"] = "none"
 PRECISION_OF = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class CallOptions(TypedDict, total=False):
+    """The options of a call that have the names of the command line's flags; "none" takes away a bound."""
+
+    cfg_schedule: str | None
+    temperature: float | None
+    clip_x0: float | Literal["none"] | None
+    t_max: int | Literal["none"] | None
+    num_sampling_steps_last: int | Literal["none"] | None
+    order: str | None
+    guidance_interval: tuple[float, float] | None
+    uncond_refresh: int | None
+    schedule: str | None
+    choice_temperature: float | None
+    top_k: int | Literal["none"] | None
+    top_p: float | Literal["none"] | None
 
 
 def read_scenes(
@@ -109,10 +126,14 @@ def read_generators(seed: Any, generator: Any, num_images: int) -> list[torch.Ge
 def read_options(own: SamplingConfig, given: Mapping[str, Any], num_tokens: int) -> SamplingConfig:
     """The weights' own options with those of the call that are not None. Names as in the call or as the flags; "none"
     takes away a bound that the weights name."""
+    unknown = sorted(given.keys() - OPTION_NAMES.keys() - CallOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"a call takes no argument {', '.join(unknown)}")
     changes = {name: value for name, value in given.items() if value is not None}
     no_bound = {name for name in BOUNDS if isinstance(changes.get(name), str) and changes[name] == NO_BOUND}
     renamed = {OPTION_NAMES.get(name, name): None if name in no_bound else value for name, value in changes.items()}
     try:
+        require_options_of(own.head, renamed)
         config = from_plain(SamplingConfig, asdict(own) | renamed, "sampling options")
     except ValueError as error:
         message = str(error)

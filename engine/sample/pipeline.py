@@ -10,11 +10,12 @@ The module's path is written into saved folders (model_index.json): it has to st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 from diffusers import DiffusionPipeline
@@ -38,6 +39,7 @@ from engine.sample.generate import (
     scene_conditions,
 )
 from engine.sample.inputs import (
+    CallOptions,
     call_hooks,
     check_call,
     one_of,
@@ -49,7 +51,7 @@ from engine.sample.inputs import (
 from engine.sample.transformer import StructMARTransformer
 from models.frozen.codec import Autoencoder, Codec, codec_around, load_codec
 from models.frozen.text import ClipTextEncoder
-from models.sampling.config import SamplingConfig
+from models.sampling.config import SamplingConfig, default_sampling
 from models.sampling.sampler import SampleOutput
 from models.structmar import StructMAR
 from util.images import Picture, to_picture
@@ -212,9 +214,9 @@ class StructMARPipeline(DiffusionPipeline):
 
     @property
     def own_sampling(self) -> SamplingConfig:
-        """The options that the weights name; where they name none, the defaults."""
+        """The options that the weights name; where they name none, the defaults of their head."""
         named = None if self.identity is None else self.identity.sampling
-        return SamplingConfig() if named is None else named
+        return default_sampling(self.model.config.head) if named is None else named
 
     def describe(self) -> dict[str, Any]:
         """Which weights these are, for what is written beside images."""
@@ -245,25 +247,18 @@ class StructMARPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
         *,
-        cfg_schedule: str | None = None,
-        temperature: float | None = None,
-        clip_x0: float | Literal["none"] | None = None,
-        t_max: int | Literal["none"] | None = None,
-        num_sampling_steps_last: int | Literal["none"] | None = None,
-        order: str | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        uncond_refresh: int | None = None,
         batch_size: int = 8,
         gligen_boxes: Any = None,
         gligen_phrases: Any = None,
+        **options: Unpack[CallOptions],
     ) -> Any:
         """Images of captions with objects at given places. Everything is checked before anything is drawn.
 
         prompt: a caption, or a list of them; "" is none. boxes: [x0, y0, x1, y1] as fractions of the image, one list
         per prompt; phrases: what each box holds, of `labels`. gligen_boxes and gligen_phrases mean the same.
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
-        num_diffusion_steps: reverse steps per token. These and the options with the names of the command line's flags:
-        None means the weights' own (`own_sampling`), "none" takes away a bound that these name.
+        num_diffusion_steps: reverse steps per token. These and `options`, which have the names of the command line's
+        flags: None means the weights' own (`own_sampling`), "none" takes away a bound that these name.
         seed: image i of the call is the image that scripts.sample draws with seed + i. generator: instead, one that all
         images draw from, or one for each. Without either, images differ from call to call.
         batch_size: images drawn at a time. output_type: pil, np, pt or latent. return_dict: False gives a tuple.
@@ -283,16 +278,9 @@ class StructMARPipeline(DiffusionPipeline):
             "num_diffusion_steps": num_diffusion_steps,
             "guidance_scale": guidance_scale,
             "layout_guidance_scale": layout_guidance_scale,
-            "cfg_schedule": cfg_schedule,
-            "temperature": temperature,
-            "clip_x0": clip_x0,
-            "t_max": t_max,
-            "num_sampling_steps_last": num_sampling_steps_last,
-            "order": order,
-            "guidance_interval": guidance_interval,
-            "uncond_refresh": uncond_refresh,
+            **options,
         }
-        config = read_options(self.own_sampling, given, self.model.config.num_tokens)
+        config = read_options(self.own_sampling, given, math.prod(self.model.config.unit_grid()))
         self.interrupt = False
         with self.progress_bar(total=num_iterations(len(scenes), batch_size, config)) as bar:
             callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
@@ -387,7 +375,8 @@ class StructMARPipeline(DiffusionPipeline):
             if hooks.should_stop is None or not hooks.should_stop():
                 yield self.sample(conditions_of(rows), config, chosen, precision, hooks).latents.float()
             else:
-                tokens = model.head.empty_tokens(len(chosen), model.config.num_tokens, self.codec.device)
+                num_units = math.prod(model.config.unit_grid())
+                tokens = model.head.empty_tokens(len(chosen), num_units, self.codec.device)
                 yield model.unpatchify(tokens, model.config.grid)
 
     def _contents(self) -> dict[str, str]:

@@ -21,7 +21,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models.masking import cosine_masked_counts
 from models.sampling.condition_cache import GuidedBackbone, plan_iterations
 from models.sampling.config import SamplingConfig, guidance_scales
 from models.sampling.guidance import Branches, embed_branches
@@ -78,7 +77,7 @@ def head_inputs(
     generators = [generator("head inputs", seed, image) for image in range(len(layout))]
     output = sample(model, config, generators, text, layout)
     branches, config = embed_branches(model, config, len(layout), text, layout, None)
-    counts = cosine_masked_counts(model.config.num_tokens, config.num_iter)
+    counts = config.masked_counts(model.config.num_tokens)
     order = PlannedOrder(output.orders, counts)
     plans = plan_iterations(order, config.branch_uses(len(branches.names)))
     context = model.prepare(branches.conditions, torch.float32)
@@ -86,7 +85,7 @@ def head_inputs(
     inputs = []
     for iteration in iterations:
         z = backbone(context, output.tokens, plans[iteration]).flatten(1, 2)  # [G, n, D]
-        scales = guidance_scales(config, model.config.num_tokens, counts[iteration + 1])
+        scales = guidance_scales(config, model.config.num_tokens, counts[iteration + 1], iteration)
         inputs.append(HeadInputs(iteration, z, branches, scales))
     return inputs
 
@@ -99,7 +98,7 @@ def draw_tokens(
     head = model.head.sampler(model.head, compile_mode=None)
     drawn = []
     for given in inputs:
-        step = head.at(config.at(given.iteration).reverse_options)
+        step = head.at(config.head_options(given.iteration))
         z = given.z.repeat_interleave(num_draws, dim=1)  # [G, n * R, D]
         noise = step.draw_noise([generator("head draws", seed, given.iteration)], z.shape[1])[:, 0]  # [S + 1, n * R, C]
         w_text, w_layout = given.scales
@@ -149,6 +148,6 @@ def compare_steps(
     found = []
     for first, last in steps:
         tried = replace(config, num_sampling_steps=first, num_sampling_steps_last=last)
-        calls = sum(tried.at(iteration).num_reverse_steps for iteration in range(tried.num_iter))
+        calls = sum(tried.head_options(iteration).num_calls for iteration in range(tried.num_iter))
         found.append(compare(draw_tokens(model, tried, inputs, num_draws, 2), reference, floor, calls))
     return found

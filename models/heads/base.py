@@ -56,10 +56,16 @@ class HeadStep(Protocol):
 
 
 class HeadSampler(Protocol):
-    """A head prepared for sampling (dtype, packed weights, compiled code). Options are the head's own."""
+    """A head prepared for sampling (dtype, packed weights, compiled code). Options are the head's own.
+
+    has_confidence: its draws say how sure they were. has_grid_noise: the noise of an iteration is drawn for all tokens
+    of an image, those too that are not drawn in it."""
 
     @property
     def has_confidence(self) -> bool: ...
+
+    @property
+    def has_grid_noise(self) -> bool: ...
 
     def at(self, options: Any) -> HeadStep:
         """What does not depend on the tokens is computed here, before the sampler's loop."""

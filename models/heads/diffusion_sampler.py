@@ -41,6 +41,11 @@ class ReverseOptions:
     def steps(self) -> tuple[ReverseStep, ...]:
         return reverse_steps(self.num_steps, self.t_max)
 
+    @property
+    def num_calls(self) -> int:
+        """How often the head runs for a token: once in each step that is left once those above t_max are merged."""
+        return len(self.steps)
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -74,6 +79,10 @@ class DiffusionSampler:
 
     @property
     def has_confidence(self) -> bool:
+        return False
+
+    @property
+    def has_grid_noise(self) -> bool:
         return False
 
     def at(self, options: ReverseOptions) -> DiffusionStep:

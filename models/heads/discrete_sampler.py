@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -131,11 +131,10 @@ class CodeStep:
 
 def _unit_noise(generator: torch.Generator, num_units: int, num_codes: int) -> Tensor:
     """Of one image and iteration: [L, C + 1] float64 on the generator's device."""
-    options: dict[str, Any] = {"dtype": torch.float64, "generator": generator, "device": generator.device}
-    uniforms, shares = torch.rand(num_units, num_codes, **options), torch.rand(num_units, 1, **options)
-    smallest = torch.finfo(torch.float64).tiny
-    gumbels = -(-shares.clamp(min=smallest).log()).log()  # [L, 1]
-    return torch.cat([uniforms, gumbels], dim=1)  # [L, C + 1]
+    size = (num_units, num_codes + 1)
+    shares = torch.rand(size, dtype=torch.float64, generator=generator, device=generator.device)  # [L, C + 1]
+    inner = shares[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)  # [L, 1]
+    return torch.cat([shares[:, :-1], -(-inner.log()).log()], dim=1)  # [L, C + 1]
 
 
 def code_log_probs(logits: Tensor, options: CodeOptions) -> Tensor:

@@ -1,4 +1,7 @@
-"""How images are drawn, as plain values, and what these make of each iteration: reverse steps, scales, branches.
+"""How images are drawn, as plain values, and what these make of each iteration: head options, scales, branches.
+
+Some options are one head's alone: reverse steps are the diffusion head's; top-k, top-p and the choice temperature are
+the discrete head's. `default_sampling` gives the defaults of a head.
 
 The options that spend less than MAR does, all off by default; each draws other images than the plain sampler:
 
@@ -13,18 +16,30 @@ Command lines name what stands here, so this file imports PyTorch only where it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from models.config import NUM_TRAIN_STEPS, require_reverse_steps
+from models.config import HEADS, NUM_TRAIN_STEPS, require_reverse_steps
 
 if TYPE_CHECKING:
     from models.heads.diffusion_sampler import ReverseOptions
+    from models.heads.discrete_sampler import CodeOptions
 
-ORDERS = ("random", "gtr", "halton")
-CFG_SCHEDULES = ("linear", "constant")
+ORDERS = ("random", "gtr", "halton", "halton_fixed", "raster", "confidence")
+SCHEDULES = ("mar", "root", "linear", "square", "cosine", "arccos", "halton")
+CFG_SCHEDULES = ("linear", "constant", "step_linear")
+OPTIONS_OF_HEAD = {
+    "diffusion": ("num_sampling_steps", "num_sampling_steps_last", "clip_x0", "t_max"),
+    "discrete": ("choice_temperature", "top_k", "top_p"),
+}
+HEAD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "diffusion": {},
+    "discrete": {"num_iter": 8, "order": "confidence", "schedule": "arccos"},
+}
 ANNEALED_T_MAX = 950  # few steps from t = 999 multiply errors of eps by thousands (models/heads/diffusion.py)
 MAX_GUIDANCE, MAX_TEMPERATURE, MAX_CLIP_X0 = 100.0, 10.0, 1e6  # beyond, pictures are noise
+MAX_CHOICE_TEMPERATURE = 1000.0
 FIRST_RUNS = 5  # iterations in a row that run every branch before differences are reused
 
 BranchUse = Literal["full only", "run", "reuse"]
@@ -34,12 +49,18 @@ BranchUse = Literal["full only", "run", "reuse"]
 class SamplingConfig:
     """num_iter: backbone passes. num_sampling_steps: reverse steps per token. cfg_text scales the caption (or the class
     label), cfg_layout the boxes; 1 is no guidance. cfg_schedule: `linear` grows guidance with the share of unmasked
-    tokens. clip_x0: bound of predicted tokens. t_max: timesteps above it are clipped; None: none are, but
-    `ANNEALED_T_MAX` where steps are annealed.
+    tokens, `step_linear` with the iteration. temperature: of the noise of reverse steps, or what logits are divided by.
+    clip_x0: bound of predicted tokens. t_max: timesteps above it are clipped; None: none are, but `ANNEALED_T_MAX`
+    where steps are annealed.
 
     num_sampling_steps_last: reverse steps in the last iteration, linear from num_sampling_steps in the first; None: the
     same in all. guidance_interval: the share of iterations, from and up to, in which there is guidance.
     uncond_refresh: the other branches run in every so many-th of these, after `FIRST_RUNS`; 1: in all.
+
+    head: whose options these are, of `HEADS`; those of the other head stay at their defaults. schedule: how many tokens
+    an iteration unmasks (`schedules.py`). choice_temperature: of the noise on confidences in the first iteration, falls
+    to 0 in the last; for order `confidence`. top_k: likeliest codes that are drawn from; top_p: of these the likeliest
+    up to the first with which their share exceeds it; None: all.
     """
 
     num_iter: int = 64
@@ -54,8 +75,17 @@ class SamplingConfig:
     order: str = "random"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     uncond_refresh: int = 1
+    head: str = "diffusion"
+    schedule: str = "mar"
+    choice_temperature: float = 4.5
+    top_k: int | None = None
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
+        for name, choices in (("head", HEADS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        self._require_own_options()
         if self.num_iter < 1:
             raise ValueError(f"num_iter must be at least 1, got {self.num_iter}")
         if self.cfg_schedule not in CFG_SCHEDULES:
@@ -77,31 +107,54 @@ class SamplingConfig:
         if last is not None and not 1 <= last <= NUM_TRAIN_STEPS:
             raise ValueError(f"num_sampling_steps_last must lie between 1 and {NUM_TRAIN_STEPS}, got {last}")
 
+    def _require_own_options(self) -> None:
+        """Raises ValueError for what does not go with the head."""
+        defaults = {each.name: each.default for each in fields(self)}
+        require_options_of(self.head, [name for name, default in defaults.items() if getattr(self, name) != default])
+        if self.head == "diffusion" and not self.is_blind:
+            raise ValueError(f"order {self.order} goes by confidence, which the {self.head} head does not have")
+        if self.head == "discrete" and self.temperature == 0:
+            raise ValueError(f"the {self.head} head divides by temperature, got 0; top_k 1 draws the likeliest code")
+        if not 0 <= self.choice_temperature <= MAX_CHOICE_TEMPERATURE:
+            raise ValueError(
+                f"choice_temperature must lie in [0, {MAX_CHOICE_TEMPERATURE:g}], got {self.choice_temperature}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
     @property
     def is_annealed(self) -> bool:
         return self.num_sampling_steps_last is not None
 
     @property
-    def num_reverse_steps(self) -> int:
-        """Those that are left once steps above t_max are merged (in one iteration: see `at`)."""
-        return len(self.reverse_options.steps)
+    def is_blind(self) -> bool:
+        """Whether the order of the tokens does not depend on what is drawn."""
+        return self.order != "confidence"
 
-    @property
-    def reverse_options(self) -> ReverseOptions:
-        """The diffusion head's, where the steps are the same in all iterations (see `at`)."""
+    def head_options(self, iteration: int) -> ReverseOptions | CodeOptions:
+        """What the head is told in an iteration (`HeadSampler.at`)."""
+        share = iteration / max(1, self.num_iter - 1)
+        if self.head == "discrete":
+            from models.heads.discrete_sampler import CodeOptions
+
+            choice = self.choice_temperature * (1 - share) if self.order == "confidence" else 0.0
+            return CodeOptions(self.temperature, self.top_k, self.top_p, choice)
         from models.heads.diffusion_sampler import ReverseOptions
 
-        return ReverseOptions(self.num_sampling_steps, self.t_max, self.temperature, self.clip_x0)
-
-    def at(self, iteration: int) -> SamplingConfig:
-        """The options of one iteration: the same number of reverse steps in all."""
-        first, last = self.num_sampling_steps, self.num_sampling_steps_last
+        first, last, t_max = self.num_sampling_steps, self.num_sampling_steps_last, self.t_max
         if last is None:
-            return self
-        share = iteration / max(1, self.num_iter - 1)
-        t_max = ANNEALED_T_MAX if self.t_max is None else self.t_max
-        steps = round(first + (last - first) * share)
-        return replace(self, num_sampling_steps=steps, num_sampling_steps_last=None, t_max=t_max)
+            return ReverseOptions(first, t_max, self.temperature, self.clip_x0)
+        t_max = ANNEALED_T_MAX if t_max is None else t_max
+        return ReverseOptions(round(first + (last - first) * share), t_max, self.temperature, self.clip_x0)
+
+    def masked_counts(self, num_tokens: int) -> list[int]:
+        """How many of `num_tokens` unknown tokens are masked before each iteration, and (0) at the end. Raises
+        ValueError for fewer tokens than iterations."""
+        from models.sampling.schedules import masked_counts
+
+        return masked_counts(self.schedule, num_tokens, self.num_iter)
 
     def branch_uses(self, num_branches: int) -> list[BranchUse]:
         """What becomes of guidance's branches in each iteration: only the full one counts, all run, or the other ones'
@@ -136,14 +189,30 @@ class SamplingConfig:
             )
 
 
-def guidance(scale: float, config: SamplingConfig, num_tokens: int, next_masked: int) -> float:
+def default_sampling(head: str, **options: Any) -> SamplingConfig:
+    """The options of a head, of `HEADS`: its defaults, but for those that are given."""
+    return SamplingConfig(**{"head": head, **HEAD_DEFAULTS[head], **options})
+
+
+def require_options_of(head: str, given: Iterable[str]) -> None:
+    """Raises ValueError if one of the options given, by name, is another head's alone."""
+    for other, names in OPTIONS_OF_HEAD.items():
+        foreign = [name for name in names if name in set(given)]
+        if other != head and foreign:
+            raise ValueError(f"{foreign[0]} is an option of the {other} head, but the head is {head}")
+
+
+def guidance(scale: float, config: SamplingConfig, num_tokens: int, next_masked: int, iteration: int) -> float:
     """The scale of one iteration, after which `next_masked` tokens stay hidden (at least 1 is counted, as MAR does)."""
     if config.cfg_schedule == "constant":
         return scale
+    if config.cfg_schedule == "step_linear":
+        return 1 + (scale - 1) * (iteration / (config.num_iter - 1) if config.num_iter > 1 else 1.0)
     return 1 + (scale - 1) * (num_tokens - max(1, next_masked)) / num_tokens
 
 
-def guidance_scales(config: SamplingConfig, num_tokens: int, next_masked: int) -> tuple[float, float]:
+def guidance_scales(config: SamplingConfig, num_tokens: int, next_masked: int, iteration: int) -> tuple[float, float]:
     """The scales of text and of layout in one iteration."""
-    text, layout = (guidance(scale, config, num_tokens, next_masked) for scale in (config.cfg_text, config.cfg_layout))
+    scales = (config.cfg_text, config.cfg_layout)
+    text, layout = (guidance(scale, config, num_tokens, next_masked, iteration) for scale in scales)
     return text, layout

@@ -3,7 +3,9 @@
 An order is asked in every iteration which tokens to unmask next. Orders that do not look at what was drawn are
 permutations of the token positions, unmasked from their end, and are planned before the loop: `random`; `gtr` unmasks
 one colour of a checkerboard before the other (the order of Generation then Reconstruction, without its schedule);
-`halton` spreads any first tokens evenly (arXiv:2503.17076).
+`halton` spreads any first tokens evenly (arXiv:2503.17076), another shift in each image, `halton_fixed` is the public
+code's, the same in all; `raster` goes row by row. `confidence` unmasks what was drawn with the surest choice (MaskGIT,
+arXiv:2202.04200).
 
 Shape letters: B images, L image tokens, C token channels, p tokens unmasked in one iteration, u tokens unknown.
 """
@@ -13,12 +15,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from models.masking import TokenMask, sample_orders
+from models.sampling.config import ORDERS
+
+PLANNED = tuple(kind for kind in ORDERS if kind != "confidence")
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,31 @@ class PlannedOrder:
         return iteration_ids(self.orders, self.counts, state.iteration)[1]
 
 
+@dataclass(frozen=True)
+class ConfidenceOrder:
+    """Unmasks the unknown tokens of the highest confidence."""
+
+    counts: Sequence[int]
+    uses_confidence: bool = True
+
+    def next(self, state: DecodeState, confidence: Tensor | None) -> Tensor:
+        """See `Order`."""
+        assert confidence is not None, "this order goes by confidence"
+        num_next = self.counts[state.iteration] - self.counts[state.iteration + 1]
+        surest = confidence.topk(num_next, dim=1).indices  # [B, p]
+        return state.unknown_ids().gather(1, surest).sort(dim=1).values  # [B, p]
+
+
+def commit_steps(orders: Tensor, counts: Sequence[int]) -> Tensor:
+    """The iteration that unmasks each token, -1 where it was known before: [B, L] int64. orders: [B, L]; counts: as an
+    order's, from the number of unknown tokens to 0."""
+    sizes = [now - after for now, after in pairwise(counts)]
+    by_rank = [step for step in reversed(range(len(sizes))) for _ in range(sizes[step])]
+    by_rank += [-1] * (orders.shape[1] - len(by_rank))
+    steps = torch.tensor(by_rank, dtype=torch.int64).to(orders.device).expand_as(orders)  # [B, L], along the order
+    return torch.empty_like(orders).scatter(1, orders, steps)  # [B, L]
+
+
 def iteration_ids(orders: Tensor, counts: Sequence[int], iteration: int) -> tuple[Tensor, Tensor]:
     """The tokens visible in an iteration [B, L - now] and those it unmasks [B, p], ascending. orders: [B, L]."""
     now, after = counts[iteration], counts[iteration + 1]
@@ -87,9 +118,16 @@ def draw_orders(kind: str, batch_size: int, grid: tuple[int, int], generators: S
     """An order per image to sample in, `kind` of `config.ORDERS`: [B, L] int64. grid: (rows, columns) of the tokens.
 
     gtr: a random order, each token of one colour before (nearer the end than) the other's. halton: one fixed sequence,
-    shifted at random over the grid, which wraps around.
+    shifted at random over the grid, which wraps around. raster and halton_fixed draw nothing. Raises ValueError for a
+    kind that is no planned order.
     """
     rows, columns = grid
+    if kind not in PLANNED:
+        raise ValueError(f"order must be one of {PLANNED} to be planned, got {kind!r}")
+    if kind in ("raster", "halton_fixed"):
+        cells = torch.tensor(halton_cells(rows, columns, start=1))  # [L, 2]
+        ids = cells[:, 0] * columns + cells[:, 1] if kind == "halton_fixed" else torch.arange(rows * columns)  # [L]
+        return ids.flip(0).expand(batch_size, -1)  # [B, L]
     if kind == "halton":
         cells = torch.tensor(halton_cells(rows, columns))  # [L, 2]
         shifts = torch.stack([torch.randint(rows * columns, (), generator=g, device=g.device) for g in generators])
@@ -104,10 +142,11 @@ def draw_orders(kind: str, batch_size: int, grid: tuple[int, int], generators: S
 
 
 @lru_cache
-def halton_cells(rows: int, columns: int) -> list[tuple[int, int]]:
-    """All (row, column) of a grid in the order in which the two-dimensional Halton sequence first hits them."""
+def halton_cells(rows: int, columns: int, start: int = 0) -> list[tuple[int, int]]:
+    """All (row, column) of a grid in the order in which the two-dimensional Halton sequence first hits them, from its
+    point number `start` on."""
     cells: dict[tuple[int, int], None] = {}
-    index = 0
+    index = start
     while len(cells) < rows * columns:
         cells[int(rows * _radical_inverse(index, 2)), int(columns * _radical_inverse(index, 3))] = None
         index += 1

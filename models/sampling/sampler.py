@@ -5,10 +5,12 @@ drawing of the tokens it unmasks. Every image draws from its own generator, so t
 Sampling may start from any known tokens; the iterations are then those of the unknown ones.
 
 Everything that needs the host or does not depend on the tokens comes before the loop, which only queues kernels (but
-for orders by confidence, whose noise is drawn as it is needed, and for controls that change the conditions).
+for orders by confidence on a head without noise of the whole grid, and for controls that change the conditions).
 
-Shape letters: B images, G guidance branches, L image tokens, D width, C token channels, S reverse steps, p tokens
-unmasked in one iteration, u tokens unknown.
+A token is here what is hidden and drawn on its own (`StructMARConfig.unit_grid`).
+
+Shape letters: B images, G guidance branches, L image tokens, D width, C token channels, p tokens unmasked in one
+iteration, u tokens unknown.
 """
 
 from __future__ import annotations
@@ -17,24 +19,34 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from models.conditioning import Conditions
 from models.context import Context
-from models.heads.base import HeadOutput, HeadStep, HeadTrace
-from models.masking import cosine_masked_counts, require_fitting_iterations
+from models.heads.base import HeadOutput, HeadSampler, HeadStep, HeadTrace
+from models.masking import require_fitting_iterations
 from models.sampling.condition_cache import GuidedBackbone, IterationPlan, plan_iterations
 from models.sampling.config import BranchUse, SamplingConfig, guidance_scales
 from models.sampling.controls import Controls, NoControls
 from models.sampling.guidance import Branches, embed_branches
-from models.sampling.orders import DecodeState, Order, PlannedOrder, draw_orders, unknown_first
+from models.sampling.orders import (
+    ConfidenceOrder,
+    DecodeState,
+    Order,
+    PlannedOrder,
+    commit_steps,
+    draw_orders,
+    unknown_first,
+)
 from models.structmar import StructMAR
 from util.types import LayoutBatch, TextContext
 
 NoiseSource = Callable[[int, HeadStep, int], Tensor]
-"""(iteration, head, tokens an image) -> all randomness of these tokens, [..., B, p, C]."""
+"""(iteration, head, tokens an image) -> all randomness of these tokens, [..., B, p, C]; of all L tokens for a head with
+noise of the whole grid."""
 OnIteration = Callable[[int, Tensor], Tensor | None]
 """(iteration that is done, tokens [B, L, C]) -> None, or tokens to go on with. With known tokens, images with as many
 unknown ones are sampled together, one such group after the other, each from iteration 0 on."""
@@ -50,12 +62,14 @@ class KnownTokens:
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """tokens: [B, L, C] of a (rows, columns) grid. latents: [B, C, h, w], scaled. orders: [B, L], the order in which
-    tokens were unmasked, from its end; what was known before comes last. trace: or None."""
+    """tokens: [B, L, C]. latents: [B, C, h, w], scaled. orders: [B, L], the order in which tokens were unmasked, from
+    its end; what was known before comes last. commit_steps: [B, L], the iteration of each token, -1 where it was known
+    before. grid: (rows, columns) of the trunk's tokens. trace: or None."""
 
     tokens: Tensor
     latents: Tensor
     orders: Tensor
+    commit_steps: Tensor
     grid: tuple[int, int]
     trace: HeadTrace | None = None
 
@@ -84,10 +98,13 @@ def sample(
     `config.order`; not together with `known`. controls: of the conditions by iteration. should_stop: asked before each
     iteration; what is masked then stays zero. record: keeps how the head drew. dtype: of weights and matrix products.
     Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, the grid is unknown to
-    the model, or a recording is wanted where it cannot be scored (`SamplingConfig.require_traceable`).
+    the model, the options are another head's, or a recording is wanted where it cannot be scored
+    (`SamplingConfig.require_traceable`).
     """
-    batch_size, device = len(generators), model.fake_latent.device
+    batch_size = len(generators)
     grid = model.config.grid if grid is None else grid
+    if config.head != model.config.head:
+        raise ValueError(f"these are options of the {config.head} head, the model has the {model.config.head} head")
     for name, given in (("text", text), ("layout", layout), ("labels", labels)):
         if given is not None and len(given) != batch_size:
             raise ValueError(f"{name} is for {len(given)} images, but there are {batch_size} generators")
@@ -96,22 +113,21 @@ def sample(
         config.require_traceable()
     if known is not None and order is not None:
         raise ValueError(f"known tokens are sampled in config.order {config.order}, got order {type(order).__name__}")
-    num_tokens = math.prod(grid)
+    num_tokens = math.prod(model.config.unit_grid(grid))
     require_fitting_iterations(config.num_iter, num_tokens)
     branches, config = embed_branches(model, config, batch_size, text, layout, labels, grid)
     run = SamplingRun(model, branches, config, generators, controls or NoControls(), dtype, record)
     if known is not None:
         return _sample_unknown(run, known, on_iteration, should_stop)
     if order is None:
-        orders = draw_orders(config.order, batch_size, grid, generators).to(device)  # [B, L]
-        order = PlannedOrder(orders, cosine_masked_counts(num_tokens, config.num_iter))
+        order = run.own_order(config.masked_counts(num_tokens))
     if (len(order.counts), order.counts[0], order.counts[-1]) != (config.num_iter + 1, num_tokens, 0):
         raise ValueError(
             f"an order for {config.num_iter} iterations of {num_tokens} tokens has {config.num_iter + 1} counts from "
             f"{num_tokens} to 0, got {list(order.counts)}"
         )
-    state = run.start()
-    return run.output(*unmask(run, state, order, on_iteration=on_iteration, should_stop=should_stop))
+    tokens, orders, trace = unmask(run, run.start(), order, on_iteration=on_iteration, should_stop=should_stop)
+    return run.output(tokens, orders, commit_steps(orders, order.counts), trace)
 
 
 @dataclass(frozen=True)
@@ -130,11 +146,25 @@ class SamplingRun:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the trunk's tokens."""
         return self.branches.parts[0].grid
+
+    @property
+    def unit_grid(self) -> tuple[int, int]:
+        """(rows, columns) of what is drawn on its own."""
+        return self.model.config.unit_grid(self.grid)
+
+    def own_order(self, counts: Sequence[int], known: Tensor | None = None) -> Order:
+        """`config.order`. known: [B, L] bool, as many in every row as `counts` say are known from the start."""
+        if not self.config.is_blind:
+            return ConfidenceOrder(counts)
+        device = self.model.fake_latent.device
+        orders = draw_orders(self.config.order, len(self.generators), self.unit_grid, self.generators).to(device)
+        return PlannedOrder(orders if known is None else unknown_first(orders, known), counts)
 
     def start(self, known: KnownTokens | None = None) -> DecodeState:
         """The state before the first iteration. known: of the images that are sampled, the same number in every row."""
-        device, batch_size, num_tokens = self.model.fake_latent.device, len(self.generators), math.prod(self.grid)
+        device, batch_size, num_tokens = self.model.fake_latent.device, len(self.generators), math.prod(self.unit_grid)
         if known is None:
             tokens = self.model.head.empty_tokens(batch_size, num_tokens, device)  # [B, L, C]
             nothing = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)  # [B, L]
@@ -155,8 +185,8 @@ class SamplingRun:
             branches = replace(branches, parts=tuple(part.rows(self.rows) for part in branches.parts))
         return branches.conditions
 
-    def output(self, tokens: Tensor, orders: Tensor, trace: HeadTrace | None) -> SampleOutput:
-        return SampleOutput(tokens, self.model.unpatchify(tokens, self.grid), orders, self.grid, trace)
+    def output(self, tokens: Tensor, orders: Tensor, steps: Tensor, trace: HeadTrace | None) -> SampleOutput:
+        return SampleOutput(tokens, self.model.unpatchify(tokens, self.grid), orders, steps, self.grid, trace)
 
 
 def unmask(
@@ -178,19 +208,11 @@ def unmask(
     assert head is not None, "a context for sampling has a head"
     if order.uses_confidence and not head.has_confidence:
         raise ValueError(f"{type(order).__name__} goes by confidence, which {type(head).__name__} does not have")
-    options = [config.at(iteration).reverse_options for iteration in range(config.num_iter)]
-    steps = {each: head.at(each) for each in dict.fromkeys(options)}
-    draw_noise = noise or (lambda _, step, count: step.draw_noise(run.generators, count))
-    noises = (
-        []
-        if order.uses_confidence
-        else [
-            draw_noise(iteration, steps[each], counts[iteration] - counts[iteration + 1])
-            for iteration, each in enumerate(options)
-        ]
-    )  # [..., B, p, C] each
     batch_size, num_tokens = state.known.shape
-    trace = head.empty_trace(batch_size, num_tokens, options[0], state.tokens.device) if run.record else None
+    noises = _Noises(run, head, order, num_tokens, noise)
+    trace = None
+    if run.record:
+        trace = head.empty_trace(batch_size, num_tokens, config.head_options(0), state.tokens.device)
     uses = config.branch_uses(len(run.branches.names))
     plans = plan_iterations(order, uses) if isinstance(order, PlannedOrder) else None
     orders = order.orders if isinstance(order, PlannedOrder) else _empty_orders(state)  # [B, L]
@@ -200,11 +222,10 @@ def unmask(
             break
         plan = plan_next(state, order, uses) if plans is None else plans[iteration]
         z = backbone(contexts.at(iteration), state.tokens, plan).flatten(1, 2)  # [G, B * p, D]
-        w_text, w_layout = guidance_scales(config, num_tokens, counts[iteration + 1])
+        w_text, w_layout = guidance_scales(config, num_tokens, counts[iteration + 1], iteration)
         guide = partial(run.branches.combine, w_text=w_text, w_layout=w_layout)
-        step = steps[options[iteration]]
-        chosen = noises[iteration] if noises else draw_noise(iteration, step, counts[iteration])  # [..., B, p or u, C]
-        drawn = step.sample(z, guide, chosen.flatten(-3, -2), run.record)
+        chosen = noises.at(iteration, plan.token_ids)  # [..., B, p, C]
+        drawn = noises.step(iteration).sample(z, guide, chosen.flatten(-3, -2), run.record)
         token_ids, state = keep_drawn(state, order, plan, drawn, counts[iteration + 1])
         if plans is None:
             orders[:, counts[iteration + 1] : counts[iteration]] = token_ids
@@ -213,6 +234,39 @@ def unmask(
         if on_iteration is not None and (changed := on_iteration(iteration, state.tokens)) is not None:
             state = replace(state, tokens=changed)
     return state.tokens, orders, trace
+
+
+class _Noises:
+    """The head at the options of each iteration, and its noise, drawn here where it is known how much is needed."""
+
+    def __init__(
+        self, run: SamplingRun, head: HeadSampler, order: Order, num_tokens: int, source: NoiseSource | None
+    ) -> None:
+        self.options = [run.config.head_options(iteration) for iteration in range(run.config.num_iter)]
+        self.steps = {each: head.at(each) for each in dict.fromkeys(self.options)}
+        self.source = source or (lambda _, step, count: step.draw_noise(run.generators, count))
+        self.has_grid_noise = head.has_grid_noise
+        sizes = [now - after for now, after in pairwise(order.counts)]
+        if self.has_grid_noise:
+            sizes = [num_tokens] * len(sizes)
+        is_known = self.has_grid_noise or not order.uses_confidence
+        self.drawn = [self._draw(iteration, size) for iteration, size in enumerate(sizes)] if is_known else None
+
+    def step(self, iteration: int) -> HeadStep:
+        return self.steps[self.options[iteration]]
+
+    def at(self, iteration: int, token_ids: Tensor) -> Tensor:
+        """Of the tokens [B, p] that an iteration draws: [..., B, p, C]."""
+        if self.drawn is None:
+            return self._draw(iteration, token_ids.shape[1])
+        noise = self.drawn[iteration]  # [..., B, p or L, C]
+        if not self.has_grid_noise:
+            return noise
+        places = token_ids[..., None].expand(*noise.shape[:-3], *token_ids.shape, noise.shape[-1])
+        return noise.gather(-2, places)
+
+    def _draw(self, iteration: int, num_tokens: int) -> Tensor:
+        return self.source(iteration, self.step(iteration), num_tokens)
 
 
 def plan_next(state: DecodeState, order: Order, uses: Sequence[BranchUse]) -> IterationPlan:
@@ -279,22 +333,23 @@ def _sample_unknown(
     """Images with as many unknown tokens are sampled together: an iteration hides equally many in every row."""
     if run.record:
         raise ValueError("tokens that are known before sampling have no reverse process to record")
-    num_tokens, device = math.prod(run.grid), run.model.fake_latent.device
-    shape = (len(run.generators), num_tokens)
+    device = run.model.fake_latent.device
+    shape = (len(run.generators), math.prod(run.unit_grid))
     if known.known.shape != shape or known.tokens.shape != (*shape, run.model.head.token_dim):
         raise ValueError(
             f"known tokens must be {[*shape, run.model.head.token_dim]} with a mask {list(shape)}, "
             f"got {list(known.tokens.shape)} and {list(known.known.shape)}"
         )
     tokens = torch.where(known.known[..., None], known.tokens, 0).to(device)  # [B, L, C]
-    orders = draw_orders(run.config.order, shape[0], run.grid, run.generators).to(device)  # [B, L]
-    orders = unknown_first(orders, known.known.to(device))  # [B, L]
+    orders = torch.arange(shape[1], device=device).repeat(shape[0], 1)  # [B, L]
+    steps = torch.full_like(orders, -1)  # [B, L]
     num_unknown = (~known.known).sum(1).tolist()
     context = run.model.prepare(run.branches.conditions, run.dtype)  # its cast weights serve all groups
     for count in sorted(set(num_unknown) - {0}, reverse=True):
         rows = [row for row, each in enumerate(num_unknown) if each == count]
         part = run.only(rows, min(run.config.num_iter, count))
-        order = PlannedOrder(orders[rows], cosine_masked_counts(count, part.config.num_iter))
+        state = part.start(KnownTokens(tokens[rows], known.known[rows]))
+        order = part.own_order(part.config.masked_counts(count), state.known)
 
         def follow(iteration: int, drawn: Tensor, rows: Sequence[int] = rows) -> Tensor | None:
             tokens[rows] = drawn
@@ -304,6 +359,6 @@ def _sample_unknown(
             tokens.copy_(changed)
             return tokens[rows]
 
-        state = part.start(KnownTokens(tokens[rows], known.known[rows]))
-        tokens[rows] = unmask(part, state, order, on_iteration=follow, should_stop=should_stop, before=context)[0]
-    return run.output(tokens, orders, None)
+        drawn, taken, _ = unmask(part, state, order, on_iteration=follow, should_stop=should_stop, before=context)
+        tokens[rows], orders[rows], steps[rows] = drawn, taken, commit_steps(taken, order.counts)
+    return run.output(tokens, orders, steps, None)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from engine.cli.arguments_rl import rl_parser
 from engine.cli.sampling import parse_sampling_args
+from engine.cli.sizes import head_of
 from engine.cli.validate import validate_rl_args
 from util.failures import first_process_speaks, one_line_errors
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See `engine.cli.main.run_main`."""
     parser = rl_parser()
     with first_process_speaks(), one_line_errors(parser.prog):
-        args, note = parse_sampling_args(parser, argv, validate_rl_args)
+        args, note = parse_sampling_args(parser, argv, validate_rl_args, head_of)
         from engine.cli.main import run_main
         from scripts.mini.paper_step import build
     return run_main(parser.prog, args, build, note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,8 @@ def parse(*argv: str) -> dict:
 def test_it_parses_and_its_sizes_fit(path):
     args = parse_args(train_parser(), ["--config", str(path)])
     config = model_config(args, num_categories=80, text_dim=64)
-    assert config.num_tokens >= args.num_iter
-    sampling_config(args)
+    assert math.prod(config.unit_grid()) >= sampling_config(args).num_iter
+
     assert train_config(args).epochs >= args.warmup_epochs
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from models.heads.diffusion import normal_log_prob, reverse_steps
-from models.heads.diffusion_sampler import Trace
+from models.heads.diffusion import normal_log_prob
+from models.heads.diffusion_sampler import ReverseOptions, Trace
 from models.masking import cosine_masked_counts
 from models.sampling.config import SamplingConfig, guidance_scales
 from models.sampling.guidance import Branches
@@ -30,7 +30,7 @@ def plain_reverse_process(
     branches: Branches,
     scales: tuple[float, float],
     noise: Tensor,
-    config: SamplingConfig,
+    options: ReverseOptions,
     record: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Draws r tokens. z: [G, r, D]; noise: [S + 1, r, C], the start and one per reverse step; gives [r, C] float32.
@@ -40,7 +40,7 @@ def plain_reverse_process(
     num_branches = z.shape[0]
     flat_z = z.flatten(0, 1)  # [G * r, D]
     x = noise[0]  # [r, C]
-    for index, step in enumerate(reverse_steps(config.num_sampling_steps, config.t_max)):
+    for index, step in enumerate(options.steps):
         timesteps = torch.full((len(flat_z),), step.timestep, device=x.device)  # [G * r]
         repeated = x.repeat(num_branches, 1)  # [G * r, C]
         if index == 0:
@@ -50,11 +50,11 @@ def plain_reverse_process(
             output = plain_head(model, repeated, timesteps, flat_z)  # [G * r, 2C]
         eps, fraction = output.float().unflatten(0, (num_branches, -1)).chunk(2, dim=-1)  # each [G, r, C]
         guided = branches.combine(eps, *scales)  # [r, C]
-        mean, log_variance = step.distribution(x, guided, fraction[0], config.clip_x0)  # each [r, C]
-        std = (0.5 * log_variance).exp() * config.temperature  # [r, C]
+        mean, log_variance = step.distribution(x, guided, fraction[0], options.clip_x0)  # each [r, C]
+        std = (0.5 * log_variance).exp() * options.temperature  # [r, C]
         x = mean if step.is_last else mean + std * noise[index + 1]  # [r, C]
         if record is not None:
-            log_std = 0.5 * log_variance + math.log(config.temperature)  # [r, C]
+            log_std = 0.5 * log_variance + math.log(options.temperature)  # [r, C]
             log_prob = x.new_zeros(len(x)) if step.is_last else normal_log_prob(x, mean, log_std)  # [r]
             record.append((x, log_prob))
     return x
@@ -81,14 +81,14 @@ def plain_unmask(
     for iteration in range(config.num_iter) if iterations is None else iterations:
         now, after = counts[iteration], counts[iteration + 1]
         kept_ids, token_ids = orders[:, now:].sort(1).values, orders[:, after:now].sort(1).values  # [B, n], [B, p]
-        at = config.at(iteration)
-        num_steps = len(reverse_steps(at.num_sampling_steps, at.t_max))
+        options = config.head_options(iteration)
+        assert isinstance(options, ReverseOptions)
         z = plain_predict(model, tokens.repeat(num_branches, 1, 1), kept_ids.repeat(num_branches, 1), conditions)
         z = z.unflatten(0, (num_branches, batch_size))[:, rows, token_ids].flatten(1, 2)  # [G, B * p, D]
-        drawn_noise = noise(iteration, num_steps + 1, now - after).flatten(1, 2)  # [S + 1, B * p, C]
-        scales = guidance_scales(config, num_tokens, after)
+        drawn_noise = noise(iteration, len(options.steps) + 1, now - after).flatten(1, 2)  # [S + 1, B * p, C]
+        scales = guidance_scales(config, num_tokens, after, iteration)
         record: list[tuple[Tensor, Tensor]] | None = None if trace is None else []
-        drawn = plain_reverse_process(model, z, branches, scales, drawn_noise, at, record)  # [B * p, C]
+        drawn = plain_reverse_process(model, z, branches, scales, drawn_noise, options, record)  # [B * p, C]
         if trace is not None and record is not None:
             start = (drawn_noise[0], torch.zeros(len(drawn), device=drawn.device))
             trace.write(token_ids, [start, *record])

@@ -61,5 +61,5 @@ def sampled(
     if not plain:
         return run_unmask(model, branches, orders, noise, config, dtype=dtype, record=record)
     head = model.diffloss.sampler(model.diffloss, None)
-    trace = head.empty_trace(*orders.shape, config.reverse_options, orders.device) if record else None
+    trace = head.empty_trace(*orders.shape, config.head_options(0), orders.device) if record else None
     return plain_unmask(model, branches, orders, noise, config, trace=trace), trace

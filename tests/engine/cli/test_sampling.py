@@ -101,4 +101,4 @@ def test_given_options(tmp_path):
 
 def test_weights_that_cannot_be_read_are_left_to_the_loader(tmp_path):
     args, note = parse_sampling_args(scripts.sample.get_parser(), ["--resume", str(tmp_path / "none.pth")])
-    assert note is None and args.num_iter == 64
+    assert note is None and args.num_iter is None and sampling_config(args).num_iter == 64

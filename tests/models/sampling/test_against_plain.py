@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models.heads.diffusion_sampler
 from models.heads.diffusion import reverse_steps
-from models.heads.diffusion_sampler import DiffusionStep
+from models.heads.diffusion_sampler import DiffusionStep, ReverseOptions
 from models.heads.packed import can_pack
 from models.inference import inference_copy
 from models.masking import cosine_masked_counts, mask_from_orders, sample_orders
@@ -42,7 +42,9 @@ GUIDANCE = [
 def head_step(model: StructMAR, config: SamplingConfig, dtype: torch.dtype = torch.float32) -> DiffusionStep:
     """The head, prepared to draw with these options."""
     cast_model = inference_copy(model, dtype)
-    return model.diffloss.sampler(cast_model.diffloss, None).at(config.reverse_options)
+    options = config.head_options(0)
+    assert isinstance(options, ReverseOptions)
+    return model.diffloss.sampler(cast_model.diffloss, None).at(options)
 
 
 def guide_of(branches: Branches) -> partial[Tensor]:
@@ -246,7 +248,7 @@ def test_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         steps = list(step.sampler.modulations(z, step.times))
         assert len(steps) == len(step.times) == 8 and steps[0][0][0].shape == (3, 3, model.config.diffloss_w)
         found = step.sample(z, guide_of(branches), noise).tokens
-        expected = plain_reverse_process(model, z, branches, (1.5, 3.0), noise, config)
+        expected = plain_reverse_process(model, z, branches, (1.5, 3.0), noise, step.options)
         assert reference.relative_error(found, expected) < 1e-5
 
         told = torch.full((9,), reverse_steps(8, 950)[5].timestep)
