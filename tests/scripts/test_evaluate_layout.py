@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 from tests.helpers.eval_world import BOXES, write_dataset, write_detector, write_profile
 from tests.helpers.processes import in_two_processes
 from tests.helpers.tiny import World, write_world
+from tests.helpers.vq_file import write_vq
 from util.checkpoint import sha256_file, sha256_tensors
 from util.types import Category
 
@@ -209,6 +210,15 @@ def test_bounds_are_detected_once_for_several_models(world, evaluate, tmp_path, 
     assert len(rows) == 1  # the model's
     evaluate("third", resume=None, images=folder, vae_bound=True, max_images=4, **shared)
     assert len(rows) == 4  # of other images: both bounds too
+
+
+def test_the_bound_of_a_tokenizer_of_codes(world, evaluate, tmp_path):
+    flags = {"resume": None, "images": write_folder(tmp_path / "theirs")}
+    bounds = [
+        next(row for row in evaluate(name, vae_path=path, **flags)["rows"] if row["name"] == "VAE round trip")
+        for name, path in (("kl", world.vae), ("vq", write_vq(tmp_path / "vq.pt")))
+    ]
+    assert bounds[0] != bounds[1] and {bound["kind"] for bound in bounds} == {"bound"}
 
 
 def test_a_second_evaluation_in_the_folder_is_refused(evaluate, tmp_path):

@@ -16,10 +16,10 @@ from engine.data.coco import CocoLayoutDataset, DataConfig, collate
 from engine.data.inputs import encode_latents
 from engine.data.shards import shard_path, tensor_crc
 from models.frozen.codec import load_codec
-from models.frozen.vq import VqConfig, build_vq, llamagen_checkpoint
 from scripts import cache_latents
 from tests.helpers.caches import IDS, LATENT_KEY, pixels_of, write_latents
 from tests.helpers.coco_fixture import write_coco
+from tests.helpers.vq_file import write_vq
 
 KEY = LatentCacheKey("vq-1", 1.0, "train2017", 16, codebook_size=50)
 
@@ -119,10 +119,7 @@ def test_a_cache_of_moments_says_what_it_said_before(tmp_path):
 @pytest.fixture
 def coded(tmp_path):
     """A dataset and the cache that the script made of it with a VQ tokenizer's file."""
-    network = build_vq(VqConfig((8, 16), 1, 4, 32, 4, norm_num_groups=4))
-    network.quantize.embedding.weight.data.normal_()
-    path = tmp_path / "vq.pt"
-    torch.save(llamagen_checkpoint(network, torch.float32), path)
+    path = write_vq(tmp_path / "vq.pt")
     root = write_coco(tmp_path / "coco")
     command = ["--coco_root", str(root), "--coco_split", "train2017", "--cached_path", str(tmp_path / "cache")]
     command += ["--img_size", "16", "--device", "cpu", "--num_workers", "0", "--batch_size", "1", "--no-text"]

@@ -18,31 +18,21 @@ from models.frozen.vq import (
     VqConfig,
     build_vq,
     infer_vq_config,
-    llamagen_checkpoint,
     llamagen_name,
     nearest_codes,
 )
 from tests.helpers.reference import relative_error
+from tests.helpers.vq_file import TINY_VQ, write_vq
 from tests.helpers.weights_rule import deterministic_tensor
-
-TINY = VqConfig((8, 16), 1, 8, 32, 4, norm_num_groups=4)
 
 
 def pixels(batch: int = 2, size: int = 16) -> torch.Tensor:
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def tiny_network(**changes) -> VqAutoencoder:
-    network = build_vq(VqConfig(**{**TINY.__dict__, **changes}))
-    network.quantize.embedding.weight.data.normal_()
-    return network
-
-
 @pytest.fixture
 def tiny_file(tmp_path):
-    path = tmp_path / "tiny.pt"
-    torch.save(llamagen_checkpoint(tiny_network(), torch.float32), path)
-    return path
+    return write_vq(tmp_path / "tiny.pt")
 
 
 def test_vq16_parity(tmp_path, shared):
@@ -93,7 +83,7 @@ def test_names_are_the_manifests(shared, name, config):
 
 @pytest.mark.parametrize("attention", ["encoder_attention", "decoder_attention", "mid_attention"])
 def test_architecture_is_read_off_the_tensors(attention):
-    config = VqConfig(**{**TINY.__dict__, attention: False})
+    config = VqConfig(**{**TINY_VQ.__dict__, attention: False})
     assert infer_vq_config(published_state(build_vq(config).state_dict(), llamagen_name), 4) == config
 
 
