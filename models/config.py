@@ -112,11 +112,7 @@ class StructMARConfig:
             raise ValueError(f"vae_stride {self.vae_stride} and patch_size {self.patch_size} must be positive")
         if self.img_size <= 0 or self.img_size % step:
             raise ValueError(f"img_size {self.img_size} is not a multiple of vae_stride x patch_size = {step}")
-        if self.num_tokens > MAX_TOKENS:
-            raise ValueError(
-                f"these sizes make too many tokens: img_size {self.img_size} over vae_stride x patch_size = {step} "
-                f"is {self.num_tokens}, at most {MAX_TOKENS} are possible"
-            )
+        self.grid_of((self.img_size, self.img_size))
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if width % heads or (self.rope_mode != "off" and width // heads % 4):
@@ -150,6 +146,23 @@ class StructMARConfig:
         """Tokens as (rows, columns)."""
         side = self.img_size // self.vae_stride // self.patch_size
         return side, side
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens as (rows, columns) of a picture of (height, width) pixels. Raises ValueError if these are no whole
+        tokens, or too many."""
+        step = self.vae_stride * self.patch_size
+        rows, columns = size[0] // step, size[1] // step
+        if min(rows, columns) < 1 or (rows * step, columns * step) != tuple(size):
+            raise ValueError(
+                f"a picture of {size[0]}x{size[1]} px (height x width): both must be multiples of vae_stride x "
+                f"patch_size = {step}"
+            )
+        if rows * columns > MAX_TOKENS:
+            raise ValueError(
+                f"these sizes make too many tokens: {size[0]}x{size[1]} px over vae_stride x patch_size = {step} "
+                f"is {rows * columns}, at most {MAX_TOKENS} are possible"
+            )
+        return rows, columns
 
     @property
     def num_tokens(self) -> int:

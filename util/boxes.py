@@ -5,8 +5,9 @@ Formats carry their names: `boxes_xywh` (COCO's: corner, width, height), `boxes_
 whole image is (0, 0, width, height).
 
 The crops are ADM's (openai/guided-diffusion, image_datasets.py), which MAR uses: halve with a box filter, resize with a
-bicubic one, cut a square. `Crop` holds the affine map of one such crop, so boxes follow pixels exactly.
-`plan_squash` alone does not keep proportions: layout benchmarks resize whole images to a square.
+bicubic one, cut a square. For other shapes the image is resized until it covers them. `Crop` holds the affine map of
+one such crop, so boxes follow pixels exactly. `plan_squash` alone does not keep proportions: layout benchmarks resize
+whole images to a square.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
+
+from util.buckets import Size
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 CropMode = Literal["center", "random"]
@@ -74,19 +77,21 @@ def visibility(boxes_xyxy: Array, width: float = 1.0, height: float = 1.0) -> Ar
 
 @dataclass(frozen=True)
 class Crop:
-    """An image of `source` (width, height) resized to `resized`, of which the `size` square at (x0, y0) is kept."""
+    """An image of `source` (width, height) resized to `resized` (width, height), of which `size` (height, width) at
+    (x0, y0) is kept."""
 
     source: tuple[int, int]
     resized: tuple[int, int]
     x0: int
     y0: int
-    size: int
+    size: Size
 
     def __post_init__(self) -> None:
         width, height = self.resized
-        if not (0 <= self.x0 <= width - self.size and 0 <= self.y0 <= height - self.size):
+        if not (0 <= self.x0 <= width - self.size[1] and 0 <= self.y0 <= height - self.size[0]):
             raise ValueError(
-                f"a {self.size} crop at ({self.x0}, {self.y0}) reaches out of an image of {width}x{height}"
+                f"a {self.size[1]}x{self.size[0]} crop at ({self.x0}, {self.y0}) reaches out of an image of "
+                f"{width}x{height}"
             )
 
     @property
@@ -98,16 +103,16 @@ class Crop:
 def crop_boxes(boxes_px: Array, crop: Crop) -> Array:
     """[..., 4] pixels of the source -> [..., 4] in units of the crop, where [0, 1] is visible; not clipped."""
     boxes = boxes_px[..., _SAME]
-    boxes[..., _X] = (boxes[..., _X] * crop.scale[0] - crop.x0) / crop.size
-    boxes[..., _Y] = (boxes[..., _Y] * crop.scale[1] - crop.y0) / crop.size
+    boxes[..., _X] = (boxes[..., _X] * crop.scale[0] - crop.x0) / crop.size[1]
+    boxes[..., _Y] = (boxes[..., _Y] * crop.scale[1] - crop.y0) / crop.size[0]
     return boxes
 
 
 def uncrop_boxes(boxes_xyxy: Array, crop: Crop) -> Array:
     """The inverse of `crop_boxes`: units of the crop -> pixels of the source."""
     boxes = boxes_xyxy[..., _SAME]
-    boxes[..., _X] = (boxes[..., _X] * crop.size + crop.x0) / crop.scale[0]
-    boxes[..., _Y] = (boxes[..., _Y] * crop.size + crop.y0) / crop.scale[1]
+    boxes[..., _X] = (boxes[..., _X] * crop.size[1] + crop.x0) / crop.scale[0]
+    boxes[..., _Y] = (boxes[..., _Y] * crop.size[0] + crop.y0) / crop.scale[1]
     return boxes
 
 
@@ -127,26 +132,45 @@ def resized_to(width: int, height: int, side: int) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 
-def plan_center_crop(width: int, height: int, size: int) -> Crop:
-    """ADM's centre crop of a width x height image, `size` pixels square."""
-    resized = resized_to(width, height, size)
-    return Crop((width, height), resized, (resized[0] - size) // 2, (resized[1] - size) // 2, size)
+def covering_side(width: int, height: int, size: Size) -> int:
+    """The least shorter side at which a width x height image covers `size`; of a square, that square's side."""
+    side = max(1, round(min(width, height) * max(size[1] / width, size[0] / height)))
+    while True:
+        resized = resized_to(width, height, side)
+        if resized[0] >= size[1] and resized[1] >= size[0]:
+            return side
+        side += 1  # halving drops odd pixels
+
+
+def plan_center_crop(width: int, height: int, size: int | Size) -> Crop:
+    """ADM's centre crop of a width x height image: `size` (height, width), or so many pixels square."""
+    size = as_size(size)
+    resized = resized_to(width, height, covering_side(width, height, size))
+    return Crop((width, height), resized, (resized[0] - size[1]) // 2, (resized[1] - size[0]) // 2, size)
 
 
 def plan_squash(width: int, height: int, size: int) -> Crop:
     """The whole width x height image pressed into a `size` square: nothing is cut off, proportions are lost."""
-    return Crop((width, height), (size, size), 0, 0, size)
+    return Crop((width, height), (size, size), 0, 0, (size, size))
 
 
 def plan_random_crop(
-    width: int, height: int, size: int, generator: torch.Generator, min_fraction: float = ADM_MIN_CROP_FRACTION
+    width: int, height: int, size: int | Size, generator: torch.Generator, min_fraction: float = ADM_MIN_CROP_FRACTION
 ) -> Crop:
-    """ADM's random crop: the shorter side becomes `size` up to `size / min_fraction`; then any position."""
-    side = _draw(size, math.ceil(size / min_fraction), generator)
+    """ADM's random crop: the image covers `size` (height, width; or a square) up to `1 / min_fraction` times; then any
+    position."""
+    size = as_size(size)
+    least = covering_side(width, height, size)
+    side = _draw(least, math.ceil(least / min_fraction), generator)
     resized = resized_to(width, height, side)
-    y0 = _draw(0, resized[1] - size, generator)
-    x0 = _draw(0, resized[0] - size, generator)
+    y0 = _draw(0, resized[1] - size[0], generator)
+    x0 = _draw(0, resized[0] - size[1], generator)
     return Crop((width, height), resized, x0, y0, size)
+
+
+def as_size(size: int | Size) -> Size:
+    """(height, width) of a square's side, or of what is a size already."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from util.boxes import Crop, areas, clip_boxes, crop_boxes, plan_center_crop, visibility, xywh_to_xyxy
+from util.buckets import Size, nearest_size
 from util.coco_json import BoxEntry, CaptionEntry, ImageEntry, read_captions, read_instances
 from util.types import Category
 
@@ -159,10 +160,18 @@ class CocoIndex:
     removed: Mapping[str, int]
 
     @classmethod
-    def load(cls, root: str | Path, split: str, filters: BoxFilters | None = None, img_size: int = 256) -> CocoIndex:
+    def load(
+        cls,
+        root: str | Path,
+        split: str,
+        filters: BoxFilters | None = None,
+        img_size: int = 256,
+        sizes: Sequence[Size] = (),
+    ) -> CocoIndex:
         """Reads both jsons and logs how many images, captions and boxes were left out, and why.
 
-        Rules that depend on the crop are counted for the centre crop of `img_size`; `fit_boxes` applies them, not this.
+        Rules that depend on the crop are counted for the centre crop of `img_size`, or of the nearest of `sizes`
+        (height, width); `fit_boxes` applies them, not this.
         Raises FileNotFoundError naming a missing json, ValueError naming the file and entry that are malformed.
         """
         root, filters = Path(root), filters or BoxFilters()
@@ -170,7 +179,8 @@ class CocoIndex:
         removed = Counter(whole.removed)
         images, num_kept = [], 0
         for image in whole.images:
-            fitted = fit_boxes(image.boxes_px, plan_center_crop(image.width, image.height, img_size), filters)
+            size = nearest_size(image.height, image.width, sizes) if sizes else img_size
+            fitted = fit_boxes(image.boxes_px, plan_center_crop(image.width, image.height, size), filters)
             if not image.captions:
                 removed["images without captions"] += 1
             elif filters.drop_empty and len(fitted.kept) == 0:

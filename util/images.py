@@ -39,7 +39,8 @@ def crop_image(image: Image.Image, crop: Crop) -> Picture:
         image = image.resize(size, resample=Image.Resampling.BOX)
     image = image.resize(crop.resized, resample=Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
-    return pixels[crop.y0 : crop.y0 + crop.size, crop.x0 : crop.x0 + crop.size]
+    height, width = crop.size
+    return pixels[crop.y0 : crop.y0 + height, crop.x0 : crop.x0 + width]
 
 
 def center_crop(image: Image.Image, size: int) -> Picture:

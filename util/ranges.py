@@ -111,6 +111,7 @@ MAX_SEED = 2**62 - 1  # seed + k stays below 2^63
 seed_int = Range(int, f"must lie in 0 ... {MAX_SEED}", 0, MAX_SEED)
 
 device_name = Text("must be auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d{1,3})?")
+picture_size = Text("must be HEIGHTxWIDTH in pixels, like 96x64", r"[1-9]\d{0,3}x[1-9]\d{0,3}")
 some_text = Text("must not be empty", r"(?s)[^\0]*[^\s\0][^\0]*")
 text_or_none = Text("must not be blank", r"(?s)|[^\0]*[^\s\0][^\0]*")  # "" stands for none
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NUM_SIZES = 6  # numbers in a row of `SizeBatch`
+
 
 @dataclass(frozen=True)
 class Category:
@@ -109,6 +111,34 @@ class LayoutBatch:
 
     def __len__(self) -> int:
         return self.valid.shape[0]
+
+
+@dataclass(frozen=True)
+class SizeBatch:
+    """Sizes of a batch's pictures and of the images they were cut out of.
+
+    values: [B, 6] float32, in pixels: the picture's height and width; the image's height and width; the picture's top
+    and left edge in the image as it was resized.
+    """
+
+    values: Tensor
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]]) -> SizeBatch:
+        """rows: six numbers for each image."""
+        return SizeBatch(torch.tensor(rows, dtype=torch.float32).view(len(rows), NUM_SIZES))
+
+    @staticmethod
+    def whole(batch_size: int, height: int, width: int, device: torch.device | str) -> SizeBatch:
+        """Images of which nothing was cut off and which were not resized."""
+        row = torch.tensor([height, width, height, width, 0, 0], dtype=torch.float32, device=device)
+        return SizeBatch(row.expand(batch_size, -1))
+
+    def to(self, device: torch.device | str) -> SizeBatch:
+        return SizeBatch(self.values.to(device))
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from engine.checkpoint.content import CHECKPOINT_FORMAT, check_optimizer
 from engine.checkpoint.files import MAR_STAGE, identity_of, read_weights_file
 from engine.checkpoint.identity import Identity, require_same_classes, require_same_identity
+from engine.data.coco import ResumableSampler
 from engine.train.parallel import gathered
 from engine.train.state import Course, Position, TrainState
 from models.structmar import StructMAR
@@ -176,6 +177,15 @@ def restore(state: TrainState, source: Source) -> None:
         group.update(setting)  # this run's flags, not the file's
     try:
         state.ema.load_state_dict(source.state["model_ema"])
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
+
+
+def restore_order(sampler: ResumableSampler, source: Source) -> None:
+    """Which images of the epoch were seen. Raises ValueError naming the file if this run could not have seen them."""
+    position = source.position  # of a run that starts: image 0 of epoch 0
+    try:
+        sampler.restore(source.state, position.epoch, position.images)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
 

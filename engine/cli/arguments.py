@@ -24,6 +24,7 @@ from util.ranges import (
     fraction_below_one,
     nonnegative_float,
     nonnegative_int,
+    picture_size,
     positive_float,
     positive_int,
     seed_int,
@@ -124,6 +125,10 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
         help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts; "
              "backbone: full without the head; class: pretraining on --class_root, without captions and boxes",
     )  # fmt: skip
+    group.add_argument("--buckets", action=SWITCH, default=False,
+                       help="pictures of aspect ratios up to 4, about as large as --img_size's squares")  # fmt: skip
+    group.add_argument("--sizes", type=picture_size, nargs="+", default=None,
+                       help="HEIGHTxWIDTH of the pictures, the nearest for each image; none: --img_size")  # fmt: skip
     add_length_args(group)
     group.add_argument(
         "--max_steps", type=positive_int, default=None, help="stop after this many optimizer steps of this stage"

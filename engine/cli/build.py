@@ -35,6 +35,7 @@ from engine.checkpoint.resume import (
     log_changed_args,
     log_continuation,
     restore,
+    restore_order,
     resumed_position,
 )
 from engine.checkpoint.writer import CheckpointWriter
@@ -45,7 +46,7 @@ from engine.data.check import DataCheck, check_dataset
 from engine.data.classes import ClassBatch, ClassDataset
 from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler, collate
 from engine.data.inputs import CocoInputs, DropRates
-from engine.data.loader import TrainingDataset, load_batches
+from engine.data.loader import TrainingDataset, load_batches, sampler_of
 from engine.eval.judge import Judge
 from engine.eval.online import OnlineEvaluation
 from engine.eval.profiles import load_profile
@@ -65,6 +66,7 @@ from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable, summarize_trainable
+from util.buckets import Size
 from util.coco import CocoIndex
 from util.config import resolved_dict
 from util.distributed import DistInfo, failing_together
@@ -81,11 +83,12 @@ FREE_FLAGS = ("output_dir", "log_dir", "resume", "auto_resume", "num_workers", "
 """A continued run may change these without a word: they do not change what it learns."""
 
 
-def data_config(args: argparse.Namespace, img_size: int, max_objects: int) -> DataConfig:
+def data_config(args: argparse.Namespace, img_size: int, max_objects: int, sizes: tuple[Size, ...] = ()) -> DataConfig:
     return DataConfig(
         coco_root=args.coco_root,
         split=args.coco_split,
         img_size=img_size,
+        sizes=sizes,
         crop=args.crop,
         hflip_prob=args.hflip_prob,
         caption_mode=args.caption_mode,
@@ -147,7 +150,7 @@ def build_dataset(
 
 def build_sampler(args: argparse.Namespace, dataset: TrainingDataset, dist: DistInfo) -> ResumableSampler:
     """This process's share of every epoch. Raises ValueError if an epoch is shorter than a step."""
-    sampler = ResumableSampler(len(dataset), dist.rank, dist.world_size, args.seed, args.batch_size)
+    sampler = sampler_of(dataset, dist.rank, dist.world_size, args.seed, args.batch_size)
     if sampler.num_batches < args.accum_iter:
         raise ValueError(f"--accum_iter {args.accum_iter} is more than the {sampler.num_batches} batches of an epoch")
     return sampler
@@ -253,6 +256,7 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     )  # fmt: skip
     check_identity(source, identity)
     check_training_state(source)
+    restore_order(sampler, source)
     warmup = args.ema_warmup if args.ema_warmup is not None else source.has_ema_warmup
     flags = resolved_dict(args) | {"ema_warmup": warmup}
     return Parts(stage, dist, sampling, frozen, dataset, check, sampler, identity, source, scored, flags)
@@ -355,8 +359,8 @@ def prepare_run(
     if parts.source.kind == "continue":
         restore_open_interval(step, parts.source, dist)
     written = CheckpointWriter(
-        state, Path(args.output_dir), stage, parts.identity, parts.flags, global_batch, dist, step.open_interval, extra,
-        args.keep_every,
+        state, Path(args.output_dir), stage, parts.identity, parts.flags, global_batch, dist, step.open_interval,
+        lambda: extra() | parts.sampler.state(), args.keep_every,
     )  # fmt: skip
     run = TrainingRun(
         config=config,

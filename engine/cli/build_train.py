@@ -21,6 +21,7 @@ from engine.cli.build import (
     prepare_run,
     read_parts,
 )
+from engine.cli.sizes import picture_sizes
 from engine.data.coco import CocoLayoutDataset
 from engine.data.scenes import Scene, scenes_from_dataset
 from engine.eval.previews import Preview
@@ -76,7 +77,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 def build_images(args: argparse.Namespace, sizes: StructMARConfig, frozen: Frozen) -> CocoLayoutDataset:
     """All images of the split, with their captions and boxes."""
-    data = data_config(args, sizes.img_size, sizes.max_objects)
+    data = data_config(args, sizes.img_size, sizes.max_objects, picture_sizes(args, sizes))
     return build_dataset(args, data, data.load_index(), frozen)
 
 
@@ -84,7 +85,7 @@ def build_scenes(args: argparse.Namespace, training: CocoLayoutDataset) -> Seque
     """The captions and boxes of the previews: of --eval_split, or of the training split."""
     split, index = args.eval_split or args.coco_split, training.index
     if split != index.split:
-        index = replace(training.config, split=split).load_index()
+        index = replace(training.config, split=split, sizes=()).load_index()
         if index.categories != training.index.categories:
             raise ValueError(f"--eval_split {split} has other categories than --coco_split {training.index.split}")
     return scenes_from_dataset(index, training.config.img_size, args.num_preview)

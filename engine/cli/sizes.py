@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from models.config import StructMARConfig, preset_config
+from util.buckets import Size, bucket_cell, bucket_sizes, read_size
 
 PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
                  "diffloss_w", "max_objects", "attn_dropout", "proj_dropout", "rope_mode", "learned_pos", "trunk",
@@ -34,3 +35,22 @@ def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -
 def head_of(args: argparse.Namespace) -> str:
     """The token head of `model_config`."""
     return model_config(args, num_categories=0, text_dim=0).head
+
+
+def picture_sizes(args: argparse.Namespace, config: StructMARConfig) -> tuple[Size, ...]:
+    """(height, width) of the pictures of stages 1 and 2; none: squares of the model's `img_size`.
+
+    Raises ValueError for both flags, sizes that the model cannot have, and learned positions.
+    """
+    if args.buckets and args.sizes:
+        raise ValueError(f"--buckets are the sizes of --img_size {config.img_size}: they do not go with --sizes")
+    step = config.vae_stride * config.patch_size
+    sizes = tuple(dict.fromkeys(read_size(text) for text in args.sizes or ()))
+    if args.buckets:
+        sizes = bucket_sizes(config.img_size, bucket_cell(config.img_size, step))
+    if sizes and config.learned_pos:
+        flag = "--buckets" if args.buckets else "--sizes"
+        raise ValueError(f"{flag}: learned positions are of one size alone, add --no-learned_pos")
+    for size in sizes:
+        config.grid_of(size)
+    return sizes

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli.sampling import sampling_config
-from engine.cli.sizes import model_config
+from engine.cli.sizes import model_config, picture_sizes
 from engine.train.profile import profiled_steps
 from models.config import TRAIN_MODES
 from util.names import BEST_NAME, LAST_NAME
@@ -29,16 +29,17 @@ def validate_train_args(args: argparse.Namespace) -> None:
     if is_class:
         _refuse_captions(args)
     _check_run(args)
+    picture_sizes(args, model_config(args, num_categories=0, text_dim=0))
     needed = ("class_root", "vae_path") if is_class else ("coco_root", "vae_path", "clip_path")
     _require_paths(args, needed, optional=("resume", "eval_detector"))
 
 
 def _refuse_captions(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that mean captions, boxes or their scores beside --train_mode class."""
-    for flag in ("text_drop_prob", "layout_drop_prob", "online_eval", "use_cached"):
+    """Raises ValueError for flags that mean captions, boxes, their scores or sizes beside --train_mode class."""
+    for flag in ("text_drop_prob", "layout_drop_prob", "online_eval", "use_cached", "buckets", "sizes"):
         if vars(args)[flag]:
             raise ValueError(
-                f"--{flag} {vars(args)[flag]} does not go with --train_mode class, which reads pictures and their "
+                f"--{flag} {vars(args)[flag]} does not go with --train_mode class, which reads squares and their "
                 "classes alone (--label_drop_prob drops these)"
             )
 

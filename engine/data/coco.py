@@ -13,9 +13,9 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,16 +24,18 @@ from torch.utils.data import Dataset, Sampler
 
 from engine.data.cache import LatentCache, TextCache
 from util.boxes import CROP_MODES, Crop, CropMode, flip_boxes, plan_center_crop, plan_random_crop
+from util.buckets import Size, nearest_size
 from util.coco import BoxFilters, CocoImage, CocoIndex, fit_boxes
 from util.images import crop_image, load_image, to_model_range
 from util.picture_files import require_size
 from util.rng import generator
-from util.types import Layout, LayoutBatch, TextContext
+from util.types import Layout, LayoutBatch, SizeBatch, TextContext
 
 logger = logging.getLogger(__name__)
 
 CaptionMode = Literal["random", "all"]
 CAPTION_MODES: tuple[CaptionMode, ...] = get_args(CaptionMode)
+BUCKETS = "buckets"  # an entry of checkpoints, see `engine/data/buckets.py`
 
 _SIDED = re.compile(r"\b(left|right)(s|most|hand|handed|wards?|side)?\b", re.IGNORECASE)
 
@@ -48,6 +50,7 @@ class DataConfig:
     """Which images, how they are cropped and flipped, which boxes stay (see `BoxFilters` for units).
 
     caption_mode: "random" draws one caption per image and epoch; "all" makes each caption an item of its own.
+    sizes: (height, width) that pictures may have, each the nearest one; none: squares of `img_size`.
     """
 
     coco_root: str
@@ -62,6 +65,7 @@ class DataConfig:
     keep_crowd: bool = False
     drop_empty: bool = False
     seed: int = 0
+    sizes: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
         if self.crop not in CROP_MODES:
@@ -78,7 +82,15 @@ class DataConfig:
         return BoxFilters(self.min_area, self.min_visibility, self.max_objects, self.keep_crowd, self.drop_empty)
 
     def load_index(self) -> CocoIndex:
-        return CocoIndex.load(self.coco_root, self.split, self.filters, self.img_size)
+        return CocoIndex.load(self.coco_root, self.split, self.filters, self.img_size, self.sizes)
+
+
+@dataclass(frozen=True)
+class SizedItem:
+    """An item of the dataset, and the (height, width) that its picture is to have."""
+
+    item: int
+    size: Size
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,14 @@ class Sample:
     """One image with one caption. Either pixels [3, H, W] in [-1, 1] or moments [2C, h, w] (from a cache) are there, or
     neither in a dataset without images.
 
-    text_states: [t, C] from a cache, or None where the caption is still to be encoded.
+    crop: of the image, before the flip. text_states: [t, C] from a cache, or None where the caption is still to be
+    encoded.
     """
 
     image_id: int
     caption: str
     caption_id: int
+    crop: Crop
     is_flipped: bool
     layout: Layout
     pixels: Tensor | None = None
@@ -101,12 +115,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels: [B, 3, H, W] in [-1, 1], or moments: [B, 2C, h, w], or neither (captions and layouts alone). text: None
-    where captions are still to be encoded."""
+    """pixels: [B, 3, H, W] in [-1, 1], or moments: [B, 2C, h, w], or neither (captions and layouts alone). sizes: of
+    the images and what was cut out of them. text: None where captions are still to be encoded."""
 
     image_ids: list[int]
     captions: list[str]
     layout: LayoutBatch
+    sizes: SizeBatch
     pixels: Tensor | None = None
     moments: Tensor | None = None
     text: TextContext | None = None
@@ -126,6 +141,7 @@ class Batch:
             image_ids=self.image_ids,
             captions=self.captions,
             layout=LayoutBatch(change(layout.boxes_xyxy), change(layout.categories), change(layout.valid)),
+            sizes=SizeBatch(change(self.sizes.values)),
             pixels=None if self.pixels is None else change(self.pixels),
             moments=None if self.moments is None else change(self.moments),
             text=None if text is None else TextContext(change(text.tokens), change(text.valid), change(text.pooled)),
@@ -146,10 +162,18 @@ def _collate(max_objects: int, samples: Sequence[Sample]) -> Batch:
         image_ids=[sample.image_id for sample in samples],
         captions=[sample.caption for sample in samples],
         layout=LayoutBatch.collate([sample.layout for sample in samples], max_objects),
+        sizes=SizeBatch.of([size_values(sample.crop, sample.is_flipped) for sample in samples]),
         pixels=_stack([sample.pixels for sample in samples]),
         moments=_stack([sample.moments for sample in samples]),
         text=TextContext.collate(states) if states else None,
     )
+
+
+def size_values(crop: Crop, is_flipped: bool) -> tuple[int, ...]:
+    """What `SizeBatch` holds of an image: of the picture as the model sees it, flipped or not."""
+    (height, width), (source_width, source_height) = crop.size, crop.source
+    left = crop.resized[0] - width - crop.x0 if is_flipped else crop.x0
+    return height, width, source_height, source_width, crop.y0, left
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -159,7 +183,8 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class CocoLayoutDataset(Dataset[Sample]):
-    """Map-style: item k of the current epoch. `set_epoch` also reaches running workers (shared memory)."""
+    """Map-style: item k of the current epoch, in its nearest size or in the one that a `SizedItem` names. `set_epoch`
+    also reaches running workers (shared memory)."""
 
     def __init__(
         self,
@@ -206,20 +231,29 @@ class CocoLayoutDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return int(self._first_items[-1])
 
-    def __getitem__(self, item: int) -> Sample:
+    def shapes(self) -> list[Size]:
+        """(height, width) of each item's image."""
+        images = [self.index.images[self._position(item)] for item in range(len(self))]
+        return [(image.height, image.width) for image in images]
+
+    def _position(self, item: int) -> int:
+        return int(np.searchsorted(self._first_items, item, side="right")) - 1
+
+    def __getitem__(self, item: int | SizedItem) -> Sample:
+        item, size = (item, None) if isinstance(item, int) else (item.item, item.size)
         if not 0 <= item < len(self):
             raise IndexError(f"item {item} of {len(self)}")
-        position = int(np.searchsorted(self._first_items, item, side="right")) - 1
+        position = self._position(item)
         image = self.index.images[position]
         chosen = self._choose_caption(image, item - int(self._first_items[position]))
         caption, caption_id = image.captions[chosen], image.caption_ids[chosen]
-        crop = self._plan_crop(image, caption_id)
+        crop = self._plan_crop(image, caption_id, size)
         is_flipped = self._is_flipped(image, caption, caption_id)
         pixels = self._pixels(position, crop, is_flipped) if self.has_images and self.latents is None else None
         moments = self.latents.moments(image.id, is_flipped) if self.latents is not None else None
         states = self.texts.states(caption_id, caption) if self.texts is not None else None
         layout = make_layout(image, crop, is_flipped, self.index.filters)
-        return Sample(image.id, caption, caption_id, is_flipped, layout, pixels, moments, states)
+        return Sample(image.id, caption, caption_id, crop, is_flipped, layout, pixels, moments, states)
 
     def _draw(self, purpose: str, *ids: int) -> torch.Generator:
         return generator(self.config.seed, "data", purpose, int(self._epoch), *ids)
@@ -229,11 +263,12 @@ class CocoLayoutDataset(Dataset[Sample]):
             return offset
         return int(torch.randint(len(image.captions), (), generator=self._draw("caption", image.id)))
 
-    def _plan_crop(self, image: CocoImage, caption_id: int) -> Crop:
+    def _plan_crop(self, image: CocoImage, caption_id: int, size: Size | None) -> Crop:
+        sizes, side = self.config.sizes, self.config.img_size
+        size = size or (nearest_size(image.height, image.width, sizes) if sizes else (side, side))
         if self.config.crop == "center":
-            return plan_center_crop(image.width, image.height, self.config.img_size)
-        draw = self._draw("crop", image.id, caption_id)
-        return plan_random_crop(image.width, image.height, self.config.img_size, draw)
+            return plan_center_crop(image.width, image.height, size)
+        return plan_random_crop(image.width, image.height, size, self._draw("crop", image.id, caption_id))
 
     def _is_flipped(self, image: CocoImage, caption: str, caption_id: int) -> bool:
         if names_a_side(caption):
@@ -266,6 +301,11 @@ def _check_latents(latents: LatentCache, index: CocoIndex, config: DataConfig) -
             f"{latents.path} holds latents of the {latents.crop!r} crop, but crop={config.crop!r} was asked for: "
             "use that crop, or train from images"
         )
+    if config.sizes:
+        raise ValueError(
+            f"{latents.path} holds latents of squares of {latents.img_size} px, pictures of {len(config.sizes)} sizes "
+            "were asked for: train from images, and cache captions alone (scripts.cache_latents --no-latents)"
+        )
     if (latents.split, latents.img_size) != (config.split, config.img_size):
         raise ValueError(
             f"{latents.path} holds {latents.split} at {latents.img_size} px, "
@@ -274,7 +314,7 @@ def _check_latents(latents: LatentCache, index: CocoIndex, config: DataConfig) -
     latents.require(image.id for image in index.images)
 
 
-class ResumableSampler(Sampler[int]):
+class ResumableSampler(Sampler[Any]):
     """This rank's share of one permutation of `length` items, which (seed, epoch) fix for all ranks.
 
     Global batch k is the k-th run of world_size * batch_size of the items left to see, dealt to the ranks in turns;
@@ -316,7 +356,20 @@ class ResumableSampler(Sampler[int]):
         self.epoch = epoch
         self.start = start
 
-    def __iter__(self) -> Iterator[int]:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the position."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any], epoch: int, start: int) -> None:
+        """state: of the checkpoint that is continued after `start` images of `epoch`. Raises ValueError if these were
+        seen in another order."""
+        if start and BUCKETS in state:
+            raise ValueError(
+                f"image {start} of epoch {epoch} was reached with pictures of several sizes: sizes can only change "
+                "between epochs"
+            )
+
+    def __iter__(self) -> Iterator[Any]:
         order = torch.randperm(self.length, generator=generator(self.seed, "order", self.epoch))
         used = order[self.start : self.start + self.num_batches * self.global_batch]
         yield from used[self.rank :: self.world_size].tolist()

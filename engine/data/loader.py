@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from engine.data.buckets import BucketSampler
 from engine.data.classes import ClassDataset
 from engine.data.coco import CocoLayoutDataset, ResumableSampler
 from util.rng import generator
@@ -35,6 +36,15 @@ class LoadedBatches:
         self.dataset.set_epoch(epoch)
         self.sampler.set_epoch(epoch, start)
         return iter(self.loader)
+
+
+def sampler_of(
+    dataset: TrainingDataset, rank: int, world_size: int, seed: int, batch_size: int
+) -> ResumableSampler:
+    """One process's share of every epoch. Raises ValueError if the dataset is smaller than a global batch."""
+    if isinstance(dataset, CocoLayoutDataset) and dataset.config.sizes:
+        return BucketSampler(dataset.shapes(), dataset.config.sizes, rank, world_size, seed, batch_size)
+    return ResumableSampler(len(dataset), rank, world_size, seed, batch_size)
 
 
 def load_batches(

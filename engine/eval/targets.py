@@ -195,7 +195,7 @@ def _select(image: CocoImage, categories: tuple[Category, ...], profile: Profile
         size = (image.width, image.height)
         unclipped = image.boxes_px / np.array([*size, *size])
     else:
-        size = (crop.size, crop.size)
+        size = (crop.size[1], crop.size[0])
         unclipped = crop_boxes(image.boxes_px, crop)
     candidates = np.arange(len(unclipped)) if profile.keep_crowd else np.nonzero(~image.crowd)[0]
     fitted = filter_boxes(unclipped[candidates], profile.filters)

@@ -69,7 +69,7 @@ def test_flip_by_hand_and_back(array):
 
 def test_inputs_are_not_changed(array):
     boxes = array([[-0.5, 0.25, 0.5, 2]])
-    crop = Crop((10, 10), (10, 10), 1, 1, 8)
+    crop = Crop((10, 10), (10, 10), 1, 1, (8, 8))
     for change in (flip_boxes, clip_boxes, xywh_to_xyxy, xyxy_to_xywh, lambda each: crop_boxes(each, crop)):
         change(boxes)
         assert boxes.tolist() == [[-0.5, 0.25, 0.5, 2]]
@@ -90,7 +90,7 @@ def test_crop_by_hand(array):
     ]
 
 
-@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("size", [16, 64, (16, 24), (96, 32)])
 @pytest.mark.parametrize("image_size", SIZES)
 def test_crop_round_trip(image_size, size):
     for crop in (plan_center_crop(*image_size, size), plan_random_crop(*image_size, size, generator(0, *image_size))):
@@ -111,9 +111,30 @@ def test_random_crop_stays_inside_and_covers_every_offset(image_size):
     assert len({(crop.x0, crop.y0) for crop in square}) > len(square) // 2
 
 
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (16, 64), (64, 64)])
+@pytest.mark.parametrize("image_size", SIZES)
+def test_crops_of_any_shape_cover_it_and_keep_proportions(image_size, size):
+    random = [plan_random_crop(*image_size, size, generator(2, seed)) for seed in range(20)]
+    for crop in (plan_center_crop(*image_size, size), *random):
+        assert crop_image(Image.new("RGB", image_size), crop).shape == (*size, 3)
+        horizontal, vertical = crop.scale
+        assert abs(horizontal - vertical) < 0.06 * vertical  # halving drops odd pixels, sides are whole pixels
+    center = plan_center_crop(*image_size, size)
+    assert min(center.resized[0] - size[1], center.resized[1] - size[0]) <= 1  # one side fits: the most is kept
+
+
+def test_crop_of_an_oblong_by_hand(array):
+    crop = plan_center_crop(300, 400, (64, 96))  # halved once, then 96 wide and 128 high
+    assert (crop.resized, crop.x0, crop.y0) == ((96, 128), 0, 32)
+    assert crop_boxes(array([[0, 100, 300, 300], [150, 200, 300, 250]]), crop).tolist() == [
+        [0, 0, 1, 1],
+        [0.5, 0.5, 1, 0.75],
+    ]
+
+
 def test_crop_outside_the_image_is_refused():
-    with pytest.raises(ValueError, match=r"a 8 crop at \(3, 0\) reaches out of an image of 10x10"):
-        Crop((10, 10), (10, 10), 3, 0, 8)
+    with pytest.raises(ValueError, match=r"a 8x8 crop at \(3, 0\) reaches out of an image of 10x10"):
+        Crop((10, 10), (10, 10), 3, 0, (8, 8))
 
 
 @pytest.mark.parametrize("image_size", SIZES)

@@ -13,7 +13,7 @@ from engine.data.coco import Batch, CocoLayoutDataset, DataConfig, ResumableSamp
 from tests.helpers.coco_fixture import COLORS, DEFAULT_IMAGES, FixtureBox, FixtureImage, find_color, write_coco
 from util.coco import CocoIndex
 from util.images import to_picture
-from util.types import LayoutBatch, TextContext
+from util.types import LayoutBatch, SizeBatch, TextContext
 
 
 @pytest.fixture
@@ -193,11 +193,12 @@ def test_batch_moves_every_tensor():
         [1],
         ["a"],
         LayoutBatch(torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)),
+        SizeBatch.whole(1, 4, 4, "cpu"),
         pixels=torch.zeros(1, 3, 4, 4),
         moments=torch.zeros(1, 2, 1, 1),
         text=TextContext.collate([torch.zeros(3, 4)]),
     ).to("meta")
-    for tensor in (batch.pixels, batch.moments, batch.layout.boxes_xyxy, batch.layout.valid, batch.text.tokens):
+    for tensor in (batch.pixels, batch.moments, batch.sizes.values, batch.layout.boxes_xyxy, batch.layout.valid, batch.text.tokens):
         assert tensor.device.type == "meta"
 
 

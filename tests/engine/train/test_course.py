@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import pytest
 
+from engine.data.buckets import BucketSampler
 from engine.data.coco import ResumableSampler
 from engine.train.optim import LrSchedule
 from engine.train.state import Course, Position
 
 IMAGES, EPOCHS = 53, 3
+SHAPES = [(40 + 7 * (k % 5), 40 + 11 * (k % 3)) for k in range(IMAGES)]
+SIZES = ((32, 32), (48, 32), (32, 48))
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,22 @@ class Way:
         return self.batch_size * self.world_size * self.accum_iter
 
 
-def run(ways: list[Way]) -> tuple[Position, dict[int, list[int]], list[tuple[float, float]]]:
+def new_sampler(way: Way, rank: int, has_buckets: bool) -> ResumableSampler:
+    if has_buckets:
+        return BucketSampler(SHAPES, SIZES, rank, way.world_size, 1, way.batch_size)
+    return ResumableSampler(IMAGES, rank, way.world_size, 1, way.batch_size)
+
+
+def run(ways: list[Way], has_buckets: bool = False) -> tuple[Position, dict[int, list[int]], list[tuple[float, float]]]:
     """What the loop does, without a model: where it ends, the images of each epoch as seen, (epochs done, rate)."""
-    position, seen, rates = Position(), defaultdict(list), []
+    position, seen, rates, state = Position(), defaultdict(list), [], {}
     schedule = LrSchedule(1.0, 0.0, 0.5, EPOCHS, "cosine")
     for way in ways:
         course = Course(IMAGES, way.images_per_step, EPOCHS)
+        samplers = [new_sampler(way, rank, has_buckets) for rank in range(way.world_size)]
+        for sampler in samplers:
+            sampler.restore(state, position.epoch, position.images)
         position = course.entered(position)
-        samplers = [ResumableSampler(IMAGES, r, way.world_size, 1, way.batch_size) for r in range(way.world_size)]
         budget = itertools.count() if way.steps is None else range(way.steps)
         epoch, readers = None, []
         for _ in budget:
@@ -51,9 +62,11 @@ def run(ways: list[Way]) -> tuple[Position, dict[int, list[int]], list[tuple[flo
             for reader in readers:
                 items = list(itertools.islice(reader, way.batch_size * way.accum_iter))
                 assert len(items) == way.batch_size * way.accum_iter
-                seen[epoch] += items
+                assert not has_buckets or len({each.size for each in items[: way.batch_size]}) == 1
+                seen[epoch] += [each.item for each in items] if has_buckets else items
             rates.append((course.epochs_after(position), schedule.at(course.epochs_after(position))))
             position = course.after_step(position)
+        state = samplers[0].state()
     return position, seen, rates
 
 
@@ -65,10 +78,11 @@ def random_ways(seed: int) -> list[Way]:
     return [*stretches, Way(rng.choice((1, 2, 4)), rng.choice((1, 2)), rng.choice((1, 2)))]
 
 
+@pytest.mark.parametrize("has_buckets", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_however_it_is_continued_each_image_of_each_epoch_is_seen_once(seed: int) -> None:
+def test_however_it_is_continued_each_image_of_each_epoch_is_seen_once(seed: int, has_buckets: bool) -> None:
     ways = random_ways(seed)
-    end, seen, rates = run(ways)
+    end, seen, rates = run(ways, has_buckets)
     assert (end.epoch, end.images) == (EPOCHS, 0)
     largest = max(way.images_per_step for way in ways)
     for epoch in range(EPOCHS):
@@ -80,10 +94,11 @@ def test_however_it_is_continued_each_image_of_each_epoch_is_seen_once(seed: int
     assert rates[-1] == (EPOCHS, 0.0)  # the schedule ends where the epochs do
 
 
-def test_stopped_and_continued_as_it_was_it_is_the_run_that_never_stopped() -> None:
-    whole = run([Way(3, 2, 2)])
+@pytest.mark.parametrize("has_buckets", [False, True])
+def test_stopped_and_continued_as_it_was_it_is_the_run_that_never_stopped(has_buckets: bool) -> None:
+    whole = run([Way(3, 2, 2)], has_buckets)
     for first in range(1, 12):
-        assert run([Way(3, 2, 2, first), Way(3, 2, 2)]) == whole
+        assert run([Way(3, 2, 2, first), Way(3, 2, 2)], has_buckets) == whole
 
 
 def test_max_steps_counts_steps_of_all_sizes() -> None:
