@@ -23,6 +23,7 @@ ROPE_PARTS = (".rope_strength",)
 NEW_PARTS = (*TEXT_PARTS, *LAYOUT_PARTS, *ROPE_PARTS)
 CLASS_PARTS = ("class_emb.",)
 HEAD_PARTS = ("diffloss.", "code_head.")
+TOKEN_PARTS = ("z_proj.", *HEAD_PARTS)  # what knows the tokens
 
 
 def _belongs(name: str, parts: tuple[str, ...]) -> bool:
@@ -109,14 +110,19 @@ def load_mar_weights(model: StructMAR, state: Mapping[str, Tensor], source: str)
     """Fills the backbone with MAR weights; the new parts keep their initial values, which change nothing.
 
     A class embedding of another number of classes is ignored (captions do not use it), and so are learned positions
-    when the model was built without. Raises ValueError on any other difference.
+    when the model was built without. A discrete head takes the blocks alone of weights with a diffusion head: what
+    embeds tokens and draws them is new. Raises ValueError on any other difference.
     """
-    ignorable = []
+    ignorable: list[str] = []
+    new_parts: tuple[str, ...] = NEW_PARTS
+    if model.config.head == "discrete" and any(name.startswith("diffloss.") for name in state):
+        ignorable += [name for name in state if name.startswith(TOKEN_PARTS)]
+        new_parts += TOKEN_PARTS
     if "class_emb.weight" in state and state["class_emb.weight"].shape != model.class_emb.weight.shape:
         ignorable.append("class_emb.weight")
     if not model.config.learned_pos:
         ignorable += [name for name in state if "pos_embed_learned" in name]
-    return _load(model, state, source, new_parts=NEW_PARTS, ignorable=tuple(ignorable))
+    return _load(model, state, source, new_parts=new_parts, ignorable=tuple(ignorable))
 
 
 def load_structmar_weights(model: StructMAR, state: Mapping[str, Tensor], source: str) -> LoadReport:

@@ -305,7 +305,7 @@ FILES: list[tuple[Callable[[Path], dict[str, Path]], str]] = [
     (web_page, "vae.ckpt is a web page, not weights"),
     (folder_without_checkpoint, "is a folder without checkpoint-last.pth"),
     (clip_without_weights, "has no model.safetensors or pytorch_model.bin"),
-    (tensors_of_something_else, "other.pth is neither a StructMAR checkpoint nor MAR's weights"),
+    (tensors_of_something_else, "other.pth is neither a StructMAR checkpoint nor MAR's or MaskGIL's weights"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Reads any file of weights: a training checkpoint, an exported file, MAR's checkpoint or MAR's bare weights.
+"""Reads any file of weights: a training checkpoint, an exported file, MAR's or MaskGIL's checkpoint or bare weights.
 
 A training checkpoint is a dictionary of plain values and whole tensors (the same file under one process, DDP and FSDP):
     format, model, model_ema (what trains), optimizer (state by parameter name), epoch, step, images_in_epoch (files of
@@ -16,6 +16,7 @@ from typing import Any
 from engine.checkpoint.content import check_content
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.kept import way_back
+from models.maskgil_names import from_maskgil, is_maskgil_state
 from models.weights import is_mar_state
 from util.checkpoint import load_plain, resolve_checkpoint, safetensors_metadata
 
@@ -26,9 +27,9 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
     """The file's content as one kind of dictionary: at least stage, model and model_ema ({} where there is none).
 
     Our files also have the entries of their `Identity` (`identity_of`), exported ones `weights`; MAR's have none of it
-    and the stage 'mar'. Tensors keep the type they have in the file.
-    Checksums are compared. Raises FileNotFoundError or ValueError naming the file for anything else and, where it is
-    a run's checkpoint, the newest whole one beside it.
+    and the stage 'mar', and so have MaskGIL's, whose tensors get our names. Tensors keep the type they have in the
+    file. Checksums are compared. Raises FileNotFoundError or ValueError naming the file for anything else and, where it
+    is a run's checkpoint, the newest whole one beside it.
     """
     file = resolve_checkpoint(path)
     try:
@@ -43,6 +44,8 @@ def _read(file: Path, is_trusted: bool = False) -> dict[str, Any]:
     if "format" in loaded:
         check_content(loaded, file)
         return loaded
+    if is_maskgil_state(bare := loaded.get("model", loaded)):
+        return {"stage": MAR_STAGE, "model": from_maskgil(bare, str(file)), "model_ema": {}}
     if file.suffix == ".safetensors":
         metadata = safetensors_metadata(file)
         if "config" in metadata or not is_mar_state(loaded):
@@ -51,7 +54,8 @@ def _read(file: Path, is_trusted: bool = False) -> dict[str, Any]:
     weights = loaded.get("model", loaded)
     if not isinstance(weights, dict) or not is_mar_state(weights):
         raise ValueError(
-            f"{file} is neither a StructMAR checkpoint nor MAR's weights; it holds {sorted(map(str, loaded))[:6]}"
+            f"{file} is neither a StructMAR checkpoint nor MAR's or MaskGIL's weights; it holds "
+            f"{sorted(map(str, loaded))[:6]}"
         )
     averaged = loaded.get("model_ema", {}) if weights is not loaded else {}
     return {"stage": MAR_STAGE, "model": weights, "model_ema": averaged}

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from models.blocks import Attention, Block
 from models.config import MASK_SCHEDULES, PRESETS, preset_config
 from models.masking import TokenMask, mask_ratio, sample_token_mask
+from models.rope import Rotation, rope_angles_2d
 from models.structmar import StructMAR, gather_tokens
 from models.units import group_units, owners_of, ungroup_units
+from models.weights import load_mar_weights, part_of
 from tests.helpers.family import CODEBOOK, HEADS, LLAMA, TRUNKS, family_config, family_model, some_latents
 from tests.helpers.structured import generator, some_layout, some_text
 
@@ -154,6 +157,57 @@ def test_a_new_discrete_head_finds_all_codes_equally_likely() -> None:
     model = StructMAR(family_config(label_smoothing=0.0))
     loss = model(some_latents(model), model.sample_training_noise(2, generator(), 0.7))
     assert loss.item() == pytest.approx(torch.tensor(float(CODEBOOK)).log().item())
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 8), (3, 5)])
+@pytest.mark.parametrize("axes", ["xy", "yx"])
+def test_rotations_know_distances_alone(grid: tuple[int, int], axes: str) -> None:
+    """The product of a turned query and a turned key depends on how far apart they are in rows and columns."""
+    height, width = grid
+    rotation = Rotation.by(rope_angles_2d(grid, 8, axes=axes)[None])
+    query, key = (torch.randn(8, generator=generator(seed)).expand(1, 1, height * width, 8) for seed in (1, 2))
+    products = (rotation(query) @ rotation(key).transpose(-1, -2))[0, 0]  # [L, L]
+    found: dict[tuple[int, int], float] = {}
+    for one in range(height * width):
+        for other in range(height * width):
+            apart = one // width - other // width, one % width - other % width
+            value = products[one, other].item()
+            assert found.setdefault(apart, value) == pytest.approx(value, abs=1e-5)
+    assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.parametrize("kind", ["head_layer", "head_rms", "full_rms"])
+def test_norms_of_queries_and_keys_ignore_their_scale(kind: str) -> None:
+    attention = Attention(family_config(qk_norm=kind, linear_bias=False), 32, 2).eval()
+    x = torch.randn(2, 7, 32, generator=generator())
+    with torch.no_grad():
+        before = attention.attend(x, None, None)
+        attention.qkv.weight[:64] *= 1000
+        torch.testing.assert_close(attention.attend(x, None, None), before, rtol=1e-3, atol=1e-4)
+
+
+def test_norms_behind_attention_and_mlp_bound_what_a_block_adds() -> None:
+    """Twice a norm's output at most, however large the weights; before them there is no bound."""
+    x = torch.randn(2, 7, 32, generator=generator())
+    for position, is_bounded in (("res_post", True), ("pre", False)):
+        block = Block(family_config(**LLAMA | {"norm_position": position}), 32, 2, text_dim=0).eval()
+        with torch.no_grad():
+            for name, weight in block.named_parameters():
+                if "norm" not in name:
+                    weight *= 1000
+            added = block.run(x, None, None, None) - x
+        assert bool((added.norm(dim=-1) <= 2 * 32**0.5 + 1e-3).all()) == is_bounded
+
+
+def test_a_discrete_head_starts_from_the_blocks_of_mar() -> None:
+    mar = family_model("mae", "diffusion", rope_mode="off")
+    model = StructMAR(family_config("mae", "discrete", **STRUCTURED))
+    report = load_mar_weights(model, mar.state_dict(), "mar.safetensors")
+    assert {name.split(".")[0] for name in report.ignored} == {"z_proj", "diffloss"}
+    assert {"z_proj.codes.weight", "code_head.out.weight"} <= {*report.new}
+    assert torch.equal(model.decoder_blocks[0].attn.qkv.weight, mar.decoder_blocks[0].attn.qkv.weight)
+    assert {part_of(name) for name, _ in model.named_parameters()} == {"encoder", "decoder", "head", "text", "layout",
+                                                                      "rope", "class_emb"}  # fmt: skip
 
 
 COUNTS = {"base": 110_889_984, "large": 342_913_024, "xlarge": 774_702_080, "xxlarge": 1_410_975_744}

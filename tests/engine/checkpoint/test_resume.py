@@ -371,7 +371,7 @@ def test_unknown_formats(tmp_path, change, message):
 
 def test_something_else_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"neither a StructMAR checkpoint nor MAR's weights; it holds \['weights'\]"):
+    with pytest.raises(ValueError, match=r"nor MAR's or MaskGIL's weights; it holds \['weights'\]"):
         read_weights_file(tmp_path / "other.pth")
 
 
