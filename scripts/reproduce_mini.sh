@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Remakes everything in pretrained_models/mini/ from seeds: scenes, VAE, text encoder, class-conditional MAR, stages 1
+# Remakes everything in pretrained_models/mini/ from seeds: scenes, VAE, VQ, text encoder, class-conditional MAR, stages 1
 # and 2, detectors. About five hours on two cores; run it again after an interruption and it goes on where it stopped.
 # Finished files are kept: remove one to remake it (and those below it, which depend on it).
 set -euo pipefail
@@ -21,6 +21,8 @@ if [ ! -e $MINI/vae/kl8_mini.ckpt ]; then
     $python -m scripts.mini.train_vae --output $FIRST --mse_weight 1 --edge_weight 0.5
     $python -m scripts.mini.train_vae --output $MINI/vae/kl8_mini.ckpt --init $FIRST --steps 2600 --warmup 50
 fi
+step "VQ tokenizer (8 minutes on one thread)"
+build_if_missing $MINI/vq/vq4_mini.pt $python -m scripts.mini.train_vq --output $MINI/vq/vq4_mini.pt
 step "CLIP text encoder (15 minutes on one thread)"
 build_if_missing $MINI/clip-text-mini/config.json $python -m scripts.mini.train_clip --output $MINI/clip-text-mini
 step "class-conditional MAR (12 minutes)"

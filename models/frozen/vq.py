@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import VQModel
+from diffusers import ModelMixin, VQModel  # noqa: F401 - diffusers looks for ModelMixin beside a component's class
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 from torch.nn import functional

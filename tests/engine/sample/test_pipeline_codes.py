@@ -1,0 +1,79 @@
+"""A pipeline whose model draws codes and whose tokenizer decodes them: from a checkpoint, from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.checkpoint.identity import Identity
+from engine.checkpoint.resume import checkpoint_content
+from engine.sample.pipeline import StructMARPipeline
+from engine.train.state import Position, TrainState
+from models.frozen.codec import load_codec
+from models.frozen.codes import CodeCodec
+from models.frozen.text import ClipTextEncoder
+from models.frozen.vq import VqConfig
+from models.structmar import StructMAR
+from models.weights import select_trainable
+from tests.helpers.family import family_config
+from tests.helpers.tiny import CATEGORIES, World, shaken, write_world
+from tests.helpers.vq_file import write_vq
+from util.checkpoint import save_atomic
+from util.ema import Ema
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def paths(world) -> tuple[Path, Path]:
+    """A checkpoint of a model of codes, and its tokenizer."""
+    vq = write_vq(world.root / "vq.pt", VqConfig((8, 16, 16), 1, 8, 20, 4, norm_num_groups=4))
+    config = family_config(num_categories=len(CATEGORIES), text_dim=16)
+    torch.manual_seed(0)
+    model = StructMAR(config)
+    shaken(model, 3)
+    trainable = select_trainable(model, "full")
+    ema = Ema(trainable, 0.5)
+    identity = Identity(config, load_codec(vq).id, 1.0, ClipTextEncoder.load(world.clip).id, CATEGORIES)
+    state = TrainState(model, model, trainable, torch.optim.AdamW(trainable.values()), ema)
+    save_atomic(checkpoint_content(state, Position(2, 7, 0), "full", identity, {}, 4), world.root / "codes.pth")
+    return world.root / "codes.pth", vq
+
+
+def draw(pipe: StructMARPipeline, **options) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a dog", boxes=[[0.1, 0.3, 0.5, 0.9]], phrases=["dog"], seed=3, **options).images
+
+
+def test_it_draws_codes_and_decodes_them(world, paths):
+    pipe = StructMARPipeline.from_checkpoint(*paths, world.clip)
+    assert isinstance(pipe.codec, CodeCodec)
+    codes = draw(pipe, output_type="latent")
+    assert codes.shape == (1, 1, 8, 8) and torch.equal(codes, codes.round()) and len(codes.unique()) > 1
+    expected = pipe.codec.decode(codes) / 2 + 0.5
+    torch.testing.assert_close(draw(pipe, output_type="pt"), expected)
+
+
+def test_a_folder_draws_the_same(world, paths, tmp_path):
+    pipe = StructMARPipeline.from_checkpoint(*paths, world.clip)
+    pipe.save_pretrained(tmp_path / "folder")
+    again = StructMARPipeline.from_pretrained(tmp_path / "folder")
+    assert torch.equal(draw(pipe, output_type="latent"), draw(again, output_type="latent"))
+    torch.testing.assert_close(draw(pipe, output_type="pt"), draw(again, output_type="pt"))
+
+
+def test_tokenizers_of_another_kind_or_codebook_are_refused(world, paths, tmp_path):
+    checkpoint, _ = paths
+    with pytest.raises(ValueError, match="made for 0.5|has id"):
+        StructMARPipeline.from_checkpoint(checkpoint, world.vae, world.clip)
+    other = write_vq(tmp_path / "other.pt", VqConfig((8, 16, 16), 1, 8, 24, 4, norm_num_groups=4))
+    with pytest.raises(ValueError, match=r"the model has codebook_size 20, but the VAE .*other\.pt has 24"):
+        StructMARPipeline.from_checkpoint(checkpoint, other, world.clip, allow_other_frozen=True)
+    with pytest.raises(ValueError, match=r"asked for latent_scale 0\.5, but .*other\.pt makes codes"):
+        StructMARPipeline.from_checkpoint(world.checkpoint, other, world.clip)
