@@ -21,7 +21,7 @@ if [ ! -e $MINI/vae/kl8_mini.ckpt ]; then
     $python -m scripts.mini.train_vae --output $FIRST --mse_weight 1 --edge_weight 0.5
     $python -m scripts.mini.train_vae --output $MINI/vae/kl8_mini.ckpt --init $FIRST --steps 2600 --warmup 50
 fi
-step "VQ tokenizer (8 minutes on one thread)"
+step "VQ tokenizer (9 minutes on one thread)"
 build_if_missing $MINI/vq/vq4_mini.pt $python -m scripts.mini.train_vq --output $MINI/vq/vq4_mini.pt
 step "CLIP text encoder (15 minutes on one thread)"
 build_if_missing $MINI/clip-text-mini/config.json $python -m scripts.mini.train_clip --output $MINI/clip-text-mini

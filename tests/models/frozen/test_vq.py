@@ -21,6 +21,7 @@ from models.frozen.vq import (
     llamagen_name,
     nearest_codes,
 )
+from tests.conftest import ROOT
 from tests.helpers.reference import relative_error
 from tests.helpers.vq_file import TINY_VQ, write_vq
 from tests.helpers.weights_rule import deterministic_tensor
@@ -254,3 +255,10 @@ def test_networks_survive_a_pipelines_folder(tiny_file, tmp_path):
     assert torch.equal(load_codec(tmp_path / "vae").encode(pixels()), codec.encode(pixels()))
     with pytest.raises(ValueError, match="asked for latent_scale 0.5"):
         codec_around(codec.autoencoder, 0.5, codec.id)
+
+
+def test_the_committed_mini_tokenizer_loads():
+    codec = load_codec(ROOT / "pretrained_models" / "mini" / "vq" / "vq4_mini.pt")
+    assert (codec.stride, codec.codebook_size) == (4, 1024)
+    codes = codec.encode(pixels(1, 64))
+    assert codes.shape == (1, 1, 16, 16) and codec.decode(codec.mode(codes)).shape == (1, 3, 64, 64)
