@@ -150,6 +150,8 @@ def _backbone_flops(model: StructMAR, context: Context, num_branches: int) -> By
         kept_ids, asked_ids = _ids(num_branches, num_visible), _ids(num_branches, num_asked)  # [G, n], [G, p]
         return count_flops(lambda: model.predict(tokens, kept_ids, context, asked_ids))[1]
 
+    if model.config.codes_per_token > 1:  # only the tokens of the codes asked for, and all of them at most
+        return lru_cache(lambda num_visible, num_asked: count(0, num_asked))
     return second_degree(count, _half(model.config), _half(model.config))
 
 

@@ -5,7 +5,9 @@ An operation on mixed devices raises, and so does a read of a value (`.item()`, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from models.heads.diffloss import DiffusionNoise
 from models.heads.diffusion_sampler import Trace
+from models.heads.discrete_sampler import CodeTrace
 from models.masking import TokenMask
 from models.policy import ElboEstimator, Estimator, Samples, ScoringNoise, TrajectoryEstimator
-from models.sampling.config import SamplingConfig
+from models.sampling.config import SamplingConfig, default_sampling
+from models.sampling.controls import NoControls
 from models.sampling.guidance import embed_branches
+from models.sampling.sampler import SamplingRun, unmask
 from models.structmar import StructMAR, StructMARConfig, TrainingNoise, preset_config
 from tests.helpers.sampling import run_unmask
 from util.types import LayoutBatch, TextContext
@@ -127,6 +132,34 @@ def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype, options:
     assert copies.seen == []
     assert tokens.device.type == "cuda" and (trace is None or trace.states.device.type == "cuda")
     assert model.unpatchify(tokens, CONFIG.grid).shape == (BATCH, 16, 8, 8)
+
+
+CODES = default_sampling("discrete", num_iter=3, cfg_text=1.5, cfg_layout=3.0, top_k=10, top_p=0.9)
+UNMASKED = {count: CODES.masked_counts(count) for count in (16, 64)}  # before anything is pretended
+SINGLE = {"trunk": "single", "encoder_depth": 0, "learned_pos": False}
+
+
+@pytest.mark.parametrize(("trunk", "order"), [({"patch_size": 2}, "halton"), (SINGLE, "confidence")], ids=str)
+def test_sampling_loop_of_codes(trunk: dict[str, Any], order: str) -> None:
+    """The noise of all iterations is drawn before the first; then nothing is read back or copied over."""
+    codes = {"head": "discrete", "vae_embed_dim": 1, "codebook_size": 50, "diffusion_batch_mul": 1}
+    config = replace(CONFIG, **{"encoder_depth": 1, "decoder_depth": 2} | codes | trunk)
+    model, copies = build(config).eval(), Copies()
+    text, layout = conditions_on_gpu()
+    generators = [torch.Generator()] * BATCH
+
+    def iterations() -> Iterator[int]:
+        copies.seen.clear()
+        yield from range(3)
+
+    with torch.no_grad(), copies:
+        branches, sampling = embed_branches(model, replace(CODES, order=order), BATCH, text, layout, None)
+        run = SamplingRun(model, branches, sampling, generators, NoControls(), torch.bfloat16, record=True)
+        own = run.own_order(UNMASKED[math.prod(config.unit_grid())])
+        tokens, orders, trace = unmask(run, run.start(), own, iterations=iterations())
+    assert copies.seen == []
+    assert isinstance(trace, CodeTrace)
+    assert {part.device.type for part in (tokens, orders, trace.log_probs)} == {"cuda"}
 
 
 GUIDED = SamplingConfig(num_iter=6, num_sampling_steps=8, cfg_text=1.5, cfg_layout=3.0, clip_x0=5.0)
