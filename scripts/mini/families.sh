@@ -102,7 +102,7 @@ done
 evaluate() { # NAME ITERATIONS DETECTOR FOLDER FLAGS...
     if [ -e "$4/results.json" ]; then return; fi
     # shellcheck disable=SC2046
-    $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --name "$1, $2" \
+    $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --name "${1}_$2" \
         --resume "$OUT/$1/checkpoint-last.pth" --vae_path "$(tokenizer_of "$1")" --output_dir "$4" --detector "$3" \
         --max_images "$IMAGES" --num_iter "$2" --bounds_dir "$OUT/bounds" $(sampling_flags "$1") "${RUN[@]}" \
         ${SCORE[@]+"${SCORE[@]}"} "${@:5}"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from engine.eval.judge import Judge
+from engine.eval.plan import EvaluationRun
 from engine.eval.profiles import Profile, load_profile
+from engine.eval.run import run_evaluation
+from engine.eval.targets import EvalSet, Target
 from models.config import SMALL
 from models.frozen.detections import Detections
 from models.frozen.faster_rcnn import build_detector, detector_checkpoint
 from tests.helpers.tiny import CATEGORIES
+from util.distributed import DistInfo
+from util.images import Picture
 from util.types import Category
 
 COLOURS = {1: (220, 30, 30), 18: (30, 200, 30), 37: (30, 30, 220)}  # by category id
@@ -102,3 +108,20 @@ def colour_judge() -> Judge:
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
+
+
+def evaluate(folder: Path, eval_set: EvalSet, name: str, shift: int = 0, **changes: Any) -> Path:
+    """Scores the photographs, moved to the right by `shift` pixels, as the pictures of a model."""
+
+    def picture_of(target: Target) -> Picture:
+        return np.roll(eval_set.picture(target), shift, axis=1)
+
+    values: dict[str, Any] = {
+        "eval_set": eval_set, "judge": colour_judge(), "skipped_categories": (), "is_reward": False, "name": name,
+        "generation": None, "folder_pictures": picture_of, "source": {"kind": "images", "folder": name},
+        "real_bound": True, "round_trip": None, "vae_id": None, "bounds": None, "no_layout_run": False,
+        "quality": None, "num_resamples": 60, "detector_batch_size": 4, "rescore": False,
+        "dist": DistInfo(0, 1, 0, torch.device("cpu")), "output_dir": folder,
+    }  # fmt: skip
+    run_evaluation(EvaluationRun(**(values | changes)))
+    return folder

@@ -10,35 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import scripts.compare
 from engine.eval.compare import MEASURES, PRECISIONS, compare, format_comparison, load_evaluation, measure
-from engine.eval.plan import EvaluationRun
-from engine.eval.run import run_evaluation
-from engine.eval.targets import EvalSet, Target, load_eval_set
-from tests.helpers.eval_world import colour_judge, tiny_profile, write_dataset
-from util.distributed import DistInfo
-from util.images import Picture
+from engine.eval.targets import load_eval_set
+from tests.helpers.eval_world import evaluate, tiny_profile, write_dataset
 
 LAYOUT = {"mIoU": "mIoU", "SR50": "SR50", "SR50 image": "SR50_image", "extra/image": "extra_rate"}
-
-
-def evaluate(folder: Path, eval_set: EvalSet, name: str, shift: int = 0, **changes: Any) -> Path:
-    """Scores the photographs, moved to the right by `shift` pixels, as the pictures of a model."""
-
-    def picture_of(target: Target) -> Picture:
-        return np.roll(eval_set.picture(target), shift, axis=1)
-
-    values: dict[str, Any] = {
-        "eval_set": eval_set, "judge": colour_judge(), "skipped_categories": (), "is_reward": False, "name": name,
-        "generation": None, "folder_pictures": picture_of, "source": {"kind": "images", "folder": name},
-        "real_bound": True, "round_trip": None, "vae_id": None, "bounds": None, "no_layout_run": False,
-        "quality": None, "num_resamples": 60, "detector_batch_size": 4, "rescore": False,
-        "dist": DistInfo(0, 1, 0, torch.device("cpu")), "output_dir": folder,
-    }  # fmt: skip
-    run_evaluation(EvaluationRun(**(values | changes)))
-    return folder
 
 
 @pytest.fixture(scope="module")
