@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoint.identity import Identity
+from engine.checkpoint.load import require_fitting_codec
 from engine.checkpoint.resume import (
     check_identity,
     check_training_state,
@@ -30,7 +31,7 @@ from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
 from engine.train.state import TrainState
 from models.build import build_model
-from models.frozen.vae import LatentCodec
+from models.frozen.codec import Codec, load_codec
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig, preset_config
 from models.weights import select_trainable
@@ -73,7 +74,7 @@ class SingleObjects:
 
 
 @torch.no_grad()
-def draw_and_encode(codec: LatentCodec, num_images: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_and_encode(codec: Codec, num_images: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """moments [n, 2C, h, w] and labels [n] of `num_images` images; the class of image k is k modulo the classes."""
     labels, chunk = torch.arange(num_images) % len(CLASSES), 100
     moments = []
@@ -99,8 +100,9 @@ def build_train_state(args: argparse.Namespace, config: StructMARConfig, dist: D
 
 def pretrain(args: argparse.Namespace, dist: DistInfo) -> int | None:
     """Returns the signal that stopped it, or None when the weights are written."""
-    codec = LatentCodec.load(args.vae_path, dist.device)
+    codec = load_codec(args.vae_path, dist.device)
     config = preset_config("mar_mini", rope_mode="off", diffusion_batch_mul=args.diffusion_batch_mul)
+    require_fitting_codec(codec, args.vae_path, config)
     identity = Identity(config, codec.id, codec.latent_scale, "", ())
     source = find_source(args.work_dir, "", auto_resume=True, stage=STAGE)
     check_identity(source, identity)
@@ -145,7 +147,7 @@ def write_weights(model: StructMAR, path: Path) -> None:
     logger.info("wrote %s, %.1f MB", path, path.stat().st_size / 1e6)
 
 
-def write_samples(model: StructMAR, codec: LatentCodec, path: Path, seed: int) -> None:
+def write_samples(model: StructMAR, codec: Codec, path: Path, seed: int) -> None:
     labels = [index for index in range(len(CLASSES)) for _ in range(4)]
     sampling = SamplingConfig(num_iter=16, num_sampling_steps=50, cfg_text=2.0, clip_x0=5.0)
     seeds = [derive_seed(seed, "sample", index) for index in range(len(labels))]
