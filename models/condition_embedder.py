@@ -1,4 +1,4 @@
-"""Embeds what images are conditioned on: a class label or a caption and boxes, for a grid of tokens.
+"""Embeds what images are conditioned on: a class label or a caption and boxes, and sizes, for a grid of tokens.
 
 A base class of `StructMAR`, since the parameters lie at the model's root: their names are MAR's.
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from models.conditioning import Conditions
 from models.config import StructMARConfig
 from models.layout import LayoutEmbedder, layout_bias
-from util.types import LayoutBatch, TextContext
+from models.sizes import SizeEmbedder, are_named, pixels_of_grid
+from util.types import LayoutBatch, SizeBatch, TextContext
 
 
 class ConditionEmbedder(nn.Module):
@@ -25,6 +26,7 @@ class ConditionEmbedder(nn.Module):
     layout_embed: LayoutEmbedder
     text_null: nn.Parameter
     text_pool_proj: nn.Linear
+    size_embed: SizeEmbedder
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raises ValueError naming both grids if learned positions do not know this one."""
@@ -41,9 +43,11 @@ class ConditionEmbedder(nn.Module):
         text: TextContext | None = None,
         layout: LayoutBatch | None = None,
         grid: tuple[int, int] | None = None,
+        sizes: SizeBatch | None = None,
     ) -> Conditions:
         """Embeds what the images are conditioned on; None means dropped for all. labels: [B] int64, -1 for none. grid:
-        (rows, columns) of the image tokens, the config's by default.
+        (rows, columns) of the image tokens, the config's by default. sizes: by default those of whole pictures of this
+        grid; they are for models with `size_condition`.
 
         Raises ValueError if text or layout is given to a model that was built without that part, or for another grid
         than the config's with learned positions.
@@ -56,9 +60,23 @@ class ConditionEmbedder(nn.Module):
             base = torch.where((labels >= 0)[:, None], named, base)  # [B, D]
         if text is not None:
             base = base + self._project_pooled(text)  # [B, D]
+        if self.config.size_condition:
+            given = [None if part is None else part.valid for part in (text, layout)]  # [B, T], [B, N]
+            given += [None if labels is None else labels[:, None] >= 0]  # [B, 1]
+            named = are_named(batch_size, base.device, *given)  # [B, 1]
+            base = base + self._embed_sizes(batch_size, grid, sizes) * named  # [B, D]
         context, valid = self._text_with_null(batch_size, text)  # [B, T, C], [B, T]
         tokens, bias = self._layout_parts(batch_size, layout, grid)  # [B, N, D], [B, L, N]
         return Conditions(base, tokens, bias, context, valid, 0 if text is None else batch_size, grid)
+
+    def _embed_sizes(self, batch_size: int, grid: tuple[int, int], sizes: SizeBatch | None) -> Tensor:
+        """What sizes add to the base condition: [B, D]. An image without any other condition has none: without sizes
+        too, it is what guidance leads away from."""
+        if sizes is None:
+            height, width = pixels_of_grid(grid, self.config.vae_stride * self.config.patch_size)
+            sizes = SizeBatch.whole(batch_size, height, width, self.fake_latent.device)
+        embedded: Tensor = self.size_embed(sizes)  # [B, D]
+        return embedded
 
     def _project_pooled(self, text: TextContext) -> Tensor:
         if not self.config.text_dim:

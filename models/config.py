@@ -22,10 +22,12 @@ MLPS = ("gelu", "swiglu")
 NORM_POSITIONS = ("pre", "res_post")
 QK_NORMS = ("none", "head_layer", "head_rms", "full_rms")
 ROPE_AXES = ("xy", "yx")
+ROPE_SCALES = ("index", "fit")
 MASK_SCHEDULES = ("truncnorm", "linear", "square", "cosine", "arccos")  # of the share that training hides
 SCORED = ("masked", "all")  # tokens that a discrete head's loss is taken over
 _CHOICES = {"rope_mode": ROPE_MODES, "trunk": TRUNKS, "head": HEADS, "norm": NORMS, "mlp": MLPS, "loss_on": SCORED,
-            "norm_position": NORM_POSITIONS, "qk_norm": QK_NORMS, "rope_axes": ROPE_AXES}  # fmt: skip
+            "norm_position": NORM_POSITIONS, "qk_norm": QK_NORMS, "rope_axes": ROPE_AXES,
+            "rope_scale": ROPE_SCALES}  # fmt: skip
 LARGEST_SIZE = 1 << 16
 _MAY_BE_ZERO = ("encoder_depth", "decoder_depth", "num_categories", "text_dim", "cross_attn_every", "codebook_size",
                 "code_dim")  # fmt: skip
@@ -56,6 +58,8 @@ class StructMARConfig:
     RoPE), rope_axes (`xy`: a head's first half turns with the column), linear_bias: of the trunk's blocks
     (`blocks.py`). code_dim: channels of a code where `patch_size` puts several into a token; 0: the trunk's width.
     label_smoothing, loss_on: of the discrete head's loss. size_condition: sizes and crop join the base condition.
+    rope_scale: on grids that are not `grid`, positions are counted in tokens (`index`), or so that as large an area
+    turns as far (`fit`: times the square root of the ratio of the numbers of tokens).
 
     A new field needs a default that leaves models as they were before it: the files of today lack it."""
 
@@ -101,6 +105,7 @@ class StructMARConfig:
     label_smoothing: float = 0.1
     loss_on: str = "masked"
     size_condition: bool = False
+    rope_scale: str = "index"
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -3,31 +3,39 @@
 A head's channels split in two halves: the first rotates with x (column), the second with y (row), or (`yx`, as in
 LlamaGen) the other way round. Within a half, the interleaved pair i turns by `position * 10000^(-2i / (d_h / 2))`. A
 learnable strength multiplies the angles: 0 is the identity, 1 the full rotation. Buffer tokens stand nowhere in the
-image, so their angles are 0.
+image, so their angles are 0. On grids of other sizes than in training, positions may be scaled (`fit_scale`).
 
 Shape letters: B batch, H heads, n tokens, d head width, L image tokens, K buffer slots.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def rope_angles_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0, axes: str = "xy") -> Tensor:
+def rope_angles_2d(
+    grid: tuple[int, int], head_dim: int, base: float = 10000.0, axes: str = "xy", scale: float = 1.0
+) -> Tensor:
     """Angles in radians of every token of an (h, w) grid in raster order: [h * w, head_dim / 2] float32. axes: of
-    `config.ROPE_AXES`."""
+    `config.ROPE_AXES`. scale: on both positions."""
     if head_dim % 4:
         raise ValueError(f"2D RoPE needs a head width divisible by 4, got {head_dim}")
     height, width = grid
     pairs = head_dim // 4
     frequencies = base ** (-2 * torch.arange(pairs, dtype=torch.float32) / (head_dim / 2))  # [d/4]
-    columns = torch.arange(width, dtype=torch.float32).repeat(height)  # [L]
-    rows = torch.arange(height, dtype=torch.float32).repeat_interleave(width)  # [L]
+    columns = scale * torch.arange(width, dtype=torch.float32).repeat(height)  # [L]
+    rows = scale * torch.arange(height, dtype=torch.float32).repeat_interleave(width)  # [L]
     halves = [columns[:, None] * frequencies, rows[:, None] * frequencies]  # [L, d/4] each
     return torch.cat(halves if axes == "xy" else halves[::-1], dim=-1)  # [L, d/2]
+
+
+def fit_scale(grid: tuple[int, int], trained: tuple[int, int]) -> float:
+    """The factor on positions by which both (h, w) grids cover as large an area."""
+    return math.sqrt(math.prod(trained) / math.prod(grid))
 
 
 def with_buffer(angles: Tensor, buffer_size: int) -> Tensor:

@@ -26,8 +26,9 @@ from models.heads.base import LossNoise
 from models.heads.build import build_diffusion_head, build_discrete_head
 from models.layout import LayoutEmbedder
 from models.masking import TokenMask, sample_token_mask
+from models.sizes import SizeEmbedder
 from models.trunk import Trunk
-from util.types import LayoutBatch, TextContext
+from util.types import LayoutBatch, SizeBatch, TextContext
 
 __all__ = ["PRESETS", "StructMAR", "StructMARConfig", "gather_tokens", "preset_config"]
 
@@ -58,6 +59,8 @@ class StructMAR(Trunk):
             self.text_pool_proj = nn.Linear(config.text_dim, width)
             nn.init.zeros_(self.text_pool_proj.weight)
             nn.init.zeros_(self.text_pool_proj.bias)
+        if config.size_condition:
+            self.size_embed = SizeEmbedder(width)
         if config.head == "diffusion":
             self.diffloss = build_diffusion_head(config)
         else:
@@ -118,17 +121,19 @@ class StructMAR(Trunk):
         labels: Tensor | None = None,
         text: TextContext | None = None,
         layout: LayoutBatch | None = None,
+        sizes: SizeBatch | None = None,
     ) -> Tensor:
         """Mean loss of the scored tokens, the masked ones or all: a scalar.
 
         latents: [B, C, h, w] scaled; noise: of `sample_training_noise`, M rows of the head per scored token; labels:
-        [B] int64, -1 for none. Raises ValueError for noise of another number of tokens than the latents have.
+        [B] int64, -1 for none; sizes: of the pictures, by default whole ones. Raises ValueError for noise of another
+        number of tokens than the latents have.
         """
         tokens = self.patchify(latents)  # [B, L, C']
         if noise.mask.masked.shape != tokens.shape[:2]:
             found, wanted = tuple(noise.mask.masked.shape), tuple(tokens.shape[:2])
             raise ValueError(f"noise is for (images, tokens) {found}, the latents have {wanted}")
-        conditions = self.embed_conditions(len(tokens), labels, text, layout, self.grid_of(latents))
+        conditions = self.embed_conditions(len(tokens), labels, text, layout, self.grid_of(latents), sizes)
         z = self.predict(tokens, noise.mask.kept_ids(), self.prepare(conditions))  # [B, L, Z]
 
         target, z = tokens.flatten(0, 1), z.flatten(0, 1)  # [B * L, C'], [B * L, Z]

@@ -32,7 +32,7 @@ from models.heads.discrete import DiscreteHead
 from models.inference import inference_copy
 from models.layout import attention_bias
 from models.norms import build_norm
-from models.rope import rope_angles_2d, with_buffer
+from models.rope import fit_scale, rope_angles_2d, with_buffer
 from models.units import group_units, owners_of, ungroup_units
 
 INIT_STD = 0.02
@@ -160,8 +160,10 @@ class Trunk(ConditionEmbedder):
             return None, None
         tables = [self.rope_angles_encoder, self.rope_angles_decoder]  # [L, d/2] each
         if grid != self.config.grid:
-            axes = self.config.rope_axes
-            tables = [rope_angles_2d(grid, 2 * table.shape[1], axes=axes).to(table.device) for table in tables]
+            axes, is_fitted = self.config.rope_axes, self.config.rope_scale == "fit"
+            scale = fit_scale(grid, self.config.grid) if is_fitted else 1.0
+            angles = [rope_angles_2d(grid, 2 * table.shape[1], axes=axes, scale=scale) for table in tables]
+            tables = [each.to(table.device) for each, table in zip(angles, tables, strict=True)]  # [L, d/2] each
         encoder, decoder = (with_buffer(table, self.config.buffer_size) for table in tables)  # [K + L, d/2] each
         return encoder, decoder
 

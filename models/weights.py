@@ -20,7 +20,8 @@ from util.weights import tensor_problem
 TEXT_PARTS = ("text_null", "text_pool_proj.", ".cross.")
 LAYOUT_PARTS = ("layout_embed.",)
 ROPE_PARTS = (".rope_strength",)
-NEW_PARTS = (*TEXT_PARTS, *LAYOUT_PARTS, *ROPE_PARTS)
+SIZE_PARTS = ("size_embed.",)
+NEW_PARTS = (*TEXT_PARTS, *LAYOUT_PARTS, *ROPE_PARTS, *SIZE_PARTS)
 CLASS_PARTS = ("class_emb.",)
 HEAD_PARTS = ("diffloss.", "code_head.")
 TOKEN_PARTS = ("z_proj.", *HEAD_PARTS)  # what knows the tokens
@@ -64,8 +65,8 @@ def select_trainable(model: StructMAR, mode: str) -> dict[str, nn.Parameter]:
 
 
 def part_of(name: str) -> str:
-    """The part of the model a parameter belongs to, for tables: encoder, decoder, head, text, layout, rope, ..."""
-    for part, parts in (("text", TEXT_PARTS), ("layout", LAYOUT_PARTS), ("rope", ROPE_PARTS)):
+    """The part of the model a parameter belongs to, for tables: encoder, decoder, head, text, layout, rope, size..."""
+    for part, parts in (("text", TEXT_PARTS), ("layout", LAYOUT_PARTS), ("rope", ROPE_PARTS), ("size", SIZE_PARTS)):
         if _belongs(name, parts):
             return part
     if name.startswith(HEAD_PARTS):

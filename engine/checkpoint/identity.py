@@ -35,9 +35,11 @@ TRAINING_FIELDS = (
     "grad_checkpointing",
     "label_smoothing",
     "loss_on",
+    "rope_scale",
 )  # may change between runs
 NOT_OF_BACKBONES = ("num_categories", "text_dim", "rope_mode", "max_objects", "class_num", "cross_attn_every",
-                    "layout_bias_value", "layout_bias_encoder", "layout_bias_decoder", "layout_fourier")  # fmt: skip
+                    "layout_bias_value", "layout_bias_encoder", "layout_bias_decoder", "layout_fourier",
+                    "size_condition")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from models.config import (
     QK_NORMS,
     ROPE_AXES,
     ROPE_MODES,
+    ROPE_SCALES,
     TRUNKS,
 )
 from util.config import Switch
@@ -71,6 +72,12 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
                             "(the preset's: gated for MAR, full for MaskGIL)")  # fmt: skip
     group.add_argument("--learned_pos", action=SWITCH, was="no_learned_pos", default=None,
                        help="MAR's learned position embeddings (the preset's)")  # fmt: skip
+    group.add_argument("--rope_scale", default=None, choices=ROPE_SCALES,
+                       help="positions on grids of other sizes than --img_size's: counted in tokens, or scaled to as "
+                            "large an area (the preset's)")  # fmt: skip
+    group.add_argument("--size_condition", action=SWITCH, default=None,
+                       help="the model is told the picture's size, its image's and where it was cut "
+                            "(the preset's)")  # fmt: skip
     group.add_argument("--layout_bias_value", type=Range(float, "must not be negative", 0, math.inf), default=math.inf,
                        help="subtracted from the logits of foreign layout tokens; inf forbids them")  # fmt: skip
     group.add_argument(

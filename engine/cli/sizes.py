@@ -10,7 +10,7 @@ from util.buckets import Size, bucket_cell, bucket_sizes, read_size
 PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
                  "diffloss_w", "max_objects", "attn_dropout", "proj_dropout", "rope_mode", "learned_pos", "trunk",
                  "head", "codebook_size", "code_dim", "norm", "mlp", "norm_position", "qk_norm", "rope_axes",
-                 "linear_bias", "loss_on", "label_smoothing")  # fmt: skip
+                 "linear_bias", "loss_on", "label_smoothing", "rope_scale", "size_condition")  # fmt: skip
 
 
 def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -> StructMARConfig:

@@ -20,17 +20,18 @@ from engine.data.coco import Batch
 from models.conditioning import drop_conditions, drop_labels
 from models.frozen.base import ImageCodec, TextEncoder
 from util.rng import generator
-from util.types import LayoutBatch, TextContext
+from util.types import LayoutBatch, SizeBatch, TextContext
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """latents: [B, C, h, w], scaled. labels: [B] int64. All on the training device."""
+    """latents: [B, C, h, w], scaled. labels: [B] int64. sizes: None for whole pictures. All on the training device."""
 
     latents: Tensor
     labels: Tensor | None = None
     text: TextContext | None = None
     layout: LayoutBatch | None = None
+    sizes: SizeBatch | None = None
 
     def __len__(self) -> int:
         return self.latents.shape[0]
@@ -66,7 +67,12 @@ class CocoInputs:
         text = self.text_encoder.context(batch.captions) if batch.text is None else batch.text
         rates = self.rates
         kept_text, kept_layout = drop_conditions(text, batch.layout, rates.both, rates.text, rates.layout, rng)
-        return StepInputs(latents, text=kept_text.to(self.device), layout=kept_layout.to(self.device))
+        return StepInputs(
+            latents,
+            text=kept_text.to(self.device),
+            layout=kept_layout.to(self.device),
+            sizes=batch.sizes.to(self.device),
+        )
 
 
 @dataclass(frozen=True)

@@ -379,6 +379,7 @@ def backward_pass(
                 labels=inputs.labels,
                 text=inputs.text,
                 layout=inputs.layout,
+                sizes=inputs.sizes,
             )
         (loss / accum_iter).backward()
     return loss.detach()
