@@ -24,7 +24,7 @@ from util.ranges import whole, width_int
 if TYPE_CHECKING:
     from models.structmar import StructMAR
 
-MEAN_MASK_RATIO = 0.867  # of MAR's truncated Gaussian
+MEAN_MASK_RATIO = {"truncnorm": 0.867, "arccos": 0.637}  # of the heads' own mask schedules
 TERA = 1e12
 
 
@@ -52,8 +52,9 @@ def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
 
     config = model.config
     select_trainable(model, mode)
-    num_masked = round(config.num_tokens * MEAN_MASK_RATIO)
-    mask = TokenMask(torch.ones(1, config.num_tokens, dtype=torch.bool, device=META), num_masked)
+    num_tokens = math.prod(config.unit_grid())
+    num_masked = round(num_tokens * MEAN_MASK_RATIO[config.mask_schedule])
+    mask = TokenMask(torch.ones(1, num_tokens, dtype=torch.bool, device=META), num_masked)
     rows = config.diffusion_batch_mul * num_masked
     noise = TrainingNoise(mask, model.head.sample_noise(rows, torch.Generator()).to(META))
     side = config.img_size // config.vae_stride
@@ -61,6 +62,23 @@ def training_flops(model: StructMAR, mode: str, num_text: int) -> float:
     conditions = meta_conditions(config, 1, num_text)
     flops = forward_backward(model, lambda: model(latents, noise, **conditions))
     return flops.forward + flops.backward
+
+
+def logits_flops(model: StructMAR, num_text: int) -> float:
+    """Of one image with a discrete head: the trunk, prepared conditions apart, and the logits of every code."""
+    import torch
+
+    from models.flops import META, meta_conditions
+    from util.flops import count_flops
+
+    config = model.config
+    tokens = model.head.empty_tokens(1, math.prod(config.unit_grid()), META)  # [1, U, C]
+    kept_ids = torch.zeros(1, 0, dtype=torch.int64, device=META)  # [1, 0]
+    with torch.no_grad():
+        conditions = model.embed_conditions(1, **meta_conditions(config, 1, num_text))
+        context = model.prepare(conditions, torch.float32)
+        flops: float = count_flops(lambda: model.code_head.logits(model.predict(tokens, kept_ids, context)))[1]
+    return flops
 
 
 def count(name: str, config: StructMARConfig, num_text: int, num_sampling_steps: int) -> None:
@@ -73,6 +91,8 @@ def count(name: str, config: StructMARConfig, num_text: int, num_sampling_steps:
         flops = training_flops(model, mode, num_text)
         print(f"{stage}: {flops / TERA:.4g} TFLOP per training image (forward and backward)")
     is_discrete = config.head == "discrete"
+    if is_discrete:
+        print(f"a pass with all logits: {logits_flops(model, num_text) / TERA:.4g} TFLOP per image")
     own_options = {} if is_discrete else {"num_sampling_steps": num_sampling_steps}
     for num_iter in (8, 32) if is_discrete else (64, 256):
         if num_iter <= math.prod(config.unit_grid()):

@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from models.config import preset_config
+from models.flops import meta_model
 from scripts import count_flops
 
 
@@ -19,3 +21,22 @@ def test_the_costs_of_a_small_model(capsys: pytest.CaptureFixture[str]) -> None:
     count_flops.main(["--model", "mar_mini", "--num_sampling_steps", "50"])
     fewer = capsys.readouterr().out.splitlines()
     assert fewer[:3] == lines[:3] and fewer[3] != lines[3]
+
+
+GIGA = {"base": 53, "large": 174, "xlarge": 399, "xxlarge": 731}
+
+
+@pytest.mark.parametrize("size", GIGA)
+def test_a_pass_costs_what_the_released_model_costs(size: str) -> None:
+    """One slot for the class, no text, no layout."""
+    model = meta_model(preset_config(f"maskgil_{size}", buffer_size=1, max_objects=1))
+    assert count_flops.logits_flops(model, num_text=1) / 1e9 == pytest.approx(GIGA[size], rel=0.01)
+
+
+def test_the_costs_of_a_model_of_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    count_flops.main(["--model", "maskgil_mini"])
+    costs = [float(found) for found in re.findall(r"([\d.e-]+) TFLOP", capsys.readouterr().out)]
+    first, second, one_pass, few, few_guided, many, many_guided = costs
+    assert one_pass < first < second < 4 * one_pass
+    assert 7 * one_pass < few < 8.1 * one_pass and few < few_guided < 2 * few
+    assert many < 4 * few and many_guided < 4 * few_guided
