@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from util.plain import from_plain
@@ -273,3 +273,9 @@ def preset_config(name: str, **overrides: Any) -> StructMARConfig:
     if head != preset["head"]:
         preset |= {"vae_embed_dim": 1} if head == "discrete" else {"vae_embed_dim": 16, "codebook_size": 0}
     return StructMARConfig(**(preset | overrides))
+
+
+def backbone_config(name: str, **overrides: Any) -> StructMARConfig:
+    """`preset_config` of published weights: MAR's turn no queries and keys, MaskGIL's do."""
+    config = preset_config(name, **overrides)
+    return replace(config, rope_mode="off") if config.rope_mode == "gated" else config

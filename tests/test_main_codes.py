@@ -1,4 +1,4 @@
-"""main_mar.py on codes: classes, stages 1 and 2 of a single trunk and of MAR's own with a discrete head; stops between."""
+"""main_mar.py on codes: classes, stages 1 and 2, a run that is stopped; MAR's own trunk with a discrete head."""
 
 from __future__ import annotations
 
@@ -70,12 +70,11 @@ def test_stages_1_and_2(world: Path, pretrained: Path, caplog: pytest.LogCapture
     assert not torch.equal(second["model"]["code_head.out.weight"], first["model"]["code_head.out.weight"])
 
 
-@pytest.mark.parametrize("first", [1, 2])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(world: Path, pretrained: Path, first: int) -> None:
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(world: Path, pretrained: Path) -> None:
     flags = {"train_mode": "full", "resume": pretrained, "attn_dropout": 0.1}
-    whole = run(world, f"whole{first}", max_steps=3, **flags)
-    run(world, f"parts{first}", max_steps=first, **flags)
-    parts = run(world, f"parts{first}", max_steps=3, **flags)
+    whole = run(world, "whole", max_steps=3, **flags)
+    run(world, "parts", max_steps=1, **flags)
+    parts = run(world, "parts", max_steps=3, **flags)
     for state in (whole, parts):
         del state["args"]
     assert_same(whole, parts)
@@ -85,10 +84,8 @@ def test_the_blocks_of_mar_with_a_discrete_head(world: Path, caplog: pytest.LogC
     flags = {"model": "mar_mini", "head": "discrete", "vae_stride": 4, "patch_size": 2, "class_num": None}
     with caplog.at_level(logging.INFO):
         state = run(world, "mae", resume=world / "mar.safetensors", train_mode="full", max_steps=1, **flags)
-    assert "tensors ignored: z_proj.weight, z_proj.bias, diffloss." in caplog.text
-    assert {"z_proj.codes.weight", "encoder_blocks.0.attn.qkv.weight", "code_head.out.weight"} <= set(
-        state["model_ema"]
-    )
+    assert "tensors ignored: diffloss.net." in caplog.text
+    assert {"z_proj.codes.weight", "encoder_norm.weight", "code_head.out.weight"} <= set(state["model_ema"])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +95,7 @@ def test_the_blocks_of_mar_with_a_discrete_head(world: Path, caplog: pytest.LogC
         ({"codebook_size": 0}, "codebook_size 0 with head 'discrete'"),
         ({"vae_path": "vae.ckpt"}, "the model has vae_stride 4, but the VAE"),
         ({"diffusion_batch_mul": 4}, "diffusion_batch_mul 1, got 4"),
-        ({"trunk": "mae", "head": "diffusion", "loss_on": "all"}, "loss_on 'all' with head 'diffusion'"),
+        ({"head": "diffusion"}, "codebook_size 32 with head 'diffusion'"),
         ({"num_sampling_steps": 20}, "num_sampling_steps"),
     ],
 )

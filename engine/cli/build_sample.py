@@ -25,7 +25,7 @@ from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, 
 from engine.sample.pipeline import StructMARPipeline
 from engine.sample.speech import measure_latency, transcribe
 from engine.train.parallel import compile_parts
-from models.config import preset_config
+from models.config import backbone_config
 from models.frozen.codec import load_codec
 from models.frozen.speech import PipelineTranscriber, Transcriber
 from models.masking import require_fitting_iterations
@@ -122,7 +122,7 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     identity = read_identity(args.resume)
     sizes = {name: vars(args)[name] for name in ("diffloss_d", "diffloss_w", "img_size", "class_num")}
     overrides = {name: value for name, value in sizes.items() if value is not None}
-    architecture = preset_config(args.model, **overrides, rope_mode="off") if identity is None else identity.config
+    architecture = backbone_config(args.model, **overrides) if identity is None else identity.config
     for label in args.class_label:
         if not 0 <= label < architecture.class_num:
             raise ValueError(f"--class_label {label} is outside 0 ... {architecture.class_num - 1}")
