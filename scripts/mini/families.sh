@@ -18,8 +18,8 @@ KL=$MINI/vae/kl8_mini.ckpt VQ=$MINI/vq/vq4_mini.pt
 CODES="--head discrete --codebook_size 1024 --vae_stride 4 --patch_size 2 --code_dim 128"
 model_flags() { # trunk_head, MAR's blocks; maskgil: LLaMA's blocks, as many parameters as the continuous models
     case "$1" in
-        mae_diffusion) echo "--model mar_mini" ;;
-        single_diffusion) echo "--model mar_mini --trunk single" ;;
+        mae_diffusion) echo "--model mar_mini --mask_ratio_min 0.3" ;;
+        single_diffusion) echo "--model mar_mini --mask_ratio_min 0.3 --trunk single" ;;
         mae_discrete) echo "--model mar_mini $CODES" ;;
         single_discrete) echo "--model mar_mini --trunk single $CODES" ;;
         maskgil) echo "--model maskgil_mini --proj_dropout 0" ;;
@@ -45,13 +45,12 @@ DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
 STEPS="${STEPS:-4000}" IMAGES="${IMAGES:-250}"
 read -r -a COUNTS <<<"${ITERATIONS:-8 16 32 64}"
 read -r -a MODELS <<<"${NAMES:-$ALL}"
-NUM_TRAIN=6000 NUM_VAL=500 BATCH=48 SUFFIX="" EXTRA=() SCORE=() TIME=() YOLOX=""
+NUM_TRAIN=6000 NUM_VAL=500 BATCH=48 SUFFIX="" SCORE=() TIME=() YOLOX=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke)
             DATA="${DATA}_smoke" CACHE="${CACHE}_smoke" SUFFIX="_smoke" COUNTS=(2 4)
             STEPS=2 IMAGES=4 NUM_TRAIN=96 NUM_VAL=16 BATCH=24
-            EXTRA=(--num_preview 0)
             SCORE=(--batch_size 4 --num_resamples 20)
             TIME=(--num_images 2 --repeats 1)
             ;;
@@ -95,7 +94,7 @@ for name in "${MODELS[@]}"; do
     # shellcheck disable=SC2046  # flags are words
     $python main_mar.py --config configs/mini_discrete.yaml --output_dir "$OUT/$name" --coco_root "$DATA" \
         --cached_path "$(cached_by "$tokenizer")" --vae_path "$tokenizer" --batch_size "$BATCH" --epochs "$EPOCHS" \
-        --max_steps "$STEPS" --no-online_eval "${RUN[@]}" $(model_flags "$name") ${EXTRA[@]+"${EXTRA[@]}"}
+        --max_steps "$STEPS" --no-online_eval "${RUN[@]}" $(model_flags "$name")
     touch "$OUT/$name/trained"
 done
 
@@ -112,8 +111,8 @@ for name in "${MODELS[@]}"; do
         step "$name: $IMAGES images of $count iterations"
         judged="$OUT/$name/$count/judge"
         evaluate "$name" "$count" $MINI/fasterrcnn_mini_judge.pth "$judged" --features $MINI/fasterrcnn_mini.pth
-        $python -m scripts.mini.colour_accuracy --coco_root "$DATA" --images "$judged/images/seed_0" \
-            --output "$OUT/$name/$count/colour.json"
+        $python -m scripts.mini.colour_accuracy --coco_root "$DATA" --max_images "$IMAGES" \
+            --images "$judged/images/seed_0" --output "$OUT/$name/$count/colour.json"
         if [ -n "$YOLOX" ]; then evaluate "$name" "$count" "$YOLOX" "$OUT/$name/$count/yolox" --skip_unknown; fi
     done
 done
