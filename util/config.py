@@ -16,8 +16,10 @@ import argparse
 import copy
 import difflib
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +35,19 @@ MAX_CHARACTERS = 10**6  # of a file of flags
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction)
 
 Expand = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+
+
+@contextmanager
+def told_as_flags(names: Iterable[str]) -> Iterator[None]:
+    """A ValueError raised inside names these fields as the flags of the same names that they came from.
+
+    Fields of one word (`head`) stay, since a message may mean the word.
+    """
+    fields = "|".join(name for name in names if "_" in name)
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(rf"(?<![\w-])({fields})\b", r"--\1", str(error))) from error
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.sampling.config import OPTIONS_OF_HEAD, SamplingConfig, default_sampling, require_options_of
-from util.config import given_options, parse_args
+from util.config import given_options, parse_args, told_as_flags
 
 if TYPE_CHECKING:
     from engine.checkpoint.identity import Identity
@@ -22,6 +22,7 @@ SCALES = ("cfg_text", "cfg_layout")
 FLAGS = tuple(each.name for each in fields(SamplingConfig) if each.name != "head")
 
 
+@told_as_flags(FLAGS)
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     """The options of the head that the flags are of; flags that are None have its defaults.
 

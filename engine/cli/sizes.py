@@ -6,6 +6,7 @@ import argparse
 
 from models.config import StructMARConfig, preset_config
 from util.buckets import Size, bucket_cell, bucket_sizes, read_size
+from util.config import told_as_flags
 
 PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class_num", "buffer_size", "diffloss_d",
                  "diffloss_w", "max_objects", "attn_dropout", "proj_dropout", "rope_mode", "learned_pos", "trunk",
@@ -13,6 +14,7 @@ PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class
                  "linear_bias", "loss_on", "label_smoothing", "rope_scale", "size_condition")  # fmt: skip
 
 
+@told_as_flags(PRESET_FIELDS)
 def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -> StructMARConfig:
     """The preset with what the flags replace. Raises ValueError for an unknown preset or sizes that do not fit."""
     values = vars(args)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from util.config import ConfigError, PresetAction, dump_yaml, load_yaml, parse_args, resolved_dict
+from util.config import ConfigError, PresetAction, dump_yaml, load_yaml, parse_args, resolved_dict, told_as_flags
 from util.ranges import positive_float
 
 
@@ -191,3 +191,14 @@ def test_a_number_out_of_range_in_a_file_is_told_with_the_file(
     with pytest.raises(SystemExit):
         parse_args(parser, ["--config", path])
     assert f"config file {path}: --lr must be positive, got nan" in capsys.readouterr().err
+
+
+def test_fields_are_told_as_the_flags_they_came_from():
+    for said, told in (
+        ("img_size 65 is not a multiple of 8", "--img_size 65 is not a multiple of 8"),
+        ("--img_size 65, my_img_size 3 and img_sizes", "--img_size 65, my_img_size 3 and img_sizes"),
+        ("a head has num_iter", "a head has --num_iter"),
+    ):
+        with pytest.raises(ValueError) as caught, told_as_flags(("img_size", "num_iter", "head")):
+            raise ValueError(said)
+        assert str(caught.value) == told
