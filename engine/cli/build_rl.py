@@ -56,7 +56,9 @@ from models.build import build_model
 from models.frozen.clip_score import load_clip
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
-from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator
+from models.policy.base import Estimator, Policy
+from models.policy.elbo import ElboEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import load_structmar_weights

@@ -5,7 +5,7 @@ Of B prompts with G images each (Shao et al. 2024, arXiv:2402.03300):
     A_bg = (r_bg - mean_g r_b) / std_g r_b
     L    = -mean min(rho A, clip(rho, 1 - e, 1 + e) A) + beta KL,    rho = exp(lp - lp_old)
 
-with the dual clip of Ye et al. 2020 (arXiv:1912.09729) for A < 0. The log-probabilities come from models/policy.py, one
+with the dual clip of Ye et al. 2020 (arXiv:1912.09729) for A < 0. The log-probabilities come from models/policy/, one
 per ratio; old ones are computed once, right after the rollout, at the draws that all inner steps use. The KL stands in
 the loss: in the reward it would be normalised away with it, together with whatever noise it carries.
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from engine.rl.settings import ADV_NORMS, KL_ESTIMATORS
 
 if TYPE_CHECKING:
-    from models.policy import PolicyOutput
+    from models.policy.base import PolicyOutput
 
 STD_FLOOR = 1e-4  # added to a standard deviation before dividing by it
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside any clip range, and far from overflow

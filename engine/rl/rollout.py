@@ -22,7 +22,7 @@ from engine.rl.rewards import LayoutReward, RewardBatch
 from engine.sample.generate import ImageConditions
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import unsharded
-from models.policy import Samples, collect_samples
+from models.policy.base import Samples, collect_samples
 from models.sampling.config import SamplingConfig
 from util.images import Picture
 from util.rng import generator

@@ -38,7 +38,7 @@ from engine.train.optim import clip_gradients
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position, TrainState
 from models.heads.diffusion_sampler import Trace
-from models.policy import Estimator, LossInputs, Policy, PolicyOutput, Samples, ScoringNoise
+from models.policy.base import Estimator, LossInputs, Policy, PolicyOutput, Samples, ScoringNoise
 from models.structmar import StructMAR
 from util.distributed import DistInfo, any_rank, reduce_mean
 from util.rng import derive_seed, generator

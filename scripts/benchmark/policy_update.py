@@ -19,7 +19,8 @@ from engine.rl.rollout import Rollout, RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
 from engine.train.optim import build_optimizer
 from engine.train.state import Position, TrainState
-from models.policy import ElboEstimator, Policy, Samples
+from models.policy.base import Policy, Samples
+from models.policy.elbo import ElboEstimator
 from models.weights import select_trainable
 from scripts.benchmark.table import OURS, Contender
 from scripts.benchmark.world import TRAINED, World

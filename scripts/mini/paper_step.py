@@ -14,7 +14,7 @@ from engine.cli.build_rl import build_rl
 from engine.rl.step import GrpoStep, ScoredPass
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position
-from models.policy import ElboEstimator
+from models.policy.elbo import ElboEstimator
 from util.distributed import DistInfo
 from util.rng import generator
 

@@ -21,7 +21,9 @@ from engine.train.optim import build_optimizer
 from engine.train.parallel import wrap
 from engine.train.state import Position, TrainState
 from models.frozen.detections import Detections
-from models.policy import ElboEstimator, Estimator, Policy, TrajectoryEstimator, collect_samples
+from models.policy.base import Estimator, Policy, collect_samples
+from models.policy.elbo import ElboEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
 from models.structmar import StructMAR

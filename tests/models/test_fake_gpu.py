@@ -21,7 +21,9 @@ from models.heads.diffloss import DiffusionNoise
 from models.heads.diffusion_sampler import Trace
 from models.heads.discrete_sampler import CodeTrace
 from models.masking import TokenMask
-from models.policy import ElboEstimator, Estimator, Samples, ScoringNoise, TrajectoryEstimator
+from models.policy.base import Estimator, Samples, ScoringNoise
+from models.policy.elbo import ElboEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig, default_sampling
 from models.sampling.controls import NoControls
 from models.sampling.guidance import embed_branches

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.policy import ElboEstimator, Estimator, TrajectoryEstimator, collect_samples
+from models.policy.base import Estimator, collect_samples
+from models.policy.elbo import ElboEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
 from tests.helpers import reference

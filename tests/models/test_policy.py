@@ -13,18 +13,18 @@ from torch import Tensor
 from models.heads.diffusion import reverse_steps
 from models.heads.diffusion_sampler import Trace
 from models.masking import cosine_masked_counts
-from models.policy import (
-    ElboEstimator,
+from models.policy.base import (
     Estimator,
     LossInputs,
     Policy,
     PolicyOutput,
     Samples,
     ScoringNoise,
-    TrajectoryEstimator,
     collect_samples,
     draw_iterations,
 )
+from models.policy.elbo import ElboEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
 from models.structmar import StructMAR

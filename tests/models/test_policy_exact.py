@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from models.heads.diffusion import ReverseStep, reverse_steps, training_schedule
-from models.policy import ElboEstimator, Samples, TrajectoryEstimator, collect_samples
+from models.policy.base import Samples, collect_samples
+from models.policy.elbo import ElboEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
 from models.structmar import StructMAR, StructMARConfig

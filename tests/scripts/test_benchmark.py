@@ -21,7 +21,7 @@ import models
 from models.flops import meta_model, sampling_flops
 from models.heads.packed import PackedLinear, can_pack
 from models.masking import cosine_masked_counts
-from models.policy import ElboEstimator
+from models.policy.elbo import ElboEstimator
 from models.structmar import StructMAR
 from scripts.benchmark import cli, curves, operations, plot, run, table, timing
 from scripts.benchmark.baseline import load_baseline, on_this_device, sample_baseline

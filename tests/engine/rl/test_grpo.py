@@ -16,7 +16,7 @@ from engine.rl.grpo import (
     zero_std_share,
 )
 from engine.rl.settings import ADV_NORMS, KL_ESTIMATORS
-from models.policy import PolicyOutput
+from models.policy.base import PolicyOutput
 
 CLIP = 0.2
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from engine.data.inputs import StepInputs
 from engine.train.optim import build_optimizer
 from engine.train.state import Position
-from models.policy import ElboEstimator, Estimator, TrajectoryEstimator
+from models.policy.base import Estimator
+from models.policy.elbo import ElboEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable

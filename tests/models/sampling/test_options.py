@@ -19,7 +19,7 @@ from engine.sample.step_comparison import channel_changes, compare_steps, energy
 from models.heads.diffusion import reverse_steps
 from models.heads.diffusion_sampler import ReverseOptions
 from models.masking import cosine_masked_counts, sample_orders
-from models.policy import TrajectoryEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.condition_cache import GuidedBackbone, plan_iterations
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import embed_branches

@@ -9,7 +9,9 @@ import torch
 
 from engine.rl.step import GrpoConfig, GrpoStep, ScoredPass
 from engine.train.state import TrainState
-from models.policy import ElboEstimator, PolicyOutput, Samples, ScoringNoise, TrajectoryEstimator
+from models.policy.base import PolicyOutput, Samples, ScoringNoise
+from models.policy.elbo import ElboEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from scripts.mini.paper_step import PaperStep
 from util.distributed import DistInfo

@@ -16,7 +16,7 @@ from engine.cli.arguments_rl import rl_parser
 from engine.cli.build_rl import build_estimator
 from engine.cli.sampling import sampling_config
 from engine.eval.compare import Measured
-from models.policy import TrajectoryEstimator
+from models.policy.trajectory import TrajectoryEstimator
 from scripts import evaluate_layout
 from scripts.mini import rl_curves, rl_table, rl_tables
 from scripts.mini.rl_measures import load_evaluation, measure
