@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See `engine.cli.main.run_main`. PyTorch is imported once the arguments are known to be right."""
     parser = rl_parser()
     with first_process_speaks(), one_line_errors(parser.prog):
-        args, note = parse_sampling_args(parser, argv, validate_rl_args, head_of)
+        args, note = parse_sampling_args(parser, argv, validate_rl_args, head_of, for_rollouts=True)
         from engine.cli.build_rl import build_rl
         from engine.cli.main import run_main
     return run_main(parser.prog, args, build_rl, note)

@@ -88,7 +88,7 @@ class ScoringFlops:
     def __init__(self, model: StructMAR, num_text: int) -> None:
         """model: of `meta_model`. num_text: tokens of the caption."""
         config, conditions = model.config, meta_conditions(model.config, 1, num_text)
-        tokens = model.head.empty_tokens(1, config.num_tokens, META)  # [1, L, C]
+        tokens = model.head.empty_tokens(1, math.prod(config.unit_grid()), META)  # [1, L, C]
 
         @lru_cache
         def backbone(num_visible: int) -> PassFlops:
@@ -98,9 +98,9 @@ class ScoringFlops:
 
             return forward_backward(model, run)
 
-        z = torch.zeros(1, config.decoder_embed_dim, device=META, requires_grad=True)  # [1, D]
+        z = torch.zeros(1, model.head.z_dim, device=META, requires_grad=True)  # [1, Z]
         noise = model.head.sample_noise(1, torch.Generator()).to(META)
-        self.num_tokens = config.num_tokens
+        self.num_tokens = tokens.shape[1]
         self.row = forward_backward(model, lambda: model.head.token_loss(tokens[0, :1], z, noise))
         self.forward = second_degree(lambda n: backbone(n).forward, _half(config))
         self.backward = second_degree(lambda n: backbone(n).backward, _half(config))

@@ -142,6 +142,27 @@ class StructMAR(Trunk):
             target, z = target.index_select(0, hidden), z.index_select(0, hidden)  # [r, C'], [r, Z]
         return self.head.token_loss(target, z, noise.head).mean()
 
+    def code_logits(
+        self,
+        tokens: Tensor,
+        kept_ids: Tensor,
+        token_ids: Tensor,
+        labels: Tensor | None = None,
+        text: TextContext | None = None,
+        layout: LayoutBatch | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """What the discrete head says of chosen tokens: one pass of the backbone.
+
+        tokens: [B, L, C'], of which kept_ids [B, n] are visible; token_ids: [B, p]; grid: the config's by default;
+        returns logits of the codebook's K codes for each of a token's codes, [B, p, C', K] float32, computed in float32
+        even under autocast. Sharded models need this method registered as `denoise`.
+        """
+        conditions = self.embed_conditions(len(tokens), labels, text, layout, grid)
+        z = self.predict(tokens, kept_ids, self.prepare(conditions), token_ids)  # [B, p, Z]
+        with torch.autocast(z.device.type, enabled=False):
+            return self.code_head.logits(z.float())  # [B, p, C', K]
+
     def denoise(
         self,
         tokens: Tensor,

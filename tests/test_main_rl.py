@@ -22,7 +22,7 @@ import engine.rl.step
 import main_mar
 import main_rl
 from engine.cli.arguments_rl import rl_parser
-from engine.cli.build import model_config
+from engine.cli.sizes import model_config, rl_estimator
 from engine.eval.profiles import load_profile
 from engine.rl.rollout import RolloutWorker
 from tests.helpers.coco_fixture import CATEGORIES, annotation_path
@@ -102,7 +102,7 @@ def test_the_papers_values_arrive():
     args = parse_args(rl_parser(), words(STAGE_3))
     assert (args.epochs, args.batch_size, args.group_size, args.num_iter) == (10, 4, 4, 256)
     assert (args.rl_step_ratio, args.kl_coef, args.lr, args.grad_checkpointing) == (1.0, 0.02, 1e-6, True)
-    assert (args.rl_estimator, args.rl_mix, args.adv_norm, args.rl_train) == ("elbo", "loss", "zscore", "all")
+    assert (rl_estimator(args), args.rl_mix, args.adv_norm, args.rl_train) == ("elbo", "loss", "zscore", "all")
     assert (args.w_iou, args.w_confidence, args.w_centroid, args.w_miss, args.w_extra) == (1.0, 0.2, 0.2, 0.1, 0.05)
     assert (args.cfg, args.inner_epochs, args.weight_decay, args.ema_rate) == (1.0, 2, 0.0, 0.995)
     config = model_config(args, 80, 512)

@@ -19,7 +19,15 @@ from engine.cli.arguments import (
 from engine.cli.arguments_model import add_model_args
 from engine.cli.arguments_sampling import add_sampling_args, steps_int
 from engine.cli.arguments_scores import add_score_args
-from engine.rl.settings import ADV_NORMS, GUARD_MODES, KL_ESTIMATORS, MIXES, RewardSettings, RewardWeights
+from engine.rl.settings import (
+    ADV_NORMS,
+    ESTIMATORS,
+    GUARD_MODES,
+    KL_ESTIMATORS,
+    MIXES,
+    RewardSettings,
+    RewardWeights,
+)
 from util.config import Parser
 from util.ranges import (
     Range,
@@ -34,7 +42,6 @@ from util.ranges import (
     whole,
 )
 
-ESTIMATORS = ("elbo", "trajectory")
 RL_TRAIN_MODES = {"all": "full", "backbone": "backbone", "adapters": "text_layout"}  # --rl_train -> train_mode
 DEFAULTS = {
     "output_dir": "./output/stage3_rl_grpo",
@@ -94,15 +101,16 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rl_estimator",
-        default="elbo",
+        default=None,
         choices=ESTIMATORS,
-        help="log-probabilities from denoising losses of the final tokens, or of the recorded reverse steps",
+        help="log-probabilities from denoising losses of the final tokens, of the recorded reverse steps, or (discrete "
+        "head) exact ones of codes; None: elbo, or exact",
     )
     group.add_argument(
         "--rl_masks",
         type=whole(1, 65536),
         default=None,
-        help="sampling iterations scored per image; None: 4 (elbo), 16 (trajectory)",
+        help="sampling iterations scored per image; None: 4 (elbo), 16 (trajectory), all (exact)",
     )
     group.add_argument(
         "--rl_draws",
@@ -114,7 +122,7 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
         "--inner_epochs", type=whole(1, 1000), default=2, help="optimizer steps on each update's rollouts"
     )
     group.add_argument(
-        "--clip_range", type=positive_float, default=None, help="of the ratio; None: 0.05 (elbo), 0.2 (trajectory)"
+        "--clip_range", type=positive_float, default=None, help="of the ratio; None: 0.05 (elbo), 0.2 (the others)"
     )
     group.add_argument(
         "--kl_coef", type=nonnegative_float, default=0.02, help="weight of the KL to the start; 0: no reference model"
@@ -123,7 +131,7 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
         "--kl_estimator",
         default="k3",
         choices=KL_ESTIMATORS,
-        help="k2, k3: from log-probabilities; eps: elbo only; exact: trajectory only",
+        help="k2, k3: from log-probabilities; eps: elbo only; exact: trajectory, and exact over all codes",
     )
     group.add_argument(
         "--adv_norm", default="zscore", choices=ADV_NORMS, help="how a group's rewards become advantages"
@@ -141,7 +149,7 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
         "--rl_train",
         default="all",
         choices=sorted(RL_TRAIN_MODES),
-        help="everything; without the diffusion head; or stage 1's new parts",
+        help="everything; without the head; or stage 1's new parts",
     )
 
 

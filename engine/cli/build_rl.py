@@ -39,6 +39,7 @@ from engine.cli.build import (
     read_parts,
 )
 from engine.cli.sampling import sampling_config
+from engine.cli.sizes import rl_estimator
 from engine.data.coco import CocoLayoutDataset
 from engine.eval.judge import Judge, unknown_categories
 from engine.rl.cost import estimate_cost
@@ -58,6 +59,7 @@ from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.policy.base import Estimator, Policy
 from models.policy.elbo import ElboEstimator
+from models.policy.exact import ExactEstimator
 from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
@@ -69,6 +71,8 @@ from util.rng import generator
 from util.types import Category
 
 logger = logging.getLogger(__name__)
+
+CLIP_RANGES = {"elbo": 0.05, "trajectory": 0.2, "exact": 0.2}
 
 
 def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
@@ -167,7 +171,7 @@ def rl_train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def grpo_config(args: argparse.Namespace, total_updates: int) -> GrpoConfig:
-    clip_range = {"elbo": 0.05, "trajectory": 0.2}[args.rl_estimator] if args.clip_range is None else args.clip_range
+    clip_range = CLIP_RANGES[rl_estimator(args)] if args.clip_range is None else args.clip_range
     return GrpoConfig(
         seed=args.seed,
         total_updates=total_updates,
@@ -186,8 +190,11 @@ def grpo_config(args: argparse.Namespace, total_updates: int) -> GrpoConfig:
 
 
 def build_estimator(args: argparse.Namespace, sampling: SamplingConfig) -> Estimator:
+    if rl_estimator(args) == "exact":
+        has_distribution = args.kl_coef > 0 and args.kl_estimator == "exact"
+        return ExactEstimator(sampling, args.rl_masks or sampling.num_iter, has_distribution)
     is_guided = sampling.cfg_text != 1 or sampling.cfg_layout != 1
-    if args.rl_estimator == "trajectory":
+    if rl_estimator(args) == "trajectory":
         num_masks = min(16, sampling.num_iter) if args.rl_masks is None else args.rl_masks
         return TrajectoryEstimator(sampling, num_masks, args.rl_draws)
     if is_guided:
@@ -278,7 +285,8 @@ def as_policy(model: StructMAR, estimator: Estimator) -> nn.Module:
 def open_denoise(model: StructMAR) -> None:
     """A sharded model gathers its weights for `forward` alone, unless it is told of other methods."""
     if isinstance(model, FSDPModule):
-        register_fsdp_forward_method(model, "denoise")
+        for method in ("denoise", "code_logits"):
+            register_fsdp_forward_method(model, method)
 
 
 def describe_cost(args: argparse.Namespace, parts: Parts, estimator: Estimator, updates: int) -> list[str]:
@@ -288,7 +296,7 @@ def describe_cost(args: argparse.Namespace, parts: Parts, estimator: Estimator, 
         parts.sampling,
         args.batch_size,
         args.group_size,
-        args.rl_estimator,
+        rl_estimator(args),
         estimator.num_masks,
         estimator.num_draws,
         args.inner_epochs,

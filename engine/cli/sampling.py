@@ -47,6 +47,7 @@ def parse_sampling_args(
     argv: Sequence[str] | None = None,
     check: Callable[[argparse.Namespace], None] = lambda args: None,
     head_of: Callable[[argparse.Namespace], str] | None = None,
+    for_rollouts: bool = False,
 ) -> tuple[argparse.Namespace, str | None]:
     """As `parse_args`, with the options that the weights of --resume name as defaults, or else their head's; and a line
     that says which the weights name.
@@ -54,6 +55,8 @@ def parse_sampling_args(
     check: raises ValueError or FileNotFoundError for arguments that do not go together. It is called before the
     weights are looked at, which takes seconds as PyTorch is imported, and again with what they name.
     head_of: the head of the model that the flags describe, where a command makes one; None: the weights say.
+    for_rollouts: where nothing is asked for, what can be scored stands in for what cannot
+    (`SamplingConfig.for_rollouts`).
     Raises ValueError for a flag that is another head's.
     """
     args, given = parse_args(parser, argv), given_options(parser, argv)
@@ -67,16 +70,23 @@ def parse_sampling_args(
     require_options_of(head, said)
     named = None if identity is None or identity.sampling is None or identity.config.head != head else identity.sampling
     plain = default_sampling(head)
-    defaults = _defaults(parser, plain if named is None else named, given, is_named=named is not None)
+    own = plain if named is None else named
+    chosen = own.for_rollouts() if for_rollouts else own
+    defaults = _defaults(parser, chosen, given, is_named=named is not None)
+    if for_rollouts and head == "discrete" and "num_iter" not in {*given, *defaults}:
+        defaults["num_iter"] = chosen.num_iter  # the parser's is for reverse processes
     args = parse_args(parser, argv, defaults)
     _forget_foreign(args, said, head)
     check(args)
     if named is None:
         return args, None
     standard = asdict(plain) | {"guidance_interval": list(plain.guidance_interval)}
+    is_own = {name: value == getattr(chosen, name) for name, value in asdict(own).items()}
     used = [
-        f"{name} {value}" for name, value in defaults.items() if vars(args)[name] == value != standard[name]
-    ]  # fmt: skip
+        f"{name} {value}"
+        for name, value in defaults.items()
+        if is_own[name] and vars(args)[name] == value != standard[name]
+    ]
     return args, f"sampling options from the weights: {', '.join(used)}" if used else None
 
 

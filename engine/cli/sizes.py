@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from engine.rl.settings import DEFAULT_ESTIMATORS
 from models.config import StructMARConfig, preset_config
 from util.buckets import Size, bucket_cell, bucket_sizes, read_size
 from util.config import told_as_flags
@@ -56,3 +57,8 @@ def picture_sizes(args: argparse.Namespace, config: StructMARConfig) -> tuple[Si
     for size in sizes:
         config.grid_of(size)
     return sizes
+
+
+def rl_estimator(args: argparse.Namespace) -> str:
+    """--rl_estimator, or the one of the model's head."""
+    return args.rl_estimator or DEFAULT_ESTIMATORS[head_of(args)]

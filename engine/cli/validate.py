@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli.sampling import sampling_config
-from engine.cli.sizes import model_config, picture_sizes
+from engine.cli.sizes import head_of, model_config, picture_sizes, rl_estimator
+from engine.rl.settings import ESTIMATOR_HEADS
 from engine.train.profile import profiled_steps
 from models.config import TRAIN_MODES
 from util.names import BEST_NAME, LAST_NAME
@@ -57,17 +58,31 @@ def validate_rl_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--w_quality and --quality_clip_path belong together, got {args.w_quality} and '{args.quality_clip_path}'"
         )
-    wrong = {"elbo": "exact", "trajectory": "eps"}[args.rl_estimator]
-    if args.kl_coef > 0 and args.kl_estimator == wrong:
-        raise ValueError(f"--kl_estimator {wrong} does not go with --rl_estimator {args.rl_estimator}")
-    if args.rl_estimator == "elbo" and args.rl_draws is not None and args.rl_draws % 2:
-        raise ValueError(f"--rl_draws must be even for --rl_estimator elbo (each noise goes with its negative), "
-                         f"got {args.rl_draws}")  # fmt: skip
+    _choose_estimator(args)
     _require_paths(
         args,
         needed=("coco_root", "vae_path", "clip_path", "detector_path"),
         optional=("resume", "eval_detector", "quality_clip_path"),
     )
+
+
+def _choose_estimator(args: argparse.Namespace) -> None:
+    """Sets --rl_estimator to the head's own where it is not given. Raises ValueError for what does not go with it."""
+    head, chosen = head_of(args), rl_estimator(args)
+    args.rl_estimator = chosen
+    if ESTIMATOR_HEADS[chosen] != head:
+        raise ValueError(f"--rl_estimator {chosen} is for a {ESTIMATOR_HEADS[chosen]} head, this model's is {head}")
+    wrong = {"elbo": "exact", "trajectory": "eps", "exact": "eps"}[chosen]
+    if args.kl_coef > 0 and args.kl_estimator == wrong:
+        raise ValueError(f"--kl_estimator {wrong} does not go with --rl_estimator {chosen}")
+    if chosen == "elbo" and args.rl_draws is not None and args.rl_draws % 2:
+        raise ValueError(f"--rl_draws must be even for --rl_estimator elbo (each noise goes with its negative), "
+                         f"got {args.rl_draws}")  # fmt: skip
+    if chosen == "exact":
+        if args.rl_draws is not None:
+            raise ValueError(f"--rl_draws {args.rl_draws} does not go with --rl_estimator exact, which draws nothing")
+        order = args.order or "random"  # where none is given, rollouts have this one
+        sampling_config(argparse.Namespace(**(vars(args) | {"order": order}))).require_exact()
 
 
 def _check_run(args: argparse.Namespace) -> None:

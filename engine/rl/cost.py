@@ -8,24 +8,27 @@ belongs to iteration i (`models/flops.py` counts them) and b_i its guidance bran
 
 M masks, K draws per token. Masks are stratified over the L tokens, so iteration i, which leaves m_i tokens hidden, has
 the probability (m_i - m_{i+1}) / L in E. `elbo` scores all m_i hidden tokens, without guidance (b_i = 1); `trajectory`
-those that iteration i unmasked, with it: other branches than the full one are forward passes only.
+and `exact` those that iteration i unmasked, with it: other branches than the full one are forward passes only. With a
+pass for each iteration, `exact` has each once.
 
 Left out: see `models/flops.py`; the frozen VAE, CLIP and detector, the SFT part of a mixed loss, evaluations, what
-scoring saves in guidance branches without text or boxes, and what is saved where only a part of the model trains.
+scoring saves in guidance branches without text or boxes, what `exact` saves in the last block, which it runs for scored
+tokens alone, and what is saved where only a part of the model trains.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from engine.rl.settings import ESTIMATORS
 from models.flops import PassFlops, ScoringFlops, meta_model, sampling_flops
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import choose_branches
 from models.structmar import StructMAR, StructMARConfig
 
-ESTIMATORS = ("elbo", "trajectory")
 SKIPPED_STEPS = 2  # reverse steps at either end that `trajectory` never scores
 UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
@@ -85,8 +88,8 @@ def estimate_cost(
 ) -> RlCost:
     """See the module's docstring; prompts and updates are those of one process, with a caption and boxes each.
 
-    num_draws: None for all reverse steps that `trajectory` may score. num_text_tokens: of a padded batch. accum_iter:
-    batches of prompts in an update, rolled out and scored one after the other.
+    num_draws: None for all reverse steps that `trajectory` may score; `exact` draws nothing. num_text_tokens: of a
+    padded batch. accum_iter: batches of prompts in an update, rolled out and scored one after the other.
     Raises ValueError for an unknown estimator, a count below 1, or more masks than iterations.
     """
     draws = _scored_draws(estimator, num_draws, sampling.head_options(0).num_calls)
@@ -100,7 +103,7 @@ def estimate_cost(
     _check({"rl_masks": num_masks, "rl_draws": draws, **sizes}, sampling.num_iter)
     images, evaluations = accum_iter * prompts * group_size, 1 + has_reference + inner_epochs
     model = meta_model(config)
-    scored = _mean_scoring(model, sampling, estimator, draws, num_text_tokens)
+    scored = _mean_scoring(model, sampling, estimator, num_masks, draws, num_text_tokens)
     head_calls = sum(sampling.head_options(iteration).num_calls for iteration in range(sampling.num_iter))
     return RlCost(
         images=images,
@@ -115,16 +118,17 @@ def estimate_cost(
 
 
 def _mean_scoring(
-    model: StructMAR, sampling: SamplingConfig, estimator: str, draws: int, num_text_tokens: int
+    model: StructMAR, sampling: SamplingConfig, estimator: str, num_masks: int, draws: int, num_text_tokens: int
 ) -> PassFlops:
     """The expectation over the iterations that a mask may belong to; `forward` is of all guidance branches."""
-    num_tokens, is_elbo = model.config.num_tokens, estimator == "elbo"
+    num_tokens, is_elbo = math.prod(model.config.unit_grid()), estimator == "elbo"
+    takes_each = estimator == "exact" and num_masks == sampling.num_iter
     branches = 1 if is_elbo else len(choose_branches(sampling, has_text=True, has_layout=True)[0])
     flops, forward, backward = ScoringFlops(model, num_text_tokens), 0.0, 0.0
     counts = sampling.masked_counts(num_tokens)
     for (now, after), use in zip(pairwise(counts), sampling.branch_uses(branches), strict=True):
         part = flops.at(now, draws * (now if is_elbo else now - after))
-        share = (now - after) / num_tokens
+        share = 1 / sampling.num_iter if takes_each else (now - after) / num_tokens
         forward += share * part.forward * (1 if use == "full only" else branches)
         backward += share * part.backward
     return PassFlops(forward, backward)
@@ -157,6 +161,8 @@ def format_flops(flops: float) -> str:
 def _scored_draws(estimator: str, num_draws: int | None, num_steps: int) -> int:
     if estimator not in ESTIMATORS:
         raise ValueError(f"rl_estimator must be one of {ESTIMATORS}, got {estimator!r}")
+    if estimator == "exact":
+        return 1
     if estimator == "elbo":
         if num_draws is None:
             raise ValueError("rl_draws must be a number for the elbo estimator, got None")

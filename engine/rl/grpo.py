@@ -121,7 +121,8 @@ def kl_penalty(kind: str, current: PolicyOutput, reference: PolicyOutput) -> Ten
         is not that of the KL, k2's is. Of the elbo estimator both are penalties that grow with the distance of the
         predictions, not nats: q carries the noise of its draws.
       eps: ||eps - eps_ref||^2 summed over C, per draw: the elbo estimator's outputs only.
-      exact: KL(N(mu, s) || N(mu_ref, s_ref)) summed over C, per reverse step: the trajectory estimator's outputs only.
+      exact: KL(N(mu, s) || N(mu_ref, s_ref)) summed over C, per reverse step, of the trajectory estimator's outputs;
+        KL(pi || pi_ref) over all codes, per code, of the exact estimator's.
     Raises ValueError for another kind, outputs that lack what it needs, shapes that differ, and a reference with a
     gradient.
     """
@@ -131,6 +132,10 @@ def kl_penalty(kind: str, current: PolicyOutput, reference: PolicyOutput) -> Ten
         _check_pair("log_prob", current.log_prob, reference.log_prob)
         q = (reference.log_prob - current.log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [n, p] or [n, p, K]
         return (0.5 * q.square() if kind == "k2" else torch.expm1(q) - q).mean()
+    if kind == "exact" and current.code_log_probs is not None and reference.code_log_probs is not None:
+        return _code_divergence(current.code_log_probs, reference.code_log_probs)
+    if current.mean is None or reference.mean is None:
+        raise ValueError(f"the KL estimator {kind!r} needs what the network predicted: these are outputs of codes")
     _check_pair("mean", current.mean, reference.mean)
     difference = current.mean - reference.mean  # [n, p, K, C]
     if kind == "eps":
@@ -144,6 +149,15 @@ def kl_penalty(kind: str, current: PolicyOutput, reference: PolicyOutput) -> Ten
     shift = difference * torch.exp(-reference.log_std)  # [n, p, K, C], in the reference's standard deviations
     divergence = 0.5 * (torch.expm1(2 * spread) + shift.square()) - spread  # [n, p, K, C]
     return divergence.sum(-1).mean()
+
+
+def _code_divergence(current: Tensor, reference: Tensor) -> Tensor:
+    """KL(pi || pi_ref) of log-probabilities [n, p, C, codes], a mean over n, p and C. The terms pi_ref - pi, which add
+    up to 0, make each part at least 0, and value and gradient exactly 0 where both agree."""
+    _check_pair("code_log_probs", current, reference)
+    probs = current.exp()  # [n, p, C, codes]
+    parts = probs * (current - reference) - probs + reference.exp()  # [n, p, C, codes]
+    return parts.sum(-1).mean()
 
 
 def _ratio_stats(log_ratio: Tensor, advantage: Tensor, clip_range: float, dual_clip: float) -> dict[str, Tensor]:

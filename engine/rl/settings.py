@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+ESTIMATOR_HEADS = {"elbo": "diffusion", "trajectory": "diffusion", "exact": "discrete"}  # whose tokens each scores
+ESTIMATORS = tuple(ESTIMATOR_HEADS)
+DEFAULT_ESTIMATORS = {"diffusion": "elbo", "discrete": "exact"}  # by head
 ADV_NORMS = ("zscore", "center", "batch", "none")
 KL_ESTIMATORS = ("k2", "k3", "eps", "exact")
 MIXES = ("loss", "step")

@@ -23,7 +23,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ from engine.rl.rollout import Rollout, RolloutObserver, RolloutWorker
 from engine.train.optim import clip_gradients
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position, TrainState
-from models.heads.diffusion_sampler import Trace
 from models.policy.base import Estimator, LossInputs, Policy, PolicyOutput, Samples, ScoringNoise
 from models.structmar import StructMAR
 from util.distributed import DistInfo, any_rank, reduce_mean
@@ -165,6 +164,7 @@ class GrpoStep:
         with torch.no_grad():
             for noise in noise_of_passes:
                 old = self._outputs(self.state.wrapped, rollout.samples, noise)
+                old = replace(old, code_log_probs=None)  # large, and the reference's alone is needed
                 reference = None if self.reference is None else self._outputs(self.reference, rollout.samples, noise)
                 passes.append(ScoredPass(rollout.samples, advantages, noise, old, reference))
                 self._note_replay(rollout.samples, noise, old)
@@ -176,7 +176,8 @@ class GrpoStep:
         """One step on the passes (weight rl_share) and the batches' own images (the rest)."""
         state, num_terms = self.state, len(passes) + len(batches)
         for index, each in enumerate(passes):
-            self.rl_backward(each, rl_share / len(passes), is_last=index + 1 == num_terms)
+            weight = rl_share * each.noise.weight / len(passes)
+            self.rl_backward(each, weight, is_last=index + 1 == num_terms)
         for index, batch in enumerate(batches):
             key = (position.step, inner, index, self.dist.rank)
             is_last = len(passes) + index + 1 == num_terms
@@ -301,8 +302,6 @@ class GrpoStep:
 
     def _note_replay(self, samples: Samples, noise: ScoringNoise, old: PolicyOutput) -> None:
         """How far the old log-probabilities are from those recorded while sampling: a mismatch would show here."""
-        if not isinstance(samples.trace, Trace) or noise.steps is None:
-            return
-        rows = noise.token_ids[..., None].expand(-1, -1, samples.trace.log_probs.shape[-1])  # [n, p, S]
-        recorded = samples.trace.log_probs.gather(1, rows)[..., list(noise.steps)]  # [n, p, K]
-        self._note({"replay_gap": (recorded - old.log_prob).abs().max()})
+        gap = self.estimator.replay_gap(samples, noise, old.log_prob)
+        if gap is not None:
+            self._note({"replay_gap": gap})

@@ -1,9 +1,10 @@
 """Log-probabilities of sampled tokens under a StructMAR, with gradients: what a policy gradient needs of the model.
 
-A masked autoregressive model has no likelihood at hand, since every token comes out of a diffusion head. Two estimators
-stand in for it, behind one interface: `elbo.py` scores finished tokens, `trajectory.py` recorded reverse steps.
+Codes have exact log-probabilities (`exact.py`). A continuous token has no likelihood at hand, since it comes out of a
+diffusion head. Two estimators stand in for it: `elbo.py` scores finished tokens, `trajectory.py` the recorded reverse
+steps.
 
-Both rebuild the backbone's inputs from the final tokens and the order alone: a token never changes once it is drawn.
+All rebuild the backbone's inputs from the final tokens and the order alone: a token never changes once it is drawn.
 Random choices (`ScoringNoise`) are made once and shared by the old, the current and the reference policy, so that at
 equal weights their log-probabilities are equal to the bit; with choices of their own the ratio would be noise.
 Left out: the probability of the order (it is drawn uniformly). The model must be in eval mode (dropout would be a
@@ -33,7 +34,7 @@ class Samples:
     """Sampled images and what they were sampled for.
 
     tokens: [n, L, C] float32, the final ones, of a (rows, columns) grid. orders: [n, L] int64, unmasked from the end.
-    text, layout: n rows each. trace: the reverse processes, n rows, if recorded.
+    text, layout: n rows each. trace: how they came about, n rows, if recorded.
     """
 
     tokens: Tensor
@@ -56,13 +57,15 @@ def collect_samples(output: SampleOutput, text: TextContext | None, layout: Layo
 class PolicyOutput:
     """The log-probabilities of one pass, one per ratio, and the network's prediction behind them.
 
-    log_prob: [n, p] (elbo) or [n, p, K] (trajectory) float32. mean: [n, p, K, C] float32, the predicted noise (elbo) or
-    the mean of the next state (trajectory). log_std: [n, p, K, C], trajectory only.
+    log_prob: [n, p] (elbo), [n, p, K] (trajectory) or [n, p, C] (exact) float32. mean: [n, p, K, C] float32, the
+    predicted noise (elbo) or the mean of the next state (trajectory). log_std: [n, p, K, C], trajectory only.
+    code_log_probs: [n, p, C, codes of the codebook], exact only, where the KL needs them.
     """
 
     log_prob: Tensor
-    mean: Tensor
+    mean: Tensor | None = None
     log_std: Tensor | None = None
+    code_log_probs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ class ScoringNoise:
     """Everything random about one pass; drawn once, shared by the old, the current and the reference policy.
 
     kept_ids: [n, L - m], the visible tokens. token_ids: [n, p], the scored ones. timesteps: [n, p, K] int64, what the
-    network is told. noise: [n, p, K, C] (elbo) or None. steps: K indices into `reverse_steps` (trajectory) or None.
-    iteration: the sampler's iteration that the pass belongs to.
+    network is told (K = 0 for exact). noise: [n, p, K, C] (elbo) or None. steps: K indices into `reverse_steps`
+    (trajectory) or None. iteration: the sampler's iteration that the pass belongs to. weight: of the pass's mean among
+    the passes, 1 on average.
     """
 
     kept_ids: Tensor
@@ -80,11 +84,16 @@ class ScoringNoise:
     noise: Tensor | None
     steps: tuple[int, ...] | None
     iteration: int
+    weight: float = 1.0
 
 
 class Estimator(Protocol):
-    """needs_trace: the samples must have been recorded (`sample(..., record=True)`). num_masks: passes of the backbone.
-    num_draws: per token; None: all reverse steps that may be scored."""
+    """head: whose tokens it scores, of `HEADS`. needs_trace: the samples must have been recorded
+    (`sample(..., record=True)`). num_masks: passes of the backbone. num_draws: per token; None: all reverse steps that
+    may be scored."""
+
+    @property
+    def head(self) -> str: ...
 
     @property
     def needs_trace(self) -> bool: ...
@@ -100,6 +109,10 @@ class Estimator(Protocol):
 
     def log_probs(self, model: StructMAR, samples: Samples, noise: ScoringNoise) -> PolicyOutput:
         """One pass, with gradients if they are enabled."""
+
+    def replay_gap(self, samples: Samples, noise: ScoringNoise, log_prob: Tensor) -> Tensor | None:
+        """How far `log_probs` of the weights that sampled is from what was recorded then: the largest difference, a
+        scalar; None if nothing was recorded."""
 
 
 def draw_iterations(counts: Sequence[int], num_masks: int, generator: torch.Generator) -> list[int]:
@@ -138,6 +151,8 @@ class Policy(nn.Module):
 
     def __init__(self, model: StructMAR, estimator: Estimator) -> None:
         super().__init__()
+        if model.config.head != estimator.head:
+            raise ValueError(f"an estimator of the {estimator.head} head with a model of the {model.config.head} head")
         self.model = model
         self.estimator = estimator
 

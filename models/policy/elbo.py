@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from models.blocks import gather_tokens
 from models.config import NUM_TRAIN_STEPS
@@ -48,6 +49,10 @@ class ElboEstimator:
             raise ValueError(f"num_draws must be even and at least 2, got {self.num_draws}")
         if not self.kappa > 0:
             raise ValueError(f"kappa must be positive, got {self.kappa}")
+
+    @property
+    def head(self) -> str:
+        return "diffusion"
 
     @property
     def needs_trace(self) -> bool:
@@ -96,3 +101,7 @@ class ElboEstimator:
         eps = output.float().chunk(2, dim=-1)[0]  # [n, p, K, C]
         errors = (noise.noise - eps).square().sum(-1)  # [n, p, K]
         return PolicyOutput(-self.kappa * errors.mean(-1), eps)
+
+    def replay_gap(self, samples: Samples, noise: ScoringNoise, log_prob: Tensor) -> Tensor | None:
+        """See `Estimator`. Nothing of it happens while sampling."""
+        return None

@@ -60,6 +60,10 @@ class TrajectoryEstimator:
             raise ValueError(f"num_draws must lie between 1 and the {allowed} allowed steps, got {self.num_draws}")
 
     @property
+    def head(self) -> str:
+        return "diffusion"
+
+    @property
     def needs_trace(self) -> bool:
         return True
 
@@ -111,6 +115,14 @@ class TrajectoryEstimator:
         log_variance = torch.stack([part[1] for part in parts], dim=2)  # [n, p, K, C]
         log_std = 0.5 * log_variance + math.log(self.config.temperature)  # [n, p, K, C]
         return PolicyOutput(normal_log_prob(after, mean, log_std), mean, log_std)
+
+    def replay_gap(self, samples: Samples, noise: ScoringNoise, log_prob: Tensor) -> Tensor | None:
+        """See `Estimator`."""
+        if not isinstance(samples.trace, Trace) or noise.steps is None:
+            return None
+        rows = noise.token_ids[..., None].expand(-1, -1, samples.trace.log_probs.shape[-1])  # [n, p, S]
+        recorded = samples.trace.log_probs.gather(1, rows)[..., list(noise.steps)]  # [n, p, K]
+        return (recorded - log_prob).abs().max()
 
     def _predict(self, model: StructMAR, samples: Samples, noise: ScoringNoise, noisy: Tensor) -> tuple[Tensor, Tensor]:
         """The guided eps and the full branch's variance fraction, each [n, p, K, C] float32."""

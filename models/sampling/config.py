@@ -17,7 +17,7 @@ Command lines name what stands here, so this file imports PyTorch only where it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.config import HEADS, NUM_TRAIN_STEPS, require_reverse_steps
@@ -172,6 +172,24 @@ class SamplingConfig:
             uses.append("run" if runs else "reuse")
             num_guided += 1
         return uses
+
+    def for_rollouts(self) -> SamplingConfig:
+        """The same, but for options of codes that `require_exact` refuses: their defaults, and a random order."""
+        if self.head != "discrete":
+            return self
+        order = self.order if self.is_blind else "random"
+        return replace(self, order=order, top_k=None, top_p=None, uncond_refresh=1)
+
+    def require_exact(self) -> None:
+        """Raises ValueError naming the option if what is drawn of codes has no exact log-probabilities."""
+        for name, is_exact, reason in (
+            ("order", self.is_blind, "the choice of tokens would have a probability too: take random or halton"),
+            ("top_k", self.top_k is None, "other weights may not be able to draw what was drawn"),
+            ("top_p", self.top_p is None, "other weights may not be able to draw what was drawn"),
+            ("uncond_refresh", self.uncond_refresh == 1, "every guidance branch of every iteration is needed"),
+        ):
+            if not is_exact:
+                raise ValueError(f"{name} {getattr(self, name)} does not go with exact log-probabilities: {reason}")
 
     def require_traceable(self) -> None:
         """Raises ValueError if the reverse processes cannot be scored by their log-probabilities."""

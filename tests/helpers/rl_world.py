@@ -23,8 +23,9 @@ from engine.train.state import Position, TrainState
 from models.frozen.detections import Detections
 from models.policy.base import Estimator, Policy, collect_samples
 from models.policy.elbo import ElboEstimator
+from models.policy.exact import ExactEstimator
 from models.policy.trajectory import TrajectoryEstimator
-from models.sampling.config import SamplingConfig
+from models.sampling.config import SamplingConfig, default_sampling
 from models.sampling.sampler import sample
 from models.structmar import StructMAR
 from models.weights import select_trainable
@@ -34,10 +35,14 @@ from util.ema import Ema
 from util.rng import generator
 
 SAMPLING = SamplingConfig(num_iter=3, num_sampling_steps=6, t_max=950, clip_x0=3.0)
+CODES = default_sampling("discrete", num_iter=3, order="random", temperature=0.8)
 ESTIMATORS: dict[str, Estimator] = {
     "elbo": ElboEstimator(num_iter=3, num_masks=2, num_draws=2),
     "trajectory": TrajectoryEstimator(SAMPLING, num_masks=2),
+    "exact": ExactEstimator(CODES, num_masks=2),
 }
+CODEBOOK_SIZE = 6
+DISCRETE = {"head": "discrete", "codebook_size": CODEBOOK_SIZE, "vae_embed_dim": 1}
 SETTINGS = GrpoConfig(seed=5, total_updates=4, inner_epochs=1, grad_clip=0.0)
 
 TokenReward = Callable[[Tensor], Tensor]
@@ -101,6 +106,29 @@ def variant(mode: str = "full", **overrides: Any) -> StructMAR:
     return model.eval()
 
 
+def code_variant(mode: str = "full", **overrides: Any) -> StructMAR:
+    """The same with a discrete head, whose weights are its own."""
+    torch.manual_seed(4)
+    model = StructMAR(replace(tiny_model().config, **DISCRETE, **overrides))
+    own = tiny_model().state_dict()
+    shared = {name: own[name] for name, tensor in model.state_dict().items() if name in own}
+    model.load_state_dict({**model.state_dict(), **shared})
+    torch.nn.init.normal_(model.code_head.out.weight, std=0.2)
+    select_trainable(model, mode)
+    return model.eval()
+
+
+def model_for(estimator: str, mode: str = "full", **overrides: Any) -> StructMAR:
+    """With the head whose tokens the estimator scores."""
+    return (code_variant if ESTIMATORS[estimator].head == "discrete" else variant)(mode, **overrides)
+
+
+def as_codes(batch: StepInputs) -> StepInputs:
+    """The same images as codes [B, 1, h, w]."""
+    codes = (batch.latents[:, :1].sigmoid() * CODEBOOK_SIZE).floor()  # [B, 1, h, w]
+    return replace(batch, latents=codes)
+
+
 def train_state_of(model: StructMAR, estimator: Estimator, dist: DistInfo = CPU, lr: float = 1e-3) -> TrainState:
     """As engine/cli/build.py's; --ema_rate .9. dist: with more than one process, DDP if they have joined a group."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -124,12 +152,14 @@ def grpo_step(
     **settings: Any,
 ) -> GrpoStep:
     """A step on `model` (None: a new one) with a reference of equal weights, unless kl_coef is 0. seen: observes it."""
-    model = variant() if model is None else model
     chosen = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
-    config = replace(SETTINGS, **settings)
-    worker = cast(RolloutWorker, TokenWorker(model, reward, needs_trace=chosen.needs_trace))
+    has_codes = chosen.head == "discrete"
+    model = (code_variant() if has_codes else variant()) if model is None else model
+    config, sampling = replace(SETTINGS, **settings), CODES if has_codes else SAMPLING
+    worker = cast(RolloutWorker, TokenWorker(model, reward, sampling, needs_trace=chosen.needs_trace))
     reference = None if config.kl_coef == 0 else frozen_copy(model)
-    make_inputs = None if config.rl_step_ratio == 1 else lambda batch, epoch, draws: batch
+    read = as_codes if has_codes else lambda batch: batch
+    make_inputs = None if config.rl_step_ratio == 1 else lambda batch, epoch, draws: read(batch)
     state, observers = train_state_of(model, chosen, dist, lr), [] if seen is None else [seen]
     return GrpoStep(config, state, worker, chosen, reference, make_inputs, dist, observers)
 

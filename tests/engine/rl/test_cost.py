@@ -8,7 +8,7 @@ import pytest
 from engine.rl.cost import describe_time_left, estimate_cost, format_duration, format_flops
 from models.flops import ScoringFlops, meta_model, sampling_flops
 from models.masking import cosine_masked_counts
-from models.sampling.config import SamplingConfig
+from models.sampling.config import SamplingConfig, default_sampling
 from models.structmar import preset_config
 from tests.helpers import tiny
 
@@ -117,6 +117,23 @@ def test_a_trajectory_update_scores_the_tokens_of_an_iteration_and_its_other_bra
     assert guided.scoring_flops == pytest.approx(6 * 4 * (4 * forward + backward))
 
 
+@pytest.mark.parametrize("trunk", [{"trunk": "mae"}, {"trunk": "single", "encoder_depth": 0, "patch_size": 2}])
+def test_an_exact_update_scores_each_code_once(trunk):
+    """A pass for each iteration, over the tokens that it unmasked; fewer passes are drawn in proportion to these."""
+    codes = {"head": "discrete", "codebook_size": 50, "vae_embed_dim": 1, "code_dim": 8, "vae_stride": 2}
+    config = replace(CONFIG, **({"patch_size": 2} | codes | trunk))
+    sampling = default_sampling("discrete", num_iter=4, order="random", cfg_text=3.0, cfg_layout=3.0)
+    flops, num_units = ScoringFlops(meta_model(config), NUM_TEXT), config.unit_grid()[0] * config.unit_grid()[1]
+    parts = [flops.at(now, now - after) for now, after in pairwise(sampling.masked_counts(num_units))]
+    forward, backward = sum(part.forward for part in parts), sum(part.backward for part in parts)
+    cost = estimate_cost(config, sampling, 2, 3, "exact", 4, 1, 2, True, NUM_TEXT, updates=10)
+    assert cost.scoring_flops == pytest.approx(6 * (4 * 2 * forward + 2 * backward))  # two branches each
+    assert cost.rollout_flops == 6 * sampling_flops(meta_model(config), sampling, NUM_TEXT)
+    assert (cost.head_calls, cost.rollout_passes, cost.scoring_passes) == (4, 4, 4 * 4)
+    some = estimate_cost(config, sampling, 2, 3, "exact", 2, 1, 2, True, NUM_TEXT, updates=10)
+    assert 0.4 * cost.scoring_flops < some.scoring_flops < 0.6 * cost.scoring_flops
+
+
 def test_accumulated_batches_follow_one_another():
     """Twice the prompts at once, or in two batches: the same images and FLOPs, but twice the calls."""
     at_once = estimate_cost(CONFIG, SAMPLING, 4, 3, "elbo", 3, 6, 2, True, NUM_TEXT, updates=10)
@@ -165,7 +182,7 @@ def test_bad_values_are_refused():
     counts = {"prompts": 1, "group_size": 2, "num_masks": 2, "num_draws": 4, "inner_epochs": 1, "updates": 1}
     good = {"estimator": "elbo", "has_reference": True, "num_text_tokens": NUM_TEXT, **counts}
     for changes, message in (
-        ({"estimator": "exact"}, "rl_estimator .* 'exact'"),
+        ({"estimator": "guess"}, "rl_estimator .* 'guess'"),
         ({"num_draws": None}, "rl_draws .* None"),
         ({"num_masks": 8}, "rl_masks 8 .* num_iter 3"),
         ({"group_size": 0}, "group_size .* 0"),

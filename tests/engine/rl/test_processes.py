@@ -20,9 +20,9 @@ from tests.helpers.rl_world import (
     TokenReward,
     brightness,
     grpo_step,
+    model_for,
     poison,
     recorded_gradients,
-    variant,
     weights,
 )
 from tests.helpers.training import tiny_inputs
@@ -163,14 +163,14 @@ def test_processes_sample_and_draw_their_own_noise_and_share_the_statistics() ->
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_sharded_gradients_are_those_of_one_process(estimator: str) -> None:
-    """--fsdp: `denoise` gathers weights, the last pass exchanges gradients, every rank skips or steps alike."""
+    """--fsdp: `denoise` or `code_logits` gathers weights, the last pass exchanges gradients, all skip or step alike."""
     expected = expected_gradients(estimator, brightness)
 
     def run(rank: int) -> dict[str, Tensor]:
-        step = grpo_step(variant(), estimator, dist=info(rank))  # for its reference: a plain copy
-        model = variant()
+        step = grpo_step(model_for(estimator), estimator, dist=info(rank))  # for its reference: a plain copy
+        model = model_for(estimator)
         shard(model, model.fsdp_units(), torch.device("cpu"), 2)
-        register_fsdp_forward_method(model, "denoise")
+        register_fsdp_forward_method(model, "code_logits" if estimator == "exact" else "denoise")
         sharded = grpo_step(model, estimator, dist=info(rank), kl_coef=0.0)
         sharded.worker, sharded.reference = step.worker, step.reference
         with recorded_gradients(sharded) as seen:

@@ -1,7 +1,8 @@
-"""GRPO learns: a model of Gaussian tokens comes to draw what is rewarded, and the KL holds it back."""
+"""GRPO learns: a model of Gaussian tokens, or of codes, comes to draw what is rewarded, and the KL holds it back."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,8 +15,9 @@ from engine.train.optim import build_optimizer
 from engine.train.state import Position
 from models.policy.base import Estimator
 from models.policy.elbo import ElboEstimator
+from models.policy.exact import ExactEstimator
 from models.policy.trajectory import TrajectoryEstimator
-from models.sampling.config import SamplingConfig
+from models.sampling.config import SamplingConfig, default_sampling
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable
 from tests.helpers.rl_world import grpo_step, worker_of
@@ -41,12 +43,19 @@ SAMPLING = SamplingConfig(num_iter=2, num_sampling_steps=8, t_max=950, clip_x0=3
 ESTIMATORS: dict[str, tuple[Estimator, float]] = {  # with the clip range that engine/cli/build_rl.py gives each
     "elbo": (ElboEstimator(num_iter=2, num_masks=2, num_draws=4), 0.05),
     "trajectory": (TrajectoryEstimator(SAMPLING, num_masks=2), 0.2),
+    "exact": (ExactEstimator(default_sampling("discrete", num_iter=2, order="random"), num_masks=2), 0.2),
 }
+CODEBOOK_SIZE, BRIGHT = 6, 5
+CODES = replace(CONFIG, head="discrete", codebook_size=CODEBOOK_SIZE, vae_embed_dim=1)
 PROMPTS, GROUP = 8, 4
 
 
 def share_of_bright_tokens(tokens: Tensor) -> Tensor:
     return (tokens[..., 0] > 0.5).float().mean(1)  # [n], in [0, 1]
+
+
+def share_of_bright_codes(tokens: Tensor) -> Tensor:
+    return (tokens[..., 0] == BRIGHT).float().mean(1)  # [n], in [0, 1]; a sixth at first
 
 
 @lru_cache
@@ -65,16 +74,26 @@ def pretrained() -> dict[str, Tensor]:
     return model.state_dict()
 
 
+def start_of(estimator: Estimator) -> StructMAR:
+    """A model of codes begins with all equally likely: it needs no pretraining."""
+    torch.manual_seed(1)
+    model = StructMAR(CODES if estimator.head == "discrete" else CONFIG)
+    if estimator.head == "diffusion":
+        model.load_state_dict(pretrained())
+    select_trainable(model, "full")
+    return model
+
+
 def run(name: str, num_updates: int, **settings: Any) -> list[dict[str, float]]:
     """What every update logged."""
-    model = StructMAR(CONFIG)
-    model.load_state_dict(pretrained())
-    select_trainable(model, "full")
     estimator, clip_range = ESTIMATORS[name]
     options = {"inner_epochs": 2, "grad_clip": 1.0, "clip_range": clip_range} | settings
-    step = grpo_step(model, estimator, share_of_bright_tokens, **options)
+    reward = share_of_bright_codes if estimator.head == "discrete" else share_of_bright_tokens
+    lr = 3e-3 if estimator.head == "discrete" else 1e-3  # codes that are all equally likely take longer to part
+    step = grpo_step(start_of(estimator), estimator, reward, lr=lr, **options)
     worker = worker_of(step)
-    worker.config, worker.group_size = SAMPLING, GROUP
+    worker.group_size = GROUP
+    worker.config = estimator.config if isinstance(estimator, ExactEstimator) else SAMPLING
     logged = []
     for number in range(num_updates):
         step.take(Position(0, number, number), iter([StepInputs(torch.zeros(PROMPTS, 2, 2, 2))]))
