@@ -128,17 +128,28 @@ def sampling_flops(model: StructMAR, sampling: SamplingConfig, num_text: int) ->
     total: float = count_flops(lambda: prepare(2))[1] - once
     backbone_of = lru_cache(partial(_backbone_flops, model, context))
     token_of = lru_cache(partial(_token_flops, model, context))
-    num_tokens = math.prod(config.unit_grid())
-    order = PlannedOrder(torch.zeros(1, num_tokens, dtype=torch.int64), used.masked_counts(num_tokens))
-    for iteration, plan in enumerate(plan_iterations(order, used.branch_uses(num_branches))):
-        run = num_branches if plan.use == "run" else 1
-        drawn = 1 if plan.use == "full only" else num_branches
-        num_asked, num_drawn = plan.asked_ids.shape[1], plan.token_ids.shape[1]
-        if not used.is_blind:
-            num_asked = num_drawn = order.counts[iteration]
-        total += backbone_of(run)(plan.kept_ids.shape[1], num_asked)
-        total += num_drawn * token_of(drawn)(used.head_options(iteration))
+    for phase, order in _phases(used, math.prod(config.unit_grid())):
+        for iteration, plan in enumerate(plan_iterations(order, phase.branch_uses(num_branches))):
+            run = num_branches if plan.use == "run" else 1
+            drawn = 1 if plan.use == "full only" else num_branches
+            num_asked, num_drawn = plan.asked_ids.shape[1], plan.token_ids.shape[1]
+            if not phase.is_blind:
+                num_asked = num_drawn = order.counts[iteration]
+            total += backbone_of(run)(plan.kept_ids.shape[1], num_asked)
+            total += num_drawn * token_of(drawn)(phase.head_options(iteration))
     return total
+
+
+def _phases(sampling: SamplingConfig, num_tokens: int) -> list[tuple[SamplingConfig, PlannedOrder]]:
+    """The prefix, if there is one, and the rest: options, and an order with the numbers of tokens."""
+    places = torch.zeros(1, num_tokens, dtype=torch.int64)
+    left = num_tokens - sampling.prefix_k
+    phases = []
+    if sampling.prefix_k:
+        phases.append((sampling.of_prefix, PlannedOrder(places, range(num_tokens, left - 1, -1))))
+    if left:
+        phases.append((sampling.of_rest, PlannedOrder(places, sampling.masked_counts(left))))
+    return phases
 
 
 def _backbone_flops(model: StructMAR, context: Context, num_branches: int) -> BySize:

@@ -93,3 +93,8 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
         help="guidance runs the branches without text or layout in every k-th iteration and reuses their result in "
              "between; 1: in all"
     )  # fmt: skip
+    group.add_argument(
+        "--prefix_k", type=whole(0, 10**6), default=0,
+        help="tokens that are drawn before, row by row, one in an iteration at constant guidance; --num_iter is then "
+             "that of the others"
+    )  # fmt: skip

@@ -62,7 +62,6 @@ from models.frozen.codec import Codec, load_codec
 from models.frozen.detections import DetectorSettings
 from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import ClipTextEncoder
-from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable, summarize_trainable
@@ -235,7 +234,7 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     sampling = sampling_config(args)
     sizes = model_config(args, num_categories=0, text_dim=0)  # before anything is read: do the sizes fit together?
     if stage.has_pictures:
-        require_fitting_iterations(sampling.num_iter, math.prod(sizes.unit_grid()))
+        sampling.require_fitting(math.prod(sizes.unit_grid()))
     frozen = build_frozen(args, dist.device, stage.has_captions)
     require_fitting_codec(frozen.codec, args.vae_path, sizes)
     dataset = stage.build_data(args, sizes, frozen)

@@ -29,7 +29,6 @@ from engine.train.parallel import compile_parts
 from models.frozen.codec import load_codec
 from models.frozen.detections import BoxDetector, DetectorSettings
 from models.frozen.faster_rcnn import load_detector
-from models.masking import require_fitting_iterations
 from util.checkpoint import sha256_file
 from util.distributed import DistInfo, init_distributed, shutdown
 from util.logging import setup_logging
@@ -143,7 +142,7 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
             f"the checkpoint at most {identity.config.max_objects}"
         )
     config = sampling_config(args)
-    require_fitting_iterations(config.num_iter, math.prod(identity.config.unit_grid()))
+    config.require_fitting(math.prod(identity.config.unit_grid()))
     if args.compile or args.cuda_graphs:
         compile_parts(pipeline.model, args.cuda_graphs)
     plan = GenerationPlan(config, args.batch_size, args.precision, dist)

@@ -28,7 +28,6 @@ from engine.train.parallel import compile_parts
 from models.config import backbone_config
 from models.frozen.codec import load_codec
 from models.frozen.speech import PipelineTranscriber, Transcriber
-from models.masking import require_fitting_iterations
 from models.sampling.config import SamplingConfig
 from util.coco import BoxFilters, CocoIndex
 from util.config import resolved_dict
@@ -107,7 +106,7 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str |
     if identity is None:
         raise ValueError(f"{args.resume} holds MAR's weights, which know no captions: sample them with --class_label")
     config = sampling_config(args)
-    require_fitting_iterations(config.num_iter, math.prod(identity.config.unit_grid()))
+    config.require_fitting(math.prod(identity.config.unit_grid()))
     scenes = read_scenes(args, identity, prompt)
     require_grid(args.grid_scale, identity.config.img_size, len(scenes))
     require_free(Path(args.output_dir), len(scenes))
@@ -127,7 +126,7 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
         if not 0 <= label < architecture.class_num:
             raise ValueError(f"--class_label {label} is outside 0 ... {architecture.class_num - 1}")
     config = sampling_config(args)
-    require_fitting_iterations(config.num_iter, math.prod(architecture.unit_grid()))
+    config.require_fitting(math.prod(architecture.unit_grid()))
     labels = [label for label in args.class_label for _ in range(args.num_images)]
     require_grid(args.grid_scale, architecture.img_size, len(labels))
     require_free(Path(args.output_dir), len(labels))

@@ -138,7 +138,7 @@ def image_generator(seed: int) -> torch.Generator:
 
 def num_iterations(num_images: int, batch_size: int, config: SamplingConfig) -> int:
     """Iterations of the sampler over all batches of a run."""
-    return math.ceil(num_images / batch_size) * config.num_iter
+    return math.ceil(num_images / batch_size) * config.num_passes
 
 
 def batches(total: int, batch_size: int) -> Iterator[slice]:

@@ -47,6 +47,7 @@ class CallOptions(TypedDict, total=False):
     choice_temperature: float | None
     top_k: int | Literal["none"] | None
     top_p: float | Literal["none"] | None
+    prefix_k: int | None
 
 
 def read_scenes(
@@ -142,6 +143,7 @@ def read_options(own: SamplingConfig, given: Mapping[str, Any], num_tokens: int)
         raise ValueError(message) from error
     if config.num_iter > num_tokens:
         raise ValueError(f"num_inference_steps {config.num_iter} exceeds the {num_tokens} tokens of an image")
+    config.require_fitting(num_tokens)
     return config
 
 
@@ -188,7 +190,7 @@ def call_hooks(
         if callback is None:
             return None
         offered = {"tokens": tokens} if "tokens" in names else {}
-        changed = (callback(iteration, config.num_iter - 1 - iteration, offered) or {}).get("tokens")
+        changed = (callback(iteration, config.num_passes - 1 - iteration, offered) or {}).get("tokens")
         if changed is not None and changed.shape != tokens.shape:
             raise ValueError(
                 f"callback_on_step_end gave tokens of shape {tuple(changed.shape)}, expected {tuple(tokens.shape)}"

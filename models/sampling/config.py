@@ -61,6 +61,9 @@ class SamplingConfig:
     an iteration unmasks (`schedules.py`). choice_temperature: of the noise on confidences in the first iteration, falls
     to 0 in the last; for order `confidence`. top_k: likeliest codes that are drawn from; top_p: of these the likeliest
     up to the first with which their share exceeds it; None: all.
+
+    prefix_k: tokens that are drawn before, row by row, one in an iteration at constant guidance; num_iter is then that
+    of the others.
     """
 
     num_iter: int = 64
@@ -80,6 +83,7 @@ class SamplingConfig:
     choice_temperature: float = 4.5
     top_k: int | None = None
     top_p: float | None = None
+    prefix_k: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in (("head", HEADS), ("schedule", SCHEDULES)):
@@ -88,6 +92,8 @@ class SamplingConfig:
         self._require_own_options()
         if self.num_iter < 1:
             raise ValueError(f"num_iter must be at least 1, got {self.num_iter}")
+        if self.prefix_k < 0:
+            raise ValueError(f"prefix_k must not be negative, got {self.prefix_k}")
         if self.cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(f"cfg_schedule must be one of {CFG_SCHEDULES}, got {self.cfg_schedule!r}")
         for name, high in (("cfg_text", MAX_GUIDANCE), ("cfg_layout", MAX_GUIDANCE), ("temperature", MAX_TEMPERATURE)):
@@ -149,6 +155,43 @@ class SamplingConfig:
         t_max = ANNEALED_T_MAX if t_max is None else t_max
         return ReverseOptions(round(first + (last - first) * share), t_max, self.temperature, self.clip_x0)
 
+    @property
+    def num_passes(self) -> int:
+        """Iterations in all, with those of the prefix."""
+        return self.prefix_k + self.num_iter
+
+    @property
+    def of_prefix(self) -> SamplingConfig:
+        """The options of the iterations that draw the prefix."""
+        return replace(
+            self,
+            num_iter=self.prefix_k,
+            prefix_k=0,
+            order="raster",
+            cfg_schedule="constant",
+            guidance_interval=(0.0, 1.0),
+        )
+
+    @property
+    def of_rest(self) -> SamplingConfig:
+        """The options of the iterations after the prefix."""
+        return replace(self, prefix_k=0)
+
+    def require_fitting(self, num_tokens: int) -> None:
+        """Raises ValueError naming the numbers if there are too few tokens for prefix_k and num_iter."""
+        if self.prefix_k > num_tokens:
+            raise ValueError(f"prefix_k {self.prefix_k} is more than the number of tokens, {num_tokens}")
+        from models.masking import require_fitting_iterations
+
+        left = num_tokens - self.prefix_k
+        if self.prefix_k and 0 < left < self.num_iter:
+            raise ValueError(
+                f"num_iter {self.num_iter} is more than the {left} tokens that prefix_k {self.prefix_k} leaves of "
+                f"{num_tokens}"
+            )
+        if left:
+            require_fitting_iterations(self.num_iter, left)
+
     def masked_counts(self, num_tokens: int) -> list[int]:
         """How many of `num_tokens` unknown tokens are masked before each iteration, and (0) at the end. Raises
         ValueError for fewer tokens than iterations."""
@@ -174,11 +217,12 @@ class SamplingConfig:
         return uses
 
     def for_rollouts(self) -> SamplingConfig:
-        """The same, but for options of codes that `require_exact` refuses: their defaults, and a random order."""
+        """The same without a prefix, and but for options of codes that `require_exact` refuses: their defaults, and a
+        random order."""
         if self.head != "discrete":
-            return self
+            return self.of_rest
         order = self.order if self.is_blind else "random"
-        return replace(self, order=order, top_k=None, top_p=None, uncond_refresh=1)
+        return replace(self.of_rest, order=order, top_k=None, top_p=None, uncond_refresh=1)
 
     def require_exact(self) -> None:
         """Raises ValueError naming the option if what is drawn of codes has no exact log-probabilities."""
@@ -195,6 +239,8 @@ class SamplingConfig:
         """Raises ValueError if the reverse processes cannot be scored by their log-probabilities."""
         if self.temperature == 0:
             raise ValueError("recording needs draws, which have no density at temperature 0")
+        if self.prefix_k:
+            raise ValueError(f"recordings (stage 3) know no prefix, got prefix_k {self.prefix_k}")
         if self.is_annealed:
             raise ValueError(
                 "recorded reverse processes (the trajectory estimator) need the same steps in all iterations, got "

@@ -1,77 +1,32 @@
-"""Sampling: tokens are unmasked in some order, each drawn by the head, under guidance by text and layout.
+"""Sampling: images from conditions, from nothing or from tokens that are known (the loop: `run.py`).
 
-An iteration is one pass of the backbone per guidance branch (`condition_cache.py` leaves some out) and the head's
-drawing of the tokens it unmasks. Every image draws from its own generator, so that it does not depend on its batch.
-Sampling may start from any known tokens; the iterations are then those of the unknown ones.
-
-Everything that needs the host or does not depend on the tokens comes before the loop, which only queues kernels (but
-for orders by confidence on a head without noise of the whole grid, and for controls that change the conditions).
+Where tokens are known, the iterations are those of the unknown ones. With `SamplingConfig.prefix_k` the first tokens
+are drawn one by one, row by row, and are then known.
 
 A token is here what is hidden and drawn on its own (`StructMARConfig.unit_grid`).
 
-Shape letters: B images, G guidance branches, L image tokens, D width, C token channels, p tokens unmasked in one
-iteration, u tokens unknown.
+Shape letters: B images, L image tokens, C token channels, K tokens of a prefix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.conditioning import Conditions
-from models.context import Context
-from models.heads.base import HeadOutput, HeadSampler, HeadStep, HeadTrace
-from models.masking import require_fitting_iterations
-from models.sampling.condition_cache import GuidedBackbone, IterationPlan, plan_iterations
-from models.sampling.config import BranchUse, SamplingConfig, guidance_scales
+from models.sampling.config import SamplingConfig
 from models.sampling.controls import Controls, NoControls
-from models.sampling.guidance import Branches, embed_branches
-from models.sampling.orders import (
-    ConfidenceOrder,
-    DecodeState,
-    Order,
-    PlannedOrder,
-    commit_steps,
-    draw_orders,
-    unknown_first,
-)
+from models.sampling.guidance import embed_branches
+from models.sampling.orders import DecodeState, Order, commit_steps
+from models.sampling.run import Contexts, KnownTokens, NoiseSource, OnIteration, SampleOutput, SamplingRun, unmask
 from models.structmar import StructMAR
 from util.types import LayoutBatch, TextContext
 
-NoiseSource = Callable[[int, HeadStep, int], Tensor]
-"""(iteration, head, tokens an image) -> all randomness of these tokens, [..., B, p, C]; of all L tokens for a head with
-noise of the whole grid."""
-OnIteration = Callable[[int, Tensor], Tensor | None]
-"""(iteration that is done, tokens [B, L, C]) -> None, or tokens to go on with. With known tokens, images with as many
-unknown ones are sampled together, one such group after the other, each from iteration 0 on."""
-
-
-@dataclass(frozen=True)
-class KnownTokens:
-    """What is known before sampling. tokens: [B, L, C]; known: [B, L] bool, any number of tokens in each row."""
-
-    tokens: Tensor
-    known: Tensor
-
-
-@dataclass(frozen=True)
-class SampleOutput:
-    """tokens: [B, L, C]. latents: [B, C, h, w], scaled. orders: [B, L], the order in which tokens were unmasked, from
-    its end; what was known before comes last. commit_steps: [B, L], the iteration of each token, -1 where it was known
-    before. grid: (rows, columns) of the trunk's tokens. trace: or None."""
-
-    tokens: Tensor
-    latents: Tensor
-    orders: Tensor
-    commit_steps: Tensor
-    grid: tuple[int, int]
-    trace: HeadTrace | None = None
+__all__ = ["KnownTokens", "NoiseSource", "OnIteration", "SampleOutput", "SamplingRun", "sample", "unmask"]
 
 
 @torch.no_grad()
@@ -94,9 +49,10 @@ def sample(
 ) -> SampleOutput:
     """Samples one image per generator. The model must be in eval mode; conditions lie on its device, [B, ...].
 
-    grid: (rows, columns) of tokens, the config's by default. known: tokens to start from. order: instead of
-    `config.order`; not together with `known`. controls: of the conditions by iteration. should_stop: asked before each
-    iteration; what is masked then stays zero. record: keeps how the head drew. dtype: of weights and matrix products.
+    grid: (rows, columns) of the trunk's tokens, the config's by default. known: tokens to start from. order: instead of
+    `config.order`; not together with `known` or a prefix. controls: of the conditions by iteration, from 0 again behind
+    a prefix. should_stop: asked before each iteration; what is masked then stays zero. record: keeps how the head drew.
+    dtype: of weights and matrix products.
     Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, the grid is unknown to
     the model, the options are another head's, or a recording is wanted where it cannot be scored
     (`SamplingConfig.require_traceable`).
@@ -111,13 +67,17 @@ def sample(
     assert not model.training, "sampling needs model.eval()"
     if record:
         config.require_traceable()
-    if known is not None and order is not None:
-        raise ValueError(f"known tokens are sampled in config.order {config.order}, got order {type(order).__name__}")
+    if order is not None and (known is not None or config.prefix_k):
+        what = "known tokens are" if known is not None else f"what prefix_k {config.prefix_k} leaves is"
+        raise ValueError(f"{what} sampled in config.order {config.order}, got order {type(order).__name__}")
     num_tokens = math.prod(model.config.unit_grid(grid))
-    require_fitting_iterations(config.num_iter, num_tokens)
+    config.require_fitting(num_tokens)
     branches, config = embed_branches(model, config, batch_size, text, layout, labels, grid)
     run = SamplingRun(model, branches, config, generators, controls or NoControls(), dtype, record)
+    if config.prefix_k and known is None:
+        return _sample_after_prefix(run, on_iteration, should_stop)
     if known is not None:
+        _require_prefix(known, config.prefix_k)
         return _sample_unknown(run, known, on_iteration, should_stop)
     if order is None:
         order = run.own_order(config.masked_counts(num_tokens))
@@ -128,200 +88,6 @@ def sample(
         )
     tokens, orders, trace = unmask(run, run.start(), order, on_iteration=on_iteration, should_stop=should_stop)
     return run.output(tokens, orders, commit_steps(orders, order.counts), trace)
-
-
-@dataclass(frozen=True)
-class SamplingRun:
-    """What all iterations share. branches: of the whole batch; rows: the images of it that are sampled, None: all.
-    generators: one for each of these."""
-
-    model: StructMAR
-    branches: Branches
-    config: SamplingConfig
-    generators: Sequence[torch.Generator]
-    controls: Controls
-    dtype: torch.dtype = torch.float32
-    record: bool = False
-    rows: tuple[int, ...] | None = None
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the trunk's tokens."""
-        return self.branches.parts[0].grid
-
-    @property
-    def unit_grid(self) -> tuple[int, int]:
-        """(rows, columns) of what is drawn on its own."""
-        return self.model.config.unit_grid(self.grid)
-
-    def own_order(self, counts: Sequence[int], known: Tensor | None = None) -> Order:
-        """`config.order`. known: [B, L] bool, as many in every row as `counts` say are known from the start."""
-        if not self.config.is_blind:
-            return ConfidenceOrder(counts)
-        device = self.model.fake_latent.device
-        orders = draw_orders(self.config.order, len(self.generators), self.unit_grid, self.generators).to(device)
-        return PlannedOrder(orders if known is None else unknown_first(orders, known), counts)
-
-    def start(self, known: KnownTokens | None = None) -> DecodeState:
-        """The state before the first iteration. known: of the images that are sampled, the same number in every row."""
-        device, batch_size, num_tokens = self.model.fake_latent.device, len(self.generators), math.prod(self.unit_grid)
-        if known is None:
-            tokens = self.model.head.empty_tokens(batch_size, num_tokens, device)  # [B, L, C]
-            nothing = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)  # [B, L]
-            return DecodeState(tokens, nothing, 0, num_tokens, self.generators)
-        num_masked = num_tokens - int(known.known[0].sum())
-        return DecodeState(known.tokens.to(device), known.known.to(device), 0, num_masked, self.generators)
-
-    def only(self, rows: Sequence[int], num_iter: int) -> SamplingRun:
-        """The same for some of the images, in so many iterations."""
-        generators = [self.generators[row] for row in rows]
-        config = replace(self.config, num_iter=num_iter)
-        return replace(self, generators=generators, config=config, rows=tuple(rows))
-
-    def conditions(self, full: Conditions) -> Conditions:
-        """Of all branches of the images that are sampled. full: the full branch's, of the whole batch."""
-        branches = self.branches.with_full(full)
-        if self.rows is not None:
-            branches = replace(branches, parts=tuple(part.rows(self.rows) for part in branches.parts))
-        return branches.conditions
-
-    def output(self, tokens: Tensor, orders: Tensor, steps: Tensor, trace: HeadTrace | None) -> SampleOutput:
-        return SampleOutput(tokens, self.model.unpatchify(tokens, self.grid), orders, steps, self.grid, trace)
-
-
-def unmask(
-    run: SamplingRun,
-    state: DecodeState,
-    order: Order,
-    noise: NoiseSource | None = None,
-    on_iteration: OnIteration | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    iterations: Iterable[int] | None = None,
-    before: Context | None = None,
-) -> tuple[Tensor, Tensor, HeadTrace | None]:
-    """The loop. noise: by default each image's own generator's. iterations: those of a planned order that run, to time
-    a part of it; None: all. before: a context of this model, whose cast weights are used again. Returns tokens
-    [B, L, C], the order in which they were unmasked [B, L], and the trace if it is recorded."""
-    config, counts = run.config, order.counts
-    contexts = _Contexts(run, before)
-    head = contexts.at(0).head
-    assert head is not None, "a context for sampling has a head"
-    if order.uses_confidence and not head.has_confidence:
-        raise ValueError(f"{type(order).__name__} goes by confidence, which {type(head).__name__} does not have")
-    batch_size, num_tokens = state.known.shape
-    noises = _Noises(run, head, order, num_tokens, noise)
-    trace = None
-    if run.record:
-        trace = head.empty_trace(batch_size, num_tokens, config.head_options(0), state.tokens.device)
-    uses = config.branch_uses(len(run.branches.names))
-    plans = plan_iterations(order, uses) if isinstance(order, PlannedOrder) else None
-    orders = order.orders if isinstance(order, PlannedOrder) else _empty_orders(state)  # [B, L]
-    backbone = GuidedBackbone(len(run.branches.names))
-    for iteration in range(config.num_iter) if iterations is None else iterations:
-        if should_stop is not None and should_stop():
-            break
-        plan = plan_next(state, order, uses) if plans is None else plans[iteration]
-        z = backbone(contexts.at(iteration), state.tokens, plan).flatten(1, 2)  # [G, B * p, D]
-        w_text, w_layout = guidance_scales(config, num_tokens, counts[iteration + 1], iteration)
-        guide = partial(run.branches.combine, w_text=w_text, w_layout=w_layout)
-        chosen = noises.at(iteration, plan.token_ids)  # [..., B, p, C]
-        drawn = noises.step(iteration).sample(z, guide, chosen.flatten(-3, -2), run.record)
-        token_ids, state = keep_drawn(state, order, plan, drawn, counts[iteration + 1])
-        if plans is None:
-            orders[:, counts[iteration + 1] : counts[iteration]] = token_ids
-        if trace is not None:
-            trace.write(plan.token_ids, drawn.record)
-        if on_iteration is not None and (changed := on_iteration(iteration, state.tokens)) is not None:
-            state = replace(state, tokens=changed)
-    return state.tokens, orders, trace
-
-
-class _Noises:
-    """The head at the options of each iteration, and its noise, drawn here where it is known how much is needed."""
-
-    def __init__(
-        self, run: SamplingRun, head: HeadSampler, order: Order, num_tokens: int, source: NoiseSource | None
-    ) -> None:
-        self.options = [run.config.head_options(iteration) for iteration in range(run.config.num_iter)]
-        self.steps = {each: head.at(each) for each in dict.fromkeys(self.options)}
-        self.source = source or (lambda _, step, count: step.draw_noise(run.generators, count))
-        self.has_grid_noise = head.has_grid_noise
-        sizes = [now - after for now, after in pairwise(order.counts)]
-        if self.has_grid_noise:
-            sizes = [num_tokens] * len(sizes)
-        is_known = self.has_grid_noise or not order.uses_confidence
-        self.drawn = [self._draw(iteration, size) for iteration, size in enumerate(sizes)] if is_known else None
-
-    def step(self, iteration: int) -> HeadStep:
-        return self.steps[self.options[iteration]]
-
-    def at(self, iteration: int, token_ids: Tensor) -> Tensor:
-        """Of the tokens [B, p] that an iteration draws: [..., B, p, C]."""
-        if self.drawn is None:
-            return self._draw(iteration, token_ids.shape[1])
-        noise = self.drawn[iteration]  # [..., B, p or L, C]
-        if not self.has_grid_noise:
-            return noise
-        places = token_ids[..., None].expand(*noise.shape[:-3], *token_ids.shape, noise.shape[-1])
-        return noise.gather(-2, places)
-
-    def _draw(self, iteration: int, num_tokens: int) -> Tensor:
-        return self.source(iteration, self.step(iteration), num_tokens)
-
-
-def plan_next(state: DecodeState, order: Order, uses: Sequence[BranchUse]) -> IterationPlan:
-    """The coming iteration of an order that decides as it goes. A run whose differences are reused later asks for all
-    unknown tokens, since nobody knows yet which will be next."""
-    unknown_ids = state.unknown_ids()  # [B, u]
-    token_ids = unknown_ids if order.uses_confidence else order.next(state, None)  # [B, p]
-    is_reused = state.iteration + 1 < len(uses) and uses[state.iteration + 1] == "reuse"
-    asked_ids = unknown_ids if is_reused else token_ids  # [B, P]
-    return IterationPlan(state.known_ids(), token_ids, uses[state.iteration], asked_ids, is_reused)
-
-
-def keep_drawn(
-    state: DecodeState, order: Order, plan: IterationPlan, drawn: HeadOutput, num_masked: int
-) -> tuple[Tensor, DecodeState]:
-    """The tokens that this iteration unmasks [B, p], and the state after it. num_masked: in a row, after it."""
-    token_ids, tokens = plan.token_ids, drawn.tokens.unflatten(0, plan.token_ids.shape)  # [B, p], [B, p, C]
-    if order.uses_confidence:
-        assert drawn.confidence is not None
-        token_ids = order.next(state, drawn.confidence.unflatten(0, plan.token_ids.shape))  # [B, p]
-        places = torch.searchsorted(plan.token_ids.contiguous(), token_ids)  # [B, p], among the unknown
-        tokens = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))  # [B, p, C]
-    return token_ids, DecodeState(
-        state.tokens.scatter(1, token_ids[..., None].expand_as(tokens), tokens),  # [B, L, C]
-        state.known.scatter(1, token_ids, True),  # [B, L]
-        state.iteration + 1,
-        num_masked,
-        state.generators,
-    )
-
-
-class _Contexts:
-    """The context of each iteration; prepared anew only where the controls gave other conditions."""
-
-    def __init__(self, run: SamplingRun, before: Context | None) -> None:
-        self.run = run
-        self.iteration: int | None = None
-        self.conditions: Conditions | None = None
-        self.context = before
-
-    def at(self, iteration: int) -> Context:
-        run = self.run
-        if iteration != self.iteration:  # the controls are asked once
-            conditions = run.controls.at(iteration, run.branches.parts[0])
-            if conditions is not self.conditions:
-                self.context = run.model.prepare(run.conditions(conditions), run.dtype, before=self.context)
-            self.iteration, self.conditions = iteration, conditions
-        assert self.context is not None
-        return self.context
-
-
-def _empty_orders(state: DecodeState) -> Tensor:
-    """[B, L]: what is known stands at the end, the rest is filled in as it is unmasked."""
-    unset = torch.zeros(state.known.shape[0], state.num_masked, dtype=torch.int64, device=state.known.device)
-    return torch.cat([unset, state.known_ids()], dim=1)  # [B, L]
 
 
 def _sample_unknown(
@@ -340,7 +106,7 @@ def _sample_unknown(
             f"known tokens must be {[*shape, run.model.head.token_dim]} with a mask {list(shape)}, "
             f"got {list(known.tokens.shape)} and {list(known.known.shape)}"
         )
-    tokens = torch.where(known.known[..., None], known.tokens, 0).to(device)  # [B, L, C]
+    tokens = torch.where(known.known.to(device)[..., None], known.tokens.to(device), 0)  # [B, L, C]
     orders = torch.arange(shape[1], device=device).repeat(shape[0], 1)  # [B, L]
     steps = torch.full_like(orders, -1)  # [B, L]
     num_unknown = (~known.known).sum(1).tolist()
@@ -349,7 +115,7 @@ def _sample_unknown(
         rows = [row for row, each in enumerate(num_unknown) if each == count]
         part = run.only(rows, min(run.config.num_iter, count))
         state = part.start(KnownTokens(tokens[rows], known.known[rows]))
-        order = part.own_order(part.config.masked_counts(count), state.known)
+        order, contexts = part.own_order(part.config.masked_counts(count), state.known), Contexts(part, context)
 
         def follow(iteration: int, drawn: Tensor, rows: Sequence[int] = rows) -> Tensor | None:
             tokens[rows] = drawn
@@ -359,6 +125,38 @@ def _sample_unknown(
             tokens.copy_(changed)
             return tokens[rows]
 
-        drawn, taken, _ = unmask(part, state, order, on_iteration=follow, should_stop=should_stop, before=context)
+        drawn, taken, _ = unmask(part, state, order, on_iteration=follow, should_stop=should_stop, contexts=contexts)
         tokens[rows], orders[rows], steps[rows] = drawn, taken, commit_steps(taken, order.counts)
     return run.output(tokens, orders, steps, None)
+
+
+def _require_prefix(known: KnownTokens, prefix_k: int) -> None:
+    """Raises ValueError unless a prefix is known as a whole where tokens are known before sampling."""
+    num_known = int(known.known[:, :prefix_k].sum(1).min()) if prefix_k else 0
+    if num_known < prefix_k:
+        raise ValueError(f"known tokens must hold the first {prefix_k} (prefix_k), an image knows {num_known} of these")
+
+
+def _sample_after_prefix(
+    run: SamplingRun, on_iteration: OnIteration | None, should_stop: Callable[[], bool] | None
+) -> SampleOutput:
+    """The first K tokens, row by row, at constant guidance; then the others, as where these are known."""
+    num_prefix, num_tokens, contexts = run.config.prefix_k, math.prod(run.unit_grid), Contexts(run)
+    num_left = num_tokens - num_prefix
+    first, rest = replace(run, config=run.config.of_prefix), replace(run, config=run.config.of_rest)
+    counts = list(range(num_tokens, num_left - 1, -1))
+    hooks: dict[str, Any] = {"should_stop": should_stop, "contexts": contexts}
+    order = first.own_order(counts)
+    tokens, orders, _ = unmask(first, first.start(), order, on_iteration=on_iteration, **hooks)
+
+    def follow(iteration: int, drawn: Tensor) -> Tensor | None:
+        return None if on_iteration is None else on_iteration(num_prefix + iteration, drawn)
+
+    if num_left:
+        known = (torch.arange(num_tokens, device=tokens.device) < num_prefix).expand(len(tokens), -1)  # [B, L]
+        order = rest.own_order(rest.config.masked_counts(num_left), known)
+        state = DecodeState(tokens, known, 0, num_left, run.generators)
+        tokens, taken, _ = unmask(rest, state, order, on_iteration=follow, **hooks)
+        orders = torch.cat([taken[:, :num_left], orders[:, num_left:]], dim=1)  # [B, L]
+        counts += order.counts[1:]
+    return run.output(tokens, orders, commit_steps(orders, counts), None)

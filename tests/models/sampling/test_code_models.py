@@ -126,3 +126,50 @@ def test_flops_are_those_of_a_run(trunk: str, patch_size: int, order: str) -> No
         return count_flops(lambda: sample(model, config, [generator(seed) for seed in range(count)], **given))[1]
 
     assert sampling_flops(model, config, 6) == run(3) - run(2)
+
+
+@every_kind
+def test_a_prefix(trunk: str, patch_size: int) -> None:
+    """One token an iteration, row by row; the rest as where these are known; FLOPs with it."""
+    model, config = model_of(trunk, patch_size), replace(GUIDED, prefix_k=5)
+    output = sample(model, config, [generator(1), generator(2)], *conditions())
+    num_units = output.tokens.shape[1]
+    assert output.commit_steps[:, :5].tolist() == [list(range(5))] * 2 and (output.commit_steps[:, 5:] >= 5).all()
+    assert output.orders.sort(dim=1).values.tolist() == [list(range(num_units))] * 2
+    assert output.orders[:, -5:].tolist() == [[4, 3, 2, 1, 0]] * 2
+    counts = config.masked_counts(num_units - 5)
+    assert output.commit_steps[0].bincount()[5:].tolist() == [now - after for now, after in pairwise(counts)]
+
+    draws = [generator(1), generator(2)]
+    first = sample(model, replace(config.of_prefix, num_iter=num_units), draws, *conditions())
+    assert torch.equal(first.tokens[:, :5], output.tokens[:, :5])  # all tokens row by row begin so
+    known = torch.arange(num_units).expand(2, -1) < 5
+    draws = [generator(1), generator(2)]
+    for draw in draws:  # what the prefix took
+        for _ in range(5):
+            torch.rand(num_units, output.tokens.shape[2] + 1, dtype=torch.float64, generator=draw)
+    rest = sample(model, config, draws, *conditions(), known=KnownTokens(output.tokens, known))
+    assert torch.equal(rest.tokens, output.tokens)
+
+    meta = meta_model(model.config)
+
+    def run(count: int) -> int:
+        given = meta_conditions(meta.config, count, 6)
+        return count_flops(lambda: sample(meta, config, [generator(seed) for seed in range(count)], **given))[1]
+
+    assert sampling_flops(meta, config, 6) == run(3) - run(2)
+
+
+def test_a_prefix_that_does_not_fit() -> None:
+    model, draws = model_of("single"), [generator(1), generator(2)]
+    with pytest.raises(ValueError, match="prefix_k 65 is more than the number of tokens, 64"):
+        sample(model, replace(GUIDED, prefix_k=65), draws)
+    with pytest.raises(ValueError, match="num_iter 4 is more than the 2 tokens that prefix_k 62 leaves of 64"):
+        sample(model, replace(GUIDED, prefix_k=62), draws)
+    known = KnownTokens(torch.zeros(2, 64, 1), torch.arange(64).expand(2, -1) < 3)
+    with pytest.raises(ValueError, match=r"must hold the first 4 \(prefix_k\), an image knows 3 of these"):
+        sample(model, replace(GUIDED, prefix_k=4), draws, known=known)
+    with pytest.raises(ValueError, match="recordings .* know no prefix, got prefix_k 4"):
+        sample(model, replace(GUIDED, prefix_k=4), draws, record=True)
+    whole = sample(model, replace(GUIDED, prefix_k=64), draws)
+    assert whole.commit_steps.tolist() == [list(range(64))] * 2
