@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.cli.speed import speed_preset
 from engine.sample.generate import sampling_dtype
 from models.masking import cosine_masked_counts
-from models.sampling.config import SamplingConfig
+from models.sampling.config import SamplingConfig, default_sampling
 from models.sampling.controls import NoControls
 from models.sampling.guidance import embed_branches
 from models.sampling.orders import PlannedOrder
@@ -61,6 +61,7 @@ FEW = (Entry(PUBLIC), Entry(OURS), Entry(OURS, "bf16"), FAST)
 UNGUIDED = SamplingConfig(num_iter=16, num_sampling_steps=25)
 GUIDED = replace(UNGUIDED, cfg_text=3.0, cfg_layout=3.0)
 FULL = replace(GUIDED, num_iter=64, num_sampling_steps=100)
+CODES = default_sampling("discrete", cfg_text=3.0, cfg_layout=3.0)
 SLICE = tuple(range(4, 64, 17))  # under --speed fast the first one alone runs every branch (of all 64, one in three)
 SLICED = f"{len(SLICE)} of 64 iterations"
 
@@ -73,6 +74,8 @@ SAMPLING_CASES = (
     SamplingCase("StructMAR mar_mini", TRAINED, 1, FULL, (*OWN, FAST, FASTER)),
     SamplingCase("StructMAR mar_mini, two scales", TRAINED, 8, replace(GUIDED, cfg_text=1.5), OWN),
     SamplingCase(f"StructMAR mar_base, {SLICED}", "mar_base StructMAR", 1, FULL, (*OWN, FAST), SLICE),
+    SamplingCase("StructMAR maskgil_base", "maskgil_base StructMAR", 1, CODES, OWN[1:]),
+    SamplingCase("StructMAR maskgil_base", "maskgil_base StructMAR", 4, CODES, OWN[1:]),
 )
 ROLLOUT_CASES = (
     SamplingCase("MAR mar_mini rollout, 4 x 4", TRAINED_MAR, 16, UNGUIDED, PUBLIC_TOO, group_size=4),
@@ -97,7 +100,8 @@ def _contender(case: SamplingCase, entry: Entry, world: World, public: ModuleTyp
         else:
             generators = [torch.Generator()] * len(world)  # not drawn from: the noise is the world's
             job = SamplingRun(model, branches, used, generators, NoControls(), sampling_dtype(entry.precision))
-            order = PlannedOrder(world.orders, cosine_masked_counts(world.orders.shape[1], used.num_iter))
+            counts = used.masked_counts(world.orders.shape[1])
+            order = PlannedOrder(world.orders, counts) if used.is_blind else job.own_order(counts)
             tokens = unmask(job, job.start(), order, world.step_noise, iterations=chosen)[0]  # [B, L, C]
         return model.unpatchify(tokens, model.config.grid)  # [B, C, h, w]
 

@@ -53,10 +53,7 @@ class TrainingCase:
         """Copies of the weights are trained."""
         model = world.model
         model.config = replace(model.config, diffusion_batch_mul=self.diffusion_batch_mul)
-        side = model.config.img_size // model.config.vae_stride
-        latents = torch.randn(
-            len(world), model.config.vae_embed_dim, side, side, generator=torch.Generator().manual_seed(3)
-        )
+        latents = _latents(model, len(world))  # [B, C, h, w]
         noise = model.sample_training_noise(len(world), generator(SEED, "train", 0, 0, 0), MASK_RATIO_MIN)
         batch = _Batch(StepInputs(latents, world.labels, world.text, world.layout), noise)
         states: dict[str, Any] = {}  # of both precisions: the weights' values do not matter to the time
@@ -81,7 +78,18 @@ TRAINING_CASES = (
     TrainingCase("MAR mar_base step", "mar_base MAR", 2, 4, PUBLIC_FIRST),
     TrainingCase("StructMAR mar_mini step", TRAINED, 16, 4, STAGES),
     TrainingCase("StructMAR mar_base step", "mar_base StructMAR", 2, 4, STAGES),
+    TrainingCase("StructMAR maskgil_base step", "maskgil_base StructMAR", 2, 1, STAGES),
 )
+
+
+def _latents(model: StructMAR, batch_size: int) -> Tensor:
+    """Continuous latents or codes: [B, C, h, w]."""
+    config, draws = model.config, torch.Generator().manual_seed(3)
+    side = config.img_size // config.vae_stride
+    shape = (batch_size, config.vae_embed_dim, side, side)
+    if config.head == "discrete":
+        return torch.randint(0, config.codebook_size, shape, generator=draws).float()  # [B, 1, h, w]
+    return torch.randn(shape, generator=draws)  # [B, C, h, w]
 
 
 @dataclass(frozen=True)

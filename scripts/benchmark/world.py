@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,7 @@ def available_models(weights: Path | None, mar_weights: Path | None, mar_size: s
         "mar_base MAR": lambda: random_model("mar_base", rope_mode="off"),
         "mar_huge MAR": lambda: random_model("mar_huge", rope_mode="off"),
         "mar_base StructMAR": lambda: random_model("mar_base", **STRUCTURED),
+        "maskgil_base StructMAR": lambda: random_model("maskgil_base", **STRUCTURED),
     }
     if mar_weights is not None:
         models[TRAINED_MAR] = lambda: load_mar_for_sampling(mar_weights, preset_config(mar_size, rope_mode="off"))
@@ -76,9 +78,10 @@ class World:
         return _noise(iteration, (num_draws, len(self), num_tokens, self.model.config.token_dim))
 
     def step_noise(self, iteration: int, step: HeadStep, num_tokens: int) -> Tensor:
-        """The same, as our sampler asks for it."""
-        assert isinstance(step, DiffusionStep)
-        return self.noise(iteration, len(step.times) + 1, num_tokens)
+        """The same, as our sampler asks for it; of a discrete head what it draws."""
+        if isinstance(step, DiffusionStep):
+            return self.noise(iteration, len(step.times) + 1, num_tokens)
+        return step.draw_noise([torch.Generator().manual_seed(iteration)] * len(self), num_tokens)
 
 
 @cache
@@ -90,7 +93,7 @@ def build_world(model: StructMAR, batch_size: int, group_size: int = 1, num_obje
     """batch_size: images, `group_size` of each prompt. num_objects: boxes of an image."""
     config, prompts = model.config, batch_size // group_size
     generator = torch.Generator().manual_seed(1)
-    orders = sample_orders(batch_size, config.num_tokens, [generator])
+    orders = sample_orders(batch_size, math.prod(config.unit_grid()), [generator])
     if not is_structured(model):
         labels = (torch.arange(prompts) % config.class_num).repeat_interleave(group_size)
         return World(model, None, None, labels, orders)

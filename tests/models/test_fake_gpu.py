@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.heads.diffloss import DiffusionNoise
 from models.heads.diffusion_sampler import Trace
+from models.heads.discrete import NoNoise
 from models.heads.discrete_sampler import CodeTrace
 from models.masking import TokenMask
 from models.policy.base import Estimator, Samples, ScoringNoise
@@ -139,6 +140,19 @@ def test_sampling_loop(scales: tuple[float, float], dtype: torch.dtype, options:
 CODES = default_sampling("discrete", num_iter=3, cfg_text=1.5, cfg_layout=3.0, top_k=10, top_p=0.9)
 UNMASKED = {count: CODES.masked_counts(count) for count in (16, 64)}  # before anything is pretended
 SINGLE = {"trunk": "single", "encoder_depth": 0, "learned_pos": False}
+
+
+@pytest.mark.parametrize("counts", [(3, 50, 17), None])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_loss_of_codes(patch_size: int, counts: tuple[int, ...] | None) -> None:
+    """Rows that hide different numbers of codes are scored without a look at the mask."""
+    config = preset_config("maskgil_mini", patch_size=patch_size, vae_stride=8 // patch_size)
+    model = build(config)
+    num_units = math.prod(config.unit_grid())
+    mask = TokenMask(torch.ones(BATCH, num_units, dtype=torch.bool, device="cuda"), 50, counts)
+    latents = torch.zeros(BATCH, 1, *config.unit_grid(), device="cuda")
+    loss = model(latents, TrainingNoise(mask, NoNoise()), labels=torch.zeros(BATCH, dtype=torch.int64, device="cuda"))
+    assert loss.device.type == "cuda" and loss.shape == ()
 
 
 @pytest.mark.parametrize(("trunk", "order"), [({"patch_size": 2}, "halton"), (SINGLE, "confidence")], ids=str)

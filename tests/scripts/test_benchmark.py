@@ -28,12 +28,23 @@ from scripts.benchmark.baseline import load_baseline, on_this_device, sample_bas
 from scripts.benchmark.counting import count
 from scripts.benchmark.curves import Curve
 from scripts.benchmark.policy_update import UpdateCase
-from scripts.benchmark.sampling import FULL, GUIDED, OWN, PUBLIC_TOO, SLICE, Entry, SamplingCase, sampling_options
+from scripts.benchmark.sampling import (
+    CODES,
+    FULL,
+    GUIDED,
+    OWN,
+    PUBLIC_TOO,
+    SLICE,
+    Entry,
+    SamplingCase,
+    sampling_options,
+)
 from scripts.benchmark.table import OURS, PLAIN, PUBLIC, Row, measure
 from scripts.benchmark.timing import Ceilings, Times, interleave
 from scripts.benchmark.training import PUBLIC_FIRST, STAGES, TrainingCase
 from scripts.benchmark.world import NUM_TEXT, available_models, build_world
 from tests.helpers import reference
+from tests.helpers.family import family_model
 from tests.helpers.structured import structured_model
 
 CEILINGS = Ceilings({"fp32": 1e11, "bf16": 3e11}, 1e10)
@@ -115,6 +126,16 @@ def test_stages() -> None:
     second, first, *_ = rows_of(TrainingCase("", "", 2, 2, STAGES[:2]), structured_model())
     assert first.counts.flops < second.counts.flops  # frozen weights need no gradients
     assert first.relative_mse < 1e-9
+
+
+def test_a_model_of_codes() -> None:
+    model = family_model(num_categories=5, text_dim=12, patch_size=2)
+    sampling = replace(CODES, num_iter=4)
+    fp32, _ = rows_of(SamplingCase("", "", 2, sampling, OWN[1:]), model)
+    expected = 2 * sampling_flops(meta_model(model.config), sampling, NUM_TEXT)
+    assert fp32.counts.flops == pytest.approx(expected, rel=0.02)
+    second, first, *_ = rows_of(TrainingCase("", "", 2, 1, STAGES[:2]), model)
+    assert first.counts.flops < second.counts.flops and first.relative_mse < 1e-9
 
 
 def test_update() -> None:
