@@ -40,6 +40,7 @@ from util.output import require_output_dir
 from util.ranges import (
     batch_int,
     depth_int,
+    fraction,
     nonnegative_int,
     pixels_int,
     seed_int,
@@ -56,6 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_weight_args(parser)
     add_source_args(parser)
     add_speech_args(parser)
+    add_start_args(parser)
     add_mar_args(parser)
     add_sampling_args(parser)
     add_run_args(parser)
@@ -103,6 +105,20 @@ def add_speech_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--speech_repeats", type=whole(0, 1000), default=1,
                        help="with --speech: the first batch is drawn this many times more, to print the median time of "
                             "each part; 0: none")  # fmt: skip
+
+
+def add_start_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the images start from")
+    group.add_argument("--image", default=None,
+                       help="picture of which a part stays, of the size of the model's; empty: none")  # fmt: skip
+    group.add_argument("--mask", default=None, help="picture of the size of --image: light where it is drawn anew")
+    group.add_argument("--edit_boxes", type=fraction, nargs="+", default=None,
+                       help="instead of --mask: x0 y0 x1 y1 of each box that is drawn anew, in [0, 1]")  # fmt: skip
+    group.add_argument("--keep_boxes", type=fraction, nargs="+", default=None,
+                       help="instead of --mask: the boxes that stay; all around them is drawn")  # fmt: skip
+    group.add_argument("--prefix_source", default="self",
+                       help="the first --prefix_k tokens: drawn one by one (self), or those of this picture, or of "
+                            "this .npy file of codes, row by row")  # fmt: skip
 
 
 def add_mar_args(parser: argparse.ArgumentParser) -> None:
@@ -153,8 +169,30 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.layout:
         read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
+    check_start(args)
     require_output_dir("--output_dir", args.output_dir)
     sampling_config(args)
+
+
+def check_start(args: argparse.Namespace) -> None:
+    """Raises ValueError or FileNotFoundError for a picture without a hole, two of them, or files that are not there."""
+    holes = {"--mask": args.mask, "--edit_boxes": args.edit_boxes, "--keep_boxes": args.keep_boxes}
+    given = [name for name, value in holes.items() if value]
+    if bool(args.image) != (len(given) == 1):
+        wanted = "--image needs exactly one of --mask, --edit_boxes and --keep_boxes, and they need it"
+        raise ValueError(f"{wanted}; got {', '.join([*(['--image'] if args.image else []), *given])}")
+    if args.image and args.prefix_k:
+        raise ValueError(f"--prefix_k {args.prefix_k} does not go with --image {args.image}: both say what is known")
+    for name in ("edit_boxes", "keep_boxes"):
+        numbers = vars(args)[name] or []
+        if len(numbers) % 4:
+            raise ValueError(f"--{name} takes four numbers a box, x0 y0 x1 y1, got {len(numbers)} numbers")
+    if args.prefix_source != "self" and not args.prefix_k:
+        raise ValueError(f"--prefix_source {args.prefix_source} needs --prefix_k, how many tokens of it are taken")
+    files = {"--image": args.image, "--mask": args.mask, "--prefix_source": args.prefix_source}
+    for flag, path in files.items():
+        if path and path != "self":
+            require_regular_file(path, f"{flag} file")
 
 
 def check_speech(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
 from engine.cli.sampling import sampling_config
 from engine.data.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
+from engine.sample.editing import Start, read_edit, start_of_edit, start_of_prefix
 from engine.sample.generate import num_iterations
 from engine.sample.grid import scene_grid
 from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, replacing, require_free
@@ -35,6 +36,7 @@ from util.distributed import init_distributed
 from util.images import Picture, save_png
 from util.logging import progress, setup_logging
 from util.output import held_folder
+from util.read import short_path
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +46,15 @@ MAX_GRID_PIXELS = 4 * 10**8
 
 @dataclass(frozen=True)
 class Job:
-    """Everything checked and loaded, ready to run. labels: one per image, for MAR's own weights only."""
+    """Everything checked and loaded, ready to run. labels: one per image, for MAR's own weights only. start: what all
+    images begin from, None: nothing."""
 
     pipeline: StructMARPipeline
     scenes: list[Scene]
     labels: list[int] | None
     seeds: list[int]
     config: SamplingConfig
+    start: Start | None = None
 
 
 def draw_samples(args: argparse.Namespace, sampling_note: str | None) -> str:
@@ -67,6 +71,7 @@ def draw_samples(args: argparse.Namespace, sampling_note: str | None) -> str:
     heard = hear(args, device) if args.speech else None
     prompt = args.prompt if heard is None else heard.prompt
     job = prepare_classes(args, device) if args.class_label else prepare_scenes(args, device, prompt)
+    job = replace(job, start=read_start(args, job.pipeline))
     if args.compile or args.cuda_graphs:
         compile_parts(job.pipeline.model, args.cuda_graphs)
     logger.info(f"{len(job.scenes)} images on {device}, {args.batch_size} at a time")
@@ -139,6 +144,17 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     return Job(pipeline, scenes, labels, seeds_of(args, len(labels)), config)
 
 
+def read_start(args: argparse.Namespace, pipeline: StructMARPipeline) -> Start | None:
+    """What --image or --prefix_source says that is known. Raises FileNotFoundError or ValueError naming the file."""
+    model, codec = pipeline.model, pipeline.codec
+    if args.image:
+        edit = read_edit(args.image, args.mask or "", args.keep_boxes or (), args.edit_boxes or ())
+        return start_of_edit(model, codec, edit, f"image {short_path(args.image)}")
+    if args.prefix_k and args.prefix_source != "self":
+        return start_of_prefix(model, codec, args.prefix_source, args.prefix_k)
+    return None
+
+
 def require_grid(scale: int | None, img_size: int, num_images: int) -> None:
     """Raises ValueError for a grid that would not fit into memory."""
     pixels = min(num_images, GRID_MAX) * (img_size * (scale or 1)) ** 2
@@ -204,8 +220,8 @@ def sample_batch(job: Job, rows: slice, precision: str, on_iteration: Callable[[
     seeds = job.seeds[rows]
     options = (job.config, seeds, len(seeds), precision, on_iteration)
     if job.labels is not None:
-        return job.pipeline.draw_classes(job.labels[rows], *options)
-    return job.pipeline.draw(job.scenes[rows], *options)
+        return job.pipeline.draw_classes(job.labels[rows], *options, start=job.start)
+    return job.pipeline.draw(job.scenes[rows], *options, start=job.start)
 
 
 def image_entry(job: Job, index: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from engine.data.scenes import Scene
 from models.config import PRECISIONS
 from models.frozen.base import ImageCodec, TextEncoder
 from models.sampling.config import SamplingConfig
-from models.sampling.sampler import SampleOutput, sample
+from models.sampling.sampler import KnownTokens, SampleOutput, sample
 from models.structmar import StructMAR
 from util.images import to_picture
 from util.rng import generator
@@ -29,11 +29,14 @@ from util.types import LayoutBatch, TextContext
 
 @dataclass(frozen=True)
 class ImageConditions:
-    """What a batch of images is drawn from, [B, ...] each: captions and boxes, or MAR's class labels."""
+    """What a batch of images is drawn from, [B, ...] each: captions and boxes, or MAR's class labels. grid: (rows,
+    columns) of tokens; None: the model's own. known: tokens of one image that all start from."""
 
     text: TextContext | None = None
     layout: LayoutBatch | None = None
     labels: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    known: KnownTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def draw_batch(
             text=conditions.text,
             layout=conditions.layout,
             labels=conditions.labels,
+            grid=conditions.grid,
+            known=None if conditions.known is None else conditions.known.repeated(len(generators)),
             on_iteration=hooks.on_iteration,
             should_stop=hooks.should_stop,
             record=record,
@@ -103,12 +108,18 @@ def class_conditions(model: StructMAR, labels: Sequence[int]) -> ImageConditions
     return ImageConditions(labels=torch.tensor(labels, dtype=torch.int64, device=model.fake_latent.device))  # [B]
 
 
-def output_of(codec: ImageCodec, drawn: Sequence[Tensor], output_type: str) -> Any:
-    """What a call gives. drawn: scaled latents [B, C, h, w] of each batch. pil: a list of images; np: an array
-    [n, H, W, 3], pt: a tensor [n, 3, H, W], both in [0, 1]; latent: [n, C, h, w]."""
+def output_of(
+    codec: ImageCodec,
+    drawn: Sequence[Tensor],
+    output_type: str,
+    finish: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+) -> Any:
+    """What a call gives. drawn: scaled latents [B, C, h, w] of each batch; finish: acts on their pixels [n, 3, H, W] in
+    [-1, 1]. pil: a list of images; np: an array [n, H, W, 3], pt: a tensor [n, 3, H, W], both in [0, 1]; latent:
+    [n, C, h, w]."""
     if output_type == "latent":
         return torch.cat(list(drawn))  # [n, C, h, w]
-    pixels = torch.cat([codec.decode(latents) for latents in drawn])  # [n, 3, H, W]
+    pixels = finish(torch.cat([codec.decode(latents) for latents in drawn]))  # [n, 3, H, W]
     if output_type == "pil":
         return [Image.fromarray(to_picture(each)) for each in pixels]
     shares = pixels / 2 + 0.5  # [n, 3, H, W]

@@ -26,6 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from engine.checkpoint.identity import Identity, require_same_config
 from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
 from engine.data.scenes import Scene
+from engine.sample.editing import Start, finishing, read_edit_arguments, start_of_edit, starting_from
 from engine.sample.folder import FolderRecord, align_memory, caption_encoder_of, contents_of
 from engine.sample.generate import (
     Hooks,
@@ -247,6 +248,8 @@ class StructMARPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
         *,
+        image: Any = None,
+        mask: Any = None,
         batch_size: int = 8,
         gligen_boxes: Any = None,
         gligen_phrases: Any = None,
@@ -259,6 +262,8 @@ class StructMARPipeline(DiffusionPipeline):
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
         num_diffusion_steps: reverse steps per token. These and `options`, which have the names of the command line's
         flags: None means the weights' own (`own_sampling`), "none" takes away a bound that these name.
+        image: a picture (PIL or uint8 [H, W, 3]) of which all images keep what `mask`, a picture of its size or bool
+        [H, W], leaves dark or False.
         seed: image i of the call is the image that scripts.sample draws with seed + i. generator: instead, one that all
         images draw from, or one for each. Without either, images differ from call to call.
         batch_size: images drawn at a time. output_type: pil, np, pt or latent. return_dict: False gives a tuple.
@@ -281,13 +286,15 @@ class StructMARPipeline(DiffusionPipeline):
             **options,
         }
         config = read_options(self.own_sampling, given, math.prod(self.model.config.unit_grid()))
+        edit = read_edit_arguments(image, mask)
+        start = None if edit is None else start_of_edit(self.model, self.codec, edit)
         self.interrupt = False
         with self.progress_bar(total=num_iterations(len(scenes), batch_size, config)) as bar:
             callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
             hooks = call_hooks(config, bar.update, callback, callback_on_step_end_tensor_inputs, lambda: self.interrupt)
-            conditions = self._of_scenes(scenes)
+            conditions = starting_from(start, self._of_scenes(scenes))
             drawn = list(self._latents(conditions, config, generators, batch_size, self.precision, hooks))
-            images = output_of(self.codec, drawn, output_type)
+            images = output_of(self.codec, drawn, output_type, finishing(start))
         return StructMARPipelineOutput(images=images) if return_dict else (images,)
 
     def draw(
@@ -298,15 +305,18 @@ class StructMARPipeline(DiffusionPipeline):
         batch_size: int = 8,
         precision: str = "fp32",
         progress: Callable[[], None] | None = None,
+        start: Start | None = None,
     ) -> list[Picture]:
         """One picture per scene and seed. An empty prompt means no text, a scene without boxes means no layout.
+
+        start: what all begin from.
 
         progress: called after every iteration of every batch, `num_iterations(...)` times in all.
         Raises ValueError if scenes and seeds differ in number or a scene has more boxes than the model places.
         """
         if len(scenes) != len(seeds):
             raise ValueError(f"every scene needs its seed, got {len(scenes)} scenes and {len(seeds)} seeds")
-        return self._pictures(self._of_scenes(scenes), config, seeds, batch_size, precision, progress)
+        return self._pictures(self._of_scenes(scenes), config, seeds, batch_size, precision, progress, start)
 
     def draw_classes(
         self,
@@ -316,6 +326,7 @@ class StructMARPipeline(DiffusionPipeline):
         batch_size: int = 8,
         precision: str = "fp32",
         progress: Callable[[], None] | None = None,
+        start: Start | None = None,
     ) -> list[Picture]:
         """Class-conditional pictures, as MAR generates them: one per label and seed, without text and layout."""
         if len(labels) != len(seeds):
@@ -324,7 +335,7 @@ class StructMARPipeline(DiffusionPipeline):
         def conditions_of(rows: slice) -> ImageConditions:
             return class_conditions(self.model, labels[rows])
 
-        return self._pictures(conditions_of, config, seeds, batch_size, precision, progress)
+        return self._pictures(conditions_of, config, seeds, batch_size, precision, progress, start)
 
     def sample(
         self,
@@ -338,9 +349,9 @@ class StructMARPipeline(DiffusionPipeline):
         """One batch as the sampler gives it: tokens, latents, orders and, if recorded, the trace."""
         return draw_batch(self.model, conditions, config, generators, precision, hooks, record)
 
-    def pictures(self, latents: Tensor) -> list[Picture]:
-        """Scaled latents [B, C, h, w] -> B decoded pictures."""
-        return [to_picture(pixels) for pixels in self.codec.decode(latents.float())]
+    def pictures(self, latents: Tensor, start: Start | None = None) -> list[Picture]:
+        """Scaled latents [B, C, h, w] -> B decoded pictures, with what stays of a picture that they started from."""
+        return [to_picture(pixels) for pixels in finishing(start)(self.codec.decode(latents.float()))]
 
     def _of_scenes(self, scenes: Sequence[Scene]) -> ConditionsOf:
         encoder = self.caption_encoder
@@ -354,10 +365,11 @@ class StructMARPipeline(DiffusionPipeline):
         batch_size: int,
         precision: str,
         progress: Callable[[], None] | None,
+        start: Start | None,
     ) -> list[Picture]:
-        generators = [image_generator(seed) for seed in seeds]
+        generators, conditions_of = [image_generator(seed) for seed in seeds], starting_from(start, conditions_of)
         drawn = self._latents(conditions_of, config, generators, batch_size, precision, Hooks.counting(progress))
-        return [picture for latents in drawn for picture in self.pictures(latents)]
+        return [picture for latents in drawn for picture in self.pictures(latents, start)]
 
     def _latents(
         self,
