@@ -7,7 +7,8 @@ numbers, as latents do, and become integers only here.
 Where several codes make a token of the trunk (n = p * p), a linear turns its vector into one of E channels per code,
 and one matrix without bias scores all codes alike. It starts at zero: at first every code is equally likely.
 
-Shape letters: r rows, C codes of a row, n codes of a trunk token, D trunk width, E channels of a code, K codebook.
+Shape letters: r rows, R rows with padding, C codes of a row, n codes of a trunk token, D trunk width, E channels of a
+code, K codebook.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from models.heads.discrete_sampler import CodeSampler
 
 INIT_STD = 0.02
+ROW_MULTIPLE = 512  # of the rows of a loss: libraries keep what they prepared for every shape, and steps differ in rows
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class DiscreteHead(nn.Module):
 
     def token_loss(self, target: Tensor, z: Tensor, noise: NoNoise) -> Tensor:
         """Smoothed cross-entropy in nats, the mean over a row's codes: [r] float32. target: [r, C]; z: [r, z_dim]."""
-        logits = self.logits(z).float().flatten(0, 1)  # [r * C, K]
+        padded = F.pad(z, (0, 0, 0, -len(z) % ROW_MULTIPLE))  # [R, z_dim]
+        logits = self.logits(padded)[: len(z)].float().flatten(0, 1)  # [r * C, K]
         codes = target.long().flatten()  # [r * C]
         loss = F.cross_entropy(logits, codes, reduction="none", label_smoothing=self.label_smoothing)  # [r * C]
         return loss.view(target.shape).mean(-1)  # [r]

@@ -10,6 +10,7 @@ import torch
 
 from models.blocks import Attention, Block
 from models.config import MASK_SCHEDULES, PRESETS, preset_config
+from models.heads.discrete import DiscreteHead, NoNoise
 from models.masking import TokenMask, mask_ratio, sample_token_mask
 from models.rope import Rotation, rope_angles_2d
 from models.structmar import StructMAR, gather_tokens
@@ -151,6 +152,19 @@ def test_options_that_do_not_go_together() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             replace(family_config(), **bad)
+
+
+def test_losses_of_many_numbers_of_rows_have_few_shapes() -> None:
+    """Else a long run on a CPU prepares a product for every step, and keeps it."""
+    head = DiscreteHead(16, 1, 1, 8, 0, 0.1)
+    torch.nn.init.normal_(head.out.weight, generator=generator(1))
+    z, target = torch.randn(700, 8, generator=generator(2)), torch.arange(700)[:, None] % 16.0
+    shapes: set[int] = set()
+    head.out.register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape[0]))
+    whole = head.token_loss(target, z, NoNoise())
+    for rows in range(1, 700, 31):
+        torch.testing.assert_close(head.token_loss(target[:rows], z[:rows], NoNoise()), whole[:rows])
+    assert len(shapes) <= 2
 
 
 def test_a_new_discrete_head_finds_all_codes_equally_likely() -> None:
