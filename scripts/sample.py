@@ -34,7 +34,7 @@ from engine.cli.arguments import (
 )
 from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.sampling import parse_sampling_args, sampling_config
-from models.config import PRECISIONS
+from models.config import PRECISIONS, backbone_config
 from util.failures import one_line_errors
 from util.output import require_output_dir
 from util.ranges import (
@@ -208,9 +208,14 @@ def check_speech(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"recogniser directory not found: {args.asr_path} (--asr_path)")
 
 
+def backbone_head(args: argparse.Namespace) -> str:
+    """Of published weights, which --class_label samples. Raises ValueError for an unknown --model."""
+    return backbone_config(args.model).head if args.class_label else "diffusion"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
-        args, note = parse_sampling_args(get_parser(), argv, check_args)
+        args, note = parse_sampling_args(get_parser(), argv, check_args, backbone_head=backbone_head)
     with one_line_errors(debug=args.debug):
         from engine.cli.build_sample import draw_samples  # imports PyTorch: once the arguments are known to be right
 

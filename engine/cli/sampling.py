@@ -47,6 +47,7 @@ def parse_sampling_args(
     argv: Sequence[str] | None = None,
     check: Callable[[argparse.Namespace], None] = lambda args: None,
     head_of: Callable[[argparse.Namespace], str] | None = None,
+    backbone_head: Callable[[argparse.Namespace], str] = lambda args: "diffusion",
     for_rollouts: bool = False,
 ) -> tuple[argparse.Namespace, str | None]:
     """As `parse_args`, with the options that the weights of --resume name as defaults, or else their head's; and a line
@@ -55,6 +56,7 @@ def parse_sampling_args(
     check: raises ValueError or FileNotFoundError for arguments that do not go together. It is called before the
     weights are looked at, which takes seconds as PyTorch is imported, and again with what they name.
     head_of: the head of the model that the flags describe, where a command makes one; None: the weights say.
+    backbone_head: the head of published weights, which do not say it.
     for_rollouts: where nothing is asked for, what can be scored stands in for what cannot
     (`SamplingConfig.for_rollouts`).
     Raises ValueError for a flag that is another head's.
@@ -66,7 +68,10 @@ def parse_sampling_args(
     if head_of is None and not _exists(args.resume):
         return args, None
     identity = _identity(args.resume)
-    head = head_of(args) if head_of is not None else "diffusion" if identity is None else identity.config.head
+    if head_of is not None:
+        head = head_of(args)
+    else:
+        head = backbone_head(args) if identity is None else identity.config.head
     require_options_of(head, said)
     named = None if identity is None or identity.sampling is None or identity.config.head != head else identity.sampling
     plain = default_sampling(head)

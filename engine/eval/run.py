@@ -130,7 +130,7 @@ def generate(run: EvaluationRun) -> None:
     num_images = sum(len(chunk) for _, chunk in todo)
     if num_images:
         logger.info("generating %d of %d images on this process", num_images, len(targets) * len(sets))
-    with bar(run.dist, len(todo) * plan.config.num_iter, "generating (iterations)") as ticks:
+    with bar(run.dist, len(todo) * plan.config.num_passes, "generating (iterations)") as ticks:
         for (_, seed, folder, scenes), chunk in todo:
             generate_chunk(run.generation.pipeline, chunk, scenes, seed, plan, folder, ticked(ticks))
 

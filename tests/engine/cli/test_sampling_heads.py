@@ -88,3 +88,14 @@ def test_a_file_of_sampling_flags_is_for_the_weights_head(tmp_path):
 def test_options_of_another_head_than_the_models():
     with pytest.raises(ValueError, match="options of the discrete head, the model has the diffusion head"):
         Identity(replace(PlainMaskGIL().config, head="diffusion", codebook_size=0), "vae", 1.0, "", (), sampling=OWN)
+
+
+@pytest.mark.parametrize(("model", "head"), [("maskgil_base", "discrete"), ("mar_base", "diffusion")])
+def test_published_weights_have_the_head_of_their_size(model, head, tmp_path):
+    """Their files do not say it."""
+    path = tmp_path / "weights.safetensors"
+    save_safetensors_atomic({"weight": torch.zeros(1)}, path, {})
+    words = ["--resume", str(path), "--class_label", "1", "--model", model]
+    options = {"backbone_head": scripts.sample.backbone_head}
+    args, _ = parse_sampling_args(scripts.sample.get_parser(), words, scripts.sample.check_args, **options)
+    assert sampling_config(args) == default_sampling(head)

@@ -16,6 +16,7 @@ from models.frozen.codec import load_codec
 from models.frozen.codes import CodeCodec
 from models.frozen.text import ClipTextEncoder
 from models.frozen.vq import VqConfig
+from models.sampling.config import default_sampling
 from models.structmar import StructMAR
 from models.weights import select_trainable
 from tests.helpers.family import family_config
@@ -77,3 +78,33 @@ def test_tokenizers_of_another_kind_or_codebook_are_refused(world, paths, tmp_pa
         StructMARPipeline.from_checkpoint(checkpoint, other, world.clip, allow_other_frozen=True)
     with pytest.raises(ValueError, match=r"asked for latent_scale 0\.5, but .*other\.pt makes codes"):
         StructMARPipeline.from_checkpoint(world.checkpoint, other, world.clip)
+
+
+def test_options_of_a_call_are_its_heads(world, paths):
+    """A prefix, another order and schedule, fewer codes to draw from; nothing of reverse processes."""
+    pipe = StructMARPipeline.from_checkpoint(*paths, world.clip)
+    assert pipe.own_sampling == default_sampling("discrete")
+    plain = draw(pipe, output_type="latent")
+    every = ({"top_k": 3}, {"top_p": 0.5}, {"order": "raster"}, {"schedule": "root"}, {"choice_temperature": 100.0})
+    for options in (
+        *every,
+        {"prefix_k": 5},
+        {"temperature": 3.0},
+        {"cfg_schedule": "step_linear", "guidance_scale": 3},
+    ):
+        assert not torch.equal(draw(pipe, output_type="latent", **options), plain), options
+    assert torch.equal(draw(pipe, output_type="latent", top_k="none"), plain)
+    for name, value in (("num_diffusion_steps", 100), ("clip_x0", 3.0), ("t_max", 900)):
+        with pytest.raises(ValueError, match=f"{name} is an option of the diffusion head, but the head is discrete"):
+            draw(pipe, **{name: value})
+    with pytest.raises(TypeError, match="a call takes no argument codebook_size"):
+        draw(pipe, codebook_size=5)
+
+
+def test_a_part_of_a_picture_stays(world, paths):
+    pipe = StructMARPipeline.from_checkpoint(*paths, world.clip)
+    own = np.arange(32 * 32 * 3, dtype=np.int64).reshape(32, 32, 3).astype(np.uint8)
+    hole = np.zeros((32, 32), dtype=bool)
+    hole[20:, 20:] = True
+    found = np.asarray(draw(pipe, image=own, mask=hole)[0])
+    assert np.array_equal(found[~hole], own[~hole]) and not np.array_equal(found[hole], own[hole])
