@@ -29,10 +29,10 @@ def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
         assert one == other, where
 
 
-def in_child(target: Callable[[], Any]) -> int:
+def in_child(target: Callable[[], Any], timeout: float = 120) -> int:
     """Runs in a forked process; returns its exit code, -N if signal N ended it."""
     child = FORK.Process(target=lambda: os._exit(target() or 0))
     child.start()
-    child.join(120)
+    child.join(timeout)
     assert child.exitcode is not None, "the child hangs"
     return child.exitcode

@@ -18,6 +18,7 @@ from models.units import group_units, owners_of, ungroup_units
 from models.weights import load_mar_weights, part_of
 from tests.helpers.family import CODEBOOK, HEADS, LLAMA, TRUNKS, family_config, family_model, some_latents
 from tests.helpers.structured import generator, some_layout, some_text
+from util.types import Layout, LayoutBatch
 
 STRUCTURED: dict[str, Any] = {"num_categories": 5, "text_dim": 12}
 
@@ -74,6 +75,26 @@ def test_hidden_tokens_are_not_seen(trunk: str, patch_size: int) -> None:
         assert torch.equal(model.predict(others, kept, context), before)
         changed = torch.where(known, (tokens + 1) % CODEBOOK, tokens)
         assert not torch.allclose(model.predict(changed, kept, context), before)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["training", "sampling"])
+def test_boxes_are_seen_by_the_tokens_they_cover(patch_size: int, dtype: torch.dtype | None) -> None:
+    """In one block of a single trunk, a box of another category changes what lies inside, and nothing else."""
+    model = family_model(patch_size=patch_size, decoder_depth=1, **STRUCTURED)
+    tokens, kept = model.patchify(some_latents(model)), torch.tensor([[3, 9], [0, 7]])
+    box = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
+    found = []
+    for category in (0, 3):
+        layout = LayoutBatch.collate([Layout(box, torch.tensor([category]))] * 2, model.config.max_objects)
+        context = model.prepare(model.embed_conditions(2, layout=layout), dtype)
+        with torch.no_grad():
+            found.append(model.predict(tokens, kept, context))
+    rows, columns = model.config.unit_grid()
+    inside = torch.zeros(rows, columns, dtype=torch.bool)
+    inside[: rows // 2, : columns // 2] = True
+    changed = (found[0] - found[1]).abs().amax(-1) > 1e-6  # [B, U]
+    assert torch.equal(changed, inside.flatten().expand(2, -1))
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
