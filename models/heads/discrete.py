@@ -73,7 +73,7 @@ class DiscreteHead(nn.Module):
     ) -> None:
         super().__init__()
         self.codebook_size = codebook_size
-        self.codes = token_dim
+        self.token_dim = token_dim
         self.codes_per_token = codes_per_token
         self.label_smoothing = label_smoothing
         channels = width if codes_per_token == 1 else code_dim
@@ -85,13 +85,9 @@ class DiscreteHead(nn.Module):
         self.out = nn.Linear(channels, codebook_size, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    @property
-    def token_dim(self) -> int:
-        return self.codes
-
     def empty_tokens(self, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:
         """Stand-ins for codes that are not known yet: [B, L, C] float32."""
-        return torch.zeros(batch_size, num_tokens, self.codes, device=device)  # [B, L, C]
+        return torch.zeros(batch_size, num_tokens, self.token_dim, device=device)  # [B, L, C]
 
     def sample_noise(self, num_rows: int, generator: torch.Generator) -> NoNoise:
         """Draws nothing."""
@@ -103,7 +99,7 @@ class DiscreteHead(nn.Module):
 
     def logits(self, z: Tensor) -> Tensor:
         """Unnormalised log-probabilities of each code of a row. z: [..., z_dim]; gives [..., C, K]."""
-        return self.out(self.split(z) if self.codes == self.codes_per_token else z[..., None, :])  # [..., C, K]
+        return self.out(self.split(z) if self.token_dim == self.codes_per_token else z[..., None, :])  # [..., C, K]
 
     def token_loss(self, target: Tensor, z: Tensor, noise: NoNoise) -> Tensor:
         """Smoothed cross-entropy in nats, the mean over a row's codes: [r] float32. target: [r, C]; z: [r, z_dim]."""
