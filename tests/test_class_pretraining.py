@@ -15,6 +15,7 @@ import main_mar
 import scripts.sample
 from engine.checkpoint.files import read_identity
 from engine.checkpoint.load import export_weights
+from scripts import cache_latents
 from tests.helpers.class_folder import COLORS, write_class_folder
 from tests.helpers.runs import assert_same
 from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
@@ -87,6 +88,37 @@ def test_it_is_exported_and_sampled_by_class(world: Path, finished: Path, tmp_pa
         scripts.sample.main([str(word) for word in words])
     one, other = (Image.open(tmp_path / name / "0000.png").tobytes() for name in ("checkpoint-last", "mar"))
     assert one == other
+
+
+def write_cache(world: Path, classes: Path, cache: Path) -> None:
+    words = ["--class_root", classes, "--cached_path", cache, "--vae_path", world / "vae.ckpt"]
+    words += ["--img_size", 32, "--num_workers", 0, "--device", "cpu"]
+    cache_latents.main([str(word) for word in words])
+
+
+def test_cached_training_is_uncached_training(world: Path) -> None:
+    cache = world / "cache"
+    write_cache(world, world / "classes", cache)
+    plain = {"crop": "center", "max_steps": 2}
+    main_mar.main(flags(world, "uncached", **plain))
+    main_mar.main(flags(world, "cached", **plain, use_cached=True, cached_path=cache))
+    one, other = ([line["loss"] for line in read_metrics(world, name)] for name in ("uncached", "cached"))
+    assert other == pytest.approx(one, rel=1e-4)
+    assert "9 of 9 pictures are here, and those it was made of" in (world / "cached" / "log.txt").read_text()
+    said = fails(world, crop="random", use_cached=True, cached_path=cache)
+    assert "caches hold centre crops" in said
+
+
+def test_a_cache_of_other_pictures_is_refused(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "classes", tmp_path / "classes")
+    write_cache(world, tmp_path / "classes", tmp_path / "cache")
+    folder = tmp_path / "classes" / "train" / NAMES[0]
+    Image.new("RGB", (40, 40)).save(folder / f"{NAMES[0]}_2.JPEG")
+    cached = {"class_root": tmp_path / "classes", "cached_path": tmp_path / "cache", "use_cached": True}
+    said = fails(world, crop="center", **cached)
+    assert f"{NAMES[0]}_2.JPEG is not what the cache" in said
+    Image.new("RGB", (40, 40)).save(folder / f"{NAMES[0]}_9.JPEG")
+    assert "lacks 1 of the 10 items" in fails(world, crop="center", **cached)
 
 
 def test_check_data_looks_and_does_not_train(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

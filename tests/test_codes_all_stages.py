@@ -16,6 +16,7 @@ import main_rl
 import scripts.sample
 from engine.checkpoint.files import read_identity
 from models.frozen.vq import VqConfig, build_vq, llamagen_checkpoint
+from scripts import cache_latents
 from tests.helpers.class_folder import write_class_folder
 from tests.helpers.coco_fixture import CATEGORIES
 from tests.helpers.eval_world import write_detector
@@ -88,6 +89,20 @@ def test_every_stage_starts_from_the_one_before(world: Path, tuned: Path) -> Non
         "confidence",
         8,
     )
+
+
+def test_the_other_trunk_learns_classes_from_cached_codes(world: Path) -> None:
+    """To the last bit as from pictures: codes are whole numbers."""
+    cache, width = world / "cache", {"code_dim": None, "trunk": "mae"}
+    words = ["--class_root", world / "classes", "--cached_path", cache, "--vae_path", world / "vq.pt"]
+    words += ["--img_size", 32, "--num_workers", 0, "--device", "cpu"]
+    cache_latents.main([str(word) for word in words])
+    by_class = {"train_mode": "class", "class_root": world / "classes", "resume": None, "max_steps": 2} | width
+    main_mar.main(flags(world, "pictures", **by_class))
+    main_mar.main(flags(world, "codes", **by_class, use_cached=True, cached_path=cache))
+    one, other = (load_checkpoint(world, output)["model"] for output in ("pictures", "codes"))
+    assert_same(one, other)
+    assert "encoder_blocks.0.attn.qkv.weight" in one and "diffloss.net.input_proj.weight" not in one
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from engine.data.cache import LatentCacheKey, TextCacheKey
 from engine.data.cache_write import CropBatch, Progress, Share, write_latent_cache, write_text_cache
 from engine.data.check import check_pictures
+from engine.data.classes import SPLIT, ClassIndex
 from engine.data.sources import Photograph, Source, photographs_of
 from models.frozen.base import ImageCodec
 from models.frozen.codec import load_codec
@@ -39,23 +40,41 @@ def cache_split(args: argparse.Namespace) -> list[str]:
     dist = init_distributed(args.device)
     setup_logging(None, dist.rank)
     with held_folder(args.cached_path) if dist.is_main and not args.check_data else nullcontext(), torch.no_grad():
-        index = CocoIndex.load(args.coco_root, args.coco_split, ALL_BOXES, args.img_size)
-        said = [
-            f"{len(index)} images and {len(index.captions())} captions of {index.split}: their entries are in order"
-        ]
-        if args.latents:
-            said.append(_check_images(index, dist))
-        codec = load_codec(args.vae_path, dist.device, args.latent_scale) if args.latents else None
-        encoder = ClipTextEncoder.load(args.clip_path, dist.device) if args.text else None
-        if not args.check_data:
-            if codec is not None:
-                cache_latents(args, index, codec, dist)
-            if encoder is not None:
-                cache_text(args, index, encoder, dist)
-            said = [f"done: {args.cached_path}"]
+        said = _cache_classes(args, dist) if args.class_root else _cache_coco(args, dist)
         barrier()
     shutdown()
     return said if dist.is_main else []
+
+
+def _cache_coco(args: argparse.Namespace, dist: DistInfo) -> list[str]:
+    """Latents and text states of a split of COCO."""
+    index = CocoIndex.load(args.coco_root, args.coco_split, ALL_BOXES, args.img_size)
+    said = [f"{len(index)} images and {len(index.captions())} captions of {index.split}: their entries are in order"]
+    if args.latents:
+        said.append(_check_images(index, dist))
+    codec = load_codec(args.vae_path, dist.device, args.latent_scale) if args.latents else None
+    encoder = ClipTextEncoder.load(args.clip_path, dist.device) if args.text else None
+    if not args.check_data:
+        if codec is not None:
+            named_in = f"instances_{index.split}.json"
+            cache_latents(args, photographs_of(index), index.split, named_in, codec, dist)
+        if encoder is not None:
+            cache_text(args, index, encoder, dist)
+        said = [f"done: {args.cached_path}"]
+    return said
+
+
+def _cache_classes(args: argparse.Namespace, dist: DistInfo) -> list[str]:
+    """Latents of a folder of classes."""
+    index = ClassIndex.load(args.class_root)
+    photographs = index.photographs()
+    with failing_together():
+        said = [check_pictures(photographs, None) if dist.is_main else ""]
+    if not args.check_data:
+        codec = load_codec(args.vae_path, dist.device, args.latent_scale)
+        cache_latents(args, photographs, SPLIT, "", codec, dist)
+        said = [f"done: {args.cached_path}"]
+    return said
 
 
 def _check_images(index: CocoIndex, dist: DistInfo) -> str:
@@ -79,9 +98,10 @@ class _Crops(Dataset[tuple[Tensor, Tensor, Tensor]]):
         photograph = self.photographs[position]
         status, content = os.stat(photograph.path), read_image_bytes(photograph.path)
         image = decode_image(content, photograph.path)
-        require_size(photograph.path, image, photograph.size, self.named_in)
-        crop = plan_center_crop(*photograph.size, self.img_size)
-        source = Source.of(photograph, content, status)
+        if photograph.size is not None:
+            require_size(photograph.path, image, photograph.size, self.named_in)
+        crop = plan_center_crop(*image.size, self.img_size)
+        source = Source.of(content, status, image.size)
         return to_model_range(crop_image(image, crop)), *source.to_tensors()
 
 
@@ -99,9 +119,16 @@ def _progress(description: str, dist: DistInfo) -> Iterator[Progress]:
         yield advance_to
 
 
-def cache_latents(args: argparse.Namespace, index: CocoIndex, codec: ImageCodec, dist: DistInfo) -> None:
-    photographs = photographs_of(index)
-    crops = _Crops(photographs, args.img_size, f"instances_{index.split}.json")
+def cache_latents(
+    args: argparse.Namespace,
+    photographs: Sequence[Photograph],
+    split: str,
+    named_in: str,
+    codec: ImageCodec,
+    dist: DistInfo,
+) -> None:
+    """named_in: what states the sizes of the photographs, if anything does, for messages."""
+    crops = _Crops(photographs, args.img_size, named_in)
 
     def load_batches(batches: list[list[int]]) -> DataLoader[CropBatch]:
         return DataLoader(crops, batch_sampler=batches, num_workers=args.num_workers)
@@ -109,9 +136,7 @@ def cache_latents(args: argparse.Namespace, index: CocoIndex, codec: ImageCodec,
     def encode(pixels: Tensor) -> Tensor:
         return codec.encode(pixels.to(dist.device))
 
-    key = LatentCacheKey(
-        codec.id, codec.latent_scale, args.coco_split, args.img_size, codebook_size=codec.codebook_size
-    )
+    key = LatentCacheKey(codec.id, codec.latent_scale, split, args.img_size, codebook_size=codec.codebook_size)
     with _progress("latents", dist) as on_progress:
         path = Path(args.cached_path) / "latents"
         write_latent_cache(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from engine.cli.build import Frozen, PreparedRun, Stage, build_pipeline, build_train_state, prepare_run, read_parts
 from engine.cli.build_train import train_config
-from engine.data.classes import ClassDataset, ClassIndex
+from engine.data.cache import LatentCache, LatentCacheKey
+from engine.data.classes import SPLIT, ClassDataset, ClassIndex
 from engine.data.inputs import ClassInputs
 from engine.data.scenes import text_scene
 from engine.eval.previews import Preview
@@ -45,7 +46,13 @@ def build_class_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRu
 
 
 def build_classes(args: argparse.Namespace, sizes: StructMARConfig, frozen: Frozen) -> ClassDataset:
-    """All pictures of --class_root. Raises ValueError unless the model has as many classes."""
+    """All pictures of --class_root, or their latents from --cached_path. Raises ValueError unless the model has as many
+    classes, and where the cache is none of these pictures."""
     index = ClassIndex.load(args.class_root)
     index.require_class_num(sizes.class_num)
-    return ClassDataset(index, sizes.img_size, args.crop, args.hflip_prob, args.seed)
+    latents = None
+    if args.use_cached:
+        codec = frozen.codec
+        key = LatentCacheKey(codec.id, codec.latent_scale, SPLIT, sizes.img_size, codebook_size=codec.codebook_size)
+        latents = LatentCache(Path(args.cached_path) / "latents", key)
+    return ClassDataset(index, sizes.img_size, args.crop, args.hflip_prob, args.seed, latents)

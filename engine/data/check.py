@@ -62,14 +62,15 @@ def check_dataset(dataset: CocoLayoutDataset | ClassDataset, folder: str | Path)
 
 
 def _check_classes(dataset: ClassDataset, folder: str | Path) -> DataCheck:
-    index = dataset.index
-    paths = [index.image_path(position) for position in range(len(index))]
-    entries = f"{index.folder}: {len(paths)} pictures of {len(index.classes)} classes"
-    note = _note_of(paths, ())
+    index, latents = dataset.index, dataset.latents
+    photographs, shards = index.photographs(), [] if latents is None else latents.shard_files()
+    entries = f"{index.folder}: {len(photographs)} pictures of {len(index.classes)} classes"
+    note = _note_of([photograph.path for photograph in photographs] + shards, ())
     if note == _noted(Path(folder)):
-        return DataCheck((entries, f"{len(paths)} pictures are as they were when checked before"), note)
-    _each(lambda path: check_picture(path, None, str(index.folder)), paths, "checking pictures")
-    return DataCheck((entries, f"{len(paths)} pictures are there and whole"), note)
+        return DataCheck((entries, _as_before(photographs, shards)), note)
+    if latents is None:
+        return DataCheck((entries, check_pictures(photographs, None)), note)
+    return DataCheck((entries, check_cache(latents), check_sources(latents, photographs)), note)
 
 
 def _check_coco(dataset: CocoLayoutDataset, folder: str | Path) -> DataCheck:
@@ -81,8 +82,7 @@ def _check_coco(dataset: CocoLayoutDataset, folder: str | Path) -> DataCheck:
     paths = [photograph.path for photograph in photographs] + shards
     note = _note_of(paths, [photograph.size for photograph in photographs])
     if note == _noted(Path(folder)):
-        known = f"{len(photographs)} pictures and {len(shards)} shards of caches are as they were when checked before"
-        return DataCheck((entries, known), note)
+        return DataCheck((entries, _as_before(photographs, shards)), note)
     found = [check_cache(cache) for cache in caches]
     if dataset.latents is not None:
         found.append(check_sources(dataset.latents, photographs))
@@ -91,11 +91,12 @@ def _check_coco(dataset: CocoLayoutDataset, folder: str | Path) -> DataCheck:
     return DataCheck((entries, *found), note)
 
 
-def check_pictures(photographs: Sequence[Photograph], named_in: str) -> str:
+def check_pictures(photographs: Sequence[Photograph], named_in: str | None) -> str:
     """Raises FileNotFoundError or ValueError naming the first file that is missing, cut off, no picture, or of another
-    size than `named_in` says. Returns what it has looked at, in words."""
-    _each(lambda one: check_picture(one.path, one.size, named_in), photographs, "checking pictures")
-    return f"{len(photographs)} pictures are there, whole and of the size that {named_in} says"
+    size than `named_in` says (None: nothing does). Returns what it has looked at, in words."""
+    _each(lambda one: check_picture(one.path, one.size, named_in or ""), photographs, "checking pictures")
+    sizes = " and whole" if named_in is None else f", whole and of the size that {named_in} says"
+    return f"{len(photographs)} pictures are there{sizes}"
 
 
 def check_cache(cache: LatentCache | TextCache) -> str:
@@ -145,7 +146,11 @@ def _each(check: Callable[[T], bool | None], items: Sequence[T], description: st
     return results
 
 
-def _note_of(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> str:
+def _as_before(photographs: Sequence[Photograph], shards: Sequence[Path]) -> str:
+    return f"{len(photographs)} pictures and {len(shards)} shards of caches are as they were when checked before"
+
+
+def _note_of(paths: Sequence[Path], sizes: Sequence[tuple[int, int] | None]) -> str:
     """Another one if anything that a check depends on is another: paths, sizes and times of files, sizes in the json
     (of the first ones)."""
     digest = hashlib.sha256()

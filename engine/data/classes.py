@@ -1,7 +1,7 @@
 """Pictures with a class each, from folders as ImageNet has them: <root>/train/<class>/*.JPEG.
 
-Label k stands for the k-th folder in the order of its names, as torchvision counts, so that labels of ImageNet are those
-of MAR's weights. As with COCO (`coco.py`), every draw is keyed by (seed, epoch, image), and image k is the k-th picture
+Label k stands for the k-th folder in the order of its names, as torchvision counts, so that labels of ImageNet are
+those of MAR's weights. As with COCO (`coco.py`), every draw is keyed by (seed, epoch, image), and image k is the k-th picture
 in the order of classes and file names.
 
 Shape letters: B batch, C latent channels, h x w latent cells.
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from engine.data.cache import LatentCache
+from engine.data.sources import Photograph
 from util.boxes import CROP_MODES, CropMode, plan_center_crop, plan_random_crop
 from util.images import crop_image, to_model_range
 from util.picture_files import load_image
@@ -71,6 +73,10 @@ class ClassIndex:
     def image_path(self, position: int) -> Path:
         return self.folder / self.classes[self.labels[position]] / self.files[position]
 
+    def photographs(self) -> list[Photograph]:
+        """All pictures; nothing states their sizes."""
+        return [Photograph(position, self.image_path(position), None) for position in range(len(self))]
+
     def require_class_num(self, class_num: int) -> None:
         """Raises ValueError naming both numbers unless the model has as many classes."""
         if class_num != len(self.classes):
@@ -94,11 +100,12 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 @dataclass(frozen=True)
 class ClassSample:
-    """pixels: [3, H, W] in [-1, 1]."""
+    """pixels: [3, H, W] in [-1, 1]; or moments [2C, h, w] or codes [1, h, w], as `LatentCache.moments` gives them."""
 
     image_id: int
     label: int
-    pixels: Tensor
+    pixels: Tensor | None = None
+    moments: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,9 +120,12 @@ class ClassBatch:
     @staticmethod
     def collate(samples: Sequence[ClassSample]) -> ClassBatch:
         """A DataLoader's collate_fn."""
-        labels = torch.tensor([sample.label for sample in samples])
-        pixels = torch.stack([sample.pixels for sample in samples])
-        return ClassBatch([sample.image_id for sample in samples], labels, pixels)
+        ids, labels = [sample.image_id for sample in samples], torch.tensor([sample.label for sample in samples])
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        moments = [sample.moments for sample in samples if sample.moments is not None]
+        return ClassBatch(
+            ids, labels, torch.stack(pixels) if pixels else None, torch.stack(moments) if moments else None
+        )
 
     def pin_memory(self) -> ClassBatch:
         """Called by a DataLoader with pin_memory=True."""
@@ -129,9 +139,29 @@ class ClassBatch:
 class ClassDataset(Dataset[ClassSample]):
     """Map-style: item k of the current epoch. `set_epoch` also reaches running workers (shared memory)."""
 
-    def __init__(self, index: ClassIndex, img_size: int, crop: CropMode, hflip_prob: float, seed: int) -> None:
+    def __init__(
+        self,
+        index: ClassIndex,
+        img_size: int,
+        crop: CropMode,
+        hflip_prob: float,
+        seed: int,
+        latents: LatentCache | None = None,
+    ) -> None:
+        """latents: of all pictures at `img_size`, by their numbers; no picture is read then.
+
+        Raises ValueError for another crop than these have, and if they lack a picture.
+        """
         if crop not in CROP_MODES:
             raise ValueError(f"crop must be one of {CROP_MODES}, got {short_repr(crop)}")
+        if latents is not None:
+            if (latents.img_size, latents.crop) != (img_size, crop):
+                raise ValueError(
+                    f"{latents.path} holds latents of the {latents.crop!r} crop at {latents.img_size} px, asked for "
+                    f"are {crop!r} at {img_size} px"
+                )
+            latents.require(range(len(index)))
+        self.latents = latents
         self.index = index
         self.img_size = img_size
         self.crop = crop
@@ -148,15 +178,17 @@ class ClassDataset(Dataset[ClassSample]):
     def __getitem__(self, item: int) -> ClassSample:
         if not 0 <= item < len(self):
             raise IndexError(f"item {item} of {len(self)}")
+        label = int(self.index.labels[item])
+        is_flipped = torch.rand((), generator=self._draw("flip", item)).item() < self.hflip_prob
+        if self.latents is not None:
+            return ClassSample(item, label, moments=self.latents.moments(item, is_flipped))
         image = load_image(self.index.image_path(item))
         if self.crop == "center":
             crop = plan_center_crop(*image.size, self.img_size)
         else:
             crop = plan_random_crop(*image.size, self.img_size, self._draw("crop", item))
         picture = crop_image(image, crop)
-        is_flipped = torch.rand((), generator=self._draw("flip", item)).item() < self.hflip_prob
-        pixels = to_model_range(picture[:, ::-1] if is_flipped else picture)
-        return ClassSample(item, int(self.index.labels[item]), pixels)
+        return ClassSample(item, label, to_model_range(picture[:, ::-1] if is_flipped else picture))
 
     def _draw(self, purpose: str, item: int) -> torch.Generator:
         return generator(self.seed, "data", purpose, int(self._epoch), item)

@@ -23,11 +23,11 @@ FACTS = ("bytes", "mtime_ns", "width", "height")
 
 @dataclass(frozen=True, slots=True)
 class Photograph:
-    """An image of a split. size: (width, height) as the split's json says."""
+    """An image of a split. size: (width, height) as the split's json says; None where there is no json."""
 
     id: int
     path: Path
-    size: tuple[int, int]
+    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,9 @@ class Source:
     digest: bytes
 
     @staticmethod
-    def of(photograph: Photograph, content: bytes, status: os.stat_result) -> Source:
-        return Source(len(content), status.st_mtime_ns, photograph.size, content_digest(content))
+    def of(content: bytes, status: os.stat_result, size: tuple[int, int]) -> Source:
+        """size: (width, height) of the picture that `content` is."""
+        return Source(len(content), status.st_mtime_ns, size, content_digest(content))
 
     def to_tensors(self) -> tuple[Tensor, Tensor]:
         """-> facts [4] int64 in the order of FACTS, digest [16] uint8."""
@@ -57,7 +58,7 @@ class Source:
     def difference(self, photograph: Photograph) -> str | None:
         """What is another picture now, both values; None if it is the same. Raises FileNotFoundError or another OSError
         where the file cannot be read."""
-        if photograph.size != self.size:
+        if photograph.size is not None and photograph.size != self.size:
             return f"{_words(self.size)} when it was cached, {_words(photograph.size)} in the split's json"
         status = os.stat(photograph.path)
         if (status.st_size, status.st_mtime_ns) == (self.num_bytes, self.mtime_ns):

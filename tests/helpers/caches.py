@@ -39,7 +39,7 @@ def loader(photographs: Sequence[Photograph]):
         for batch in batches:
             contents = [photographs[position].path.read_bytes() for position in batch]
             statuses = [os.stat(photographs[position].path) for position in batch]
-            sources = map(Source.of, (photographs[position] for position in batch), contents, statuses)
+            sources = map(Source.of, contents, statuses, (photographs[position].size for position in batch))
             facts, digests = zip(*(source.to_tensors() for source in sources), strict=True)
             yield torch.stack([pixels_of(content[0]) for content in contents]), torch.stack(facts), torch.stack(digests)
 

@@ -24,6 +24,7 @@ from models.heads.discrete_sampler import CodeTrace
 from models.masking import TokenMask
 from models.policy.base import Estimator, Samples, ScoringNoise
 from models.policy.elbo import ElboEstimator
+from models.policy.exact import ExactEstimator
 from models.policy.trajectory import TrajectoryEstimator
 from models.sampling.config import SamplingConfig, default_sampling
 from models.sampling.controls import NoControls
@@ -185,7 +186,7 @@ GUIDED = SamplingConfig(num_iter=6, num_sampling_steps=8, cfg_text=1.5, cfg_layo
     "estimator", [ElboEstimator(num_iter=6, num_draws=2), TrajectoryEstimator(GUIDED, 2)], ids=["elbo", "trajectory"]
 )
 def test_log_probabilities(estimator: Estimator) -> None:
-    """A pass of either estimator."""
+    """A pass of each estimator of continuous tokens."""
     model = build().eval()
     text, layout = conditions_on_gpu()
     with torch.device("cuda"), torch.no_grad():
@@ -195,3 +196,22 @@ def test_log_probabilities(estimator: Estimator) -> None:
         draws = ScoringNoise(ids, ids, torch.zeros(BATCH, 4, 2).long(), torch.randn(BATCH, 4, 2, 16), (2, 3), 1)
         output = estimator.log_probs(model, Samples(tokens, orders, CONFIG.grid, text, layout, trace), draws)
     assert output.log_prob.device.type == "cuda" and output.mean.shape == (BATCH, 4, 2, 16)
+
+
+def test_exact_log_probabilities_of_codes() -> None:
+    """With all guidance branches; nothing is copied over in a pass."""
+    codes = {"head": "discrete", "vae_embed_dim": 1, "codebook_size": 50, "diffusion_batch_mul": 1, "patch_size": 2}
+    config = replace(CONFIG, **{"decoder_depth": 2, "code_dim": 8} | codes | SINGLE)
+    model, copies = build(config).eval(), Copies()
+    text, layout = conditions_on_gpu()
+    scales = {"cfg_text": 1.5, "cfg_layout": 3.0}
+    estimator = ExactEstimator(default_sampling("discrete", num_iter=6, order="random", schedule="mar", **scales), 6)
+    with torch.device("cuda"), torch.no_grad(), copies:
+        tokens, orders = torch.zeros(BATCH, 64, 1), torch.zeros(BATCH, 64).long()
+        samples = Samples(tokens, orders, config.grid, text, layout, CodeTrace(torch.zeros(BATCH, 64)))
+        passes = estimator.draw_noise(samples, torch.Generator())
+        copies.seen.clear()
+        log_prob = estimator.log_probs(model, samples, passes[2]).log_prob
+        gap = estimator.replay_gap(samples, passes[2], log_prob)
+    assert copies.seen == [] and log_prob.device.type == "cuda"
+    assert log_prob.shape == (*passes[2].token_ids.shape, 1) and gap is not None and gap.device.type == "cuda"

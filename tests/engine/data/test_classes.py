@@ -86,6 +86,7 @@ def test_a_batch_keeps_labels_with_pictures(root: Path) -> None:
 def test_every_picture_is_looked_at_until_it_was(root: Path, tmp_path: Path) -> None:
     found = check_dataset(dataset(root), tmp_path)
     assert found.summary[1] == "9 pictures are there and whole"
+    assert "train: 9 pictures of 3 classes" in found.summary[0]
     found.remember(tmp_path)
     assert "as they were when checked before" in check_dataset(dataset(root), tmp_path).summary[1]
     path = ClassIndex.load(root).image_path(6)
