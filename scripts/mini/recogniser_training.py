@@ -35,6 +35,7 @@ from util.wav import resampled
 RATE = 16000  # Hz
 MELS = 80
 PAD, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
+POOL = 8  # steps
 RESULT_NAME = "word_errors.json"
 HIDDEN_FRAMES, HIDDEN_MELS = 12, 12  # at most, of each of the stretches that a training sound loses
 
@@ -135,6 +136,16 @@ def read_aloud(
     return said
 
 
+def alike_in_length(step: int, said: Sequence[Said], batch_size: int, seed: int) -> list[int]:
+    """The captions of a step, a function of its arguments alone: every `POOL` steps share out as many batches by their
+    length, so that little is padded. Few captions are one pool."""
+    size = min(POOL, len(said) // batch_size) * batch_size
+    pool = batch_indices(step // POOL, len(said), max(size, batch_size), seed, "recogniser").tolist()
+    pool.sort(key=lambda index: (len(said[index].features), index))
+    turn = step % POOL % max(1, size // batch_size)
+    return pool[turn * batch_size : (turn + 1) * batch_size]
+
+
 def batch_of(items: Sequence[Said], rng: torch.Generator) -> Batch:
     """Padded, and with two stretches of time and two of mel bands hidden (set to their mean, 0) in each sound."""
     lengths = [len(item.features) for item in items]
@@ -174,9 +185,8 @@ def train(args: argparse.Namespace, said: Sequence[Said], vocab_size: int) -> Wa
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
-        indices = batch_indices(step, len(said), args.batch_size, args.seed, "recogniser")  # [B]
-        items = [said[index] for index in indices.tolist()]
-        batch = batch_of(items, generator(args.seed, "recogniser", "step", step))
+        rng = generator(args.seed, "recogniser", "step", step)
+        batch = batch_of([said[index] for index in alike_in_length(step, said, args.batch_size, args.seed)], rng)
         loss = model(batch.features, attention_mask=batch.valid, labels=batch.labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
