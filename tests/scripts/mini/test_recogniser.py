@@ -15,7 +15,15 @@ from transformers import SeamlessM4TFeatureExtractor
 
 from models.frozen.speech import PipelineTranscriber
 from scripts.mini import recogniser_training, spoken, train_recogniser
-from scripts.mini.recogniser_training import RATE, Said, batch_of, build_tokenizer, mel_features
+from scripts.mini.recogniser_training import (
+    POOL,
+    RATE,
+    Said,
+    alike_in_length,
+    batch_of,
+    build_tokenizer,
+    mel_features,
+)
 from scripts.mini.spoken import HELD_OUT, Voice, draw_voice, speak, word_error_rate, word_errors, words_of
 from tests.helpers.killed import run_killed_and_again
 from tests.helpers.speech_files import tones
@@ -88,6 +96,20 @@ def test_batches_hide_stretches_and_pad_the_rest() -> None:
     assert torch.equal(shown, shown.any(1)[:, None] & shown.any(0)[None]), "whole frames and whole bands"
     assert torch.equal(shown[:, :80], shown[:, 80:]), "a band is hidden in both halves of a frame"
     assert 90 - 24 <= shown.any(1).sum() < 90
+
+
+@pytest.mark.parametrize(("captions", "batch_size"), [(64, 4), (70, 4), (10, 4), (4, 4)])
+def test_steps_of_a_pool_share_out_captions_by_length(captions: int, batch_size: int) -> None:
+    lengths = torch.randperm(captions, generator=torch.Generator().manual_seed(1)) + 1
+    said = [Said(torch.zeros(int(length), 160), torch.zeros(1)) for length in lengths]
+    steps = min(POOL, captions // batch_size)
+    batches = [alike_in_length(step, said, batch_size, seed=0) for step in range(steps)]
+    chosen = [index for batch in batches for index in batch]
+    assert len(set(chosen)) == len(chosen) == steps * batch_size
+    assert [int(lengths[index]) for index in chosen] == sorted(int(lengths[index]) for index in chosen)
+    assert alike_in_length(0, said, batch_size, seed=0) == batches[0] != [] and (
+        captions == batch_size or alike_in_length(0, said, batch_size, seed=1) != batches[0]
+    )
 
 
 def test_features_are_those_of_the_pipeline() -> None:
