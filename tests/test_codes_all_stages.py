@@ -67,7 +67,7 @@ def rl_flags(world: Path, output: str, **more: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def tuned(world: Path) -> Path:
     """Stage 2's checkpoint, from class labels on."""
-    by_class = {"train_mode": "class", "class_root": world / "classes", "resume": None}
+    by_class = {"train_mode": "class", "class_root": world / "classes", "resume": None, "sample_freq": 1}
     for output, more in (
         ("stage0", by_class),
         ("stage1", {"resume": world / "stage0"}),
@@ -89,6 +89,15 @@ def test_every_stage_starts_from_the_one_before(world: Path, tuned: Path) -> Non
         "confidence",
         8,
     )
+
+
+def test_class_labels_are_drawn(world: Path, tuned: Path, tmp_path: Path) -> None:
+    """While it trains, and from its checkpoint."""
+    assert (world / "stage0" / "samples" / "step-0000001.png").is_file()
+    words = ["--resume", world / "stage0", "--vae_path", world / "vq.pt", "--class_label", 0, 2, "--num_images", 1]
+    words += ["--output_dir", tmp_path / "out", "--device", "cpu", "--cfg", 2]
+    scripts.sample.main([str(word) for word in words])
+    assert (tmp_path / "out" / "0001.png").is_file()
 
 
 def test_the_other_trunk_learns_classes_from_cached_codes(world: Path) -> None:
