@@ -28,14 +28,6 @@ class ConditionEmbedder(nn.Module):
     text_pool_proj: nn.Linear
     size_embed: SizeEmbedder
 
-    def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raises ValueError naming both grids if learned positions do not know this one."""
-        if self.config.learned_pos and grid != self.config.grid:
-            raise ValueError(
-                f"a grid of {grid[0]} x {grid[1]} tokens, but the learned positions of this model are of "
-                f"{self.config.grid[0]} x {self.config.grid[1]}: other grids need a model with learned_pos=False"
-            )
-
     def embed_conditions(
         self,
         batch_size: int,
@@ -53,7 +45,7 @@ class ConditionEmbedder(nn.Module):
         than the config's with learned positions.
         """
         grid = self.config.grid if grid is None else grid
-        self.check_grid(grid)
+        self.config.check_grid(grid)
         base = self.fake_latent.expand(batch_size, -1)  # [B, D]
         if labels is not None:
             named = self.class_emb(labels.clamp(min=0))  # [B, D]

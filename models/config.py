@@ -169,6 +169,14 @@ class StructMARConfig:
             )
         return rows, columns
 
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises ValueError naming both grids if learned positions do not know this one."""
+        if self.learned_pos and grid != self.grid:
+            raise ValueError(
+                f"a grid of {grid[0]} x {grid[1]} tokens, but the learned positions of this model are of "
+                f"{self.grid[0]} x {self.grid[1]}: other grids need a model with learned_pos=False"
+            )
+
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1]

@@ -130,6 +130,10 @@ class Trunk(ConditionEmbedder):
         for block in (*self.encoder_blocks, *self.decoder_blocks):
             block.attn.rope_strength.fill_(value)
 
+    def set_rope_scale(self, value: str) -> None:
+        """How positions of grids that are not the config's are counted from now on, of `config.ROPE_SCALES`."""
+        self.config = replace(self.config, rope_scale=value)
+
     def prepare(
         self, conditions: Conditions, dtype: torch.dtype | None = None, before: Context | None = None
     ) -> Context:

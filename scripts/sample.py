@@ -1,6 +1,7 @@
 """Generates images from captions and boxes, and a grid that shows them with the boxes drawn.
 
     python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --layout configs/layouts/coco.json
+    python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --size 96x64
     python -m scripts.sample --resume CKPT --coco_root ./data/coco --coco_split val2014 --num_images 16
     python -m scripts.sample --resume CKPT --speech caption.wav --asr_path DIR --layout configs/layouts/coco.json
     python -m scripts.sample --resume mar_huge.safetensors --model mar_huge --class_label 207 360
@@ -34,7 +35,7 @@ from engine.cli.arguments import (
 )
 from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.sampling import parse_sampling_args, sampling_config
-from models.config import PRECISIONS, backbone_config
+from models.config import PRECISIONS, ROPE_SCALES, backbone_config
 from util.failures import one_line_errors
 from util.output import require_output_dir
 from util.ranges import (
@@ -42,6 +43,7 @@ from util.ranges import (
     depth_int,
     fraction,
     nonnegative_int,
+    picture_size,
     pixels_int,
     seed_int,
     threads_int,
@@ -58,6 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_source_args(parser)
     add_speech_args(parser)
     add_start_args(parser)
+    add_size_args(parser)
     add_mar_args(parser)
     add_sampling_args(parser)
     add_run_args(parser)
@@ -121,6 +124,18 @@ def add_start_args(parser: argparse.ArgumentParser) -> None:
                             "this .npy file of codes, row by row")  # fmt: skip
 
 
+def add_size_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("another size than the checkpoint's square (no learned positions)")
+    group.add_argument(
+        "--size", type=picture_size, default=None,
+        help="HEIGHTxWIDTH in pixels; a layout file's own height and width give way to it"
+    )  # fmt: skip
+    group.add_argument(
+        "--rope_scale", default=None, choices=ROPE_SCALES,
+        help="positions counted in tokens, or scaled to the trained area (None: the checkpoint's)"
+    )  # fmt: skip
+
+
 def add_mar_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sizes of MAR's own weights (with --class_label; our checkpoints know theirs)")
     group.add_argument("--model", default="mar_huge", help="preset: mar_mini, mar_base, mar_large or mar_huge")
@@ -167,6 +182,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"say what to generate by exactly one of {', '.join(sources)}; got {', '.join(given) or 'none'}"
         )
+    if args.class_label is not None and (args.size is not None or args.rope_scale is not None):
+        raise ValueError("--size and --rope_scale do not go with --class_label: MAR's positions are of one size")
     if args.layout:
         read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
     check_start(args)

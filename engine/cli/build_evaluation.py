@@ -26,6 +26,7 @@ from engine.eval.run import round_trip, run_evaluation
 from engine.eval.targets import EvalSet, load_eval_set
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.parallel import compile_parts
+from models.config import StructMARConfig
 from models.frozen.codec import load_codec
 from models.frozen.detections import BoxDetector, DetectorSettings
 from models.frozen.faster_rcnn import load_detector
@@ -133,7 +134,9 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
     identity = identity_of(pipeline)
     require_same_categories(eval_set.categories, identity.categories, f"{args.coco_root} {eval_set.split}")
     size = identity.config.img_size
-    if profile.resolution != size:
+    if profile.resolution is None and not identity.config.learned_pos:
+        require_token_sizes(eval_set, identity.config)
+    elif profile.resolution != size:
         asked = f"pictures of {profile.resolution} px" if profile.resolution else "photographs at their own sizes"
         raise ValueError(f"profile {profile.name} asks for {asked}, the checkpoint makes {size} px")
     if profile.max_objects > identity.config.max_objects:
@@ -147,6 +150,15 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
         compile_parts(pipeline.model, args.cuda_graphs)
     plan = GenerationPlan(config, args.batch_size, args.precision, dist)
     return Generation(pipeline, plan, tuple(args.seeds))
+
+
+def require_token_sizes(eval_set: EvalSet, config: StructMARConfig) -> None:
+    """Raises ValueError naming the first photograph whose own size is not one of whole tokens."""
+    for target in eval_set.targets:
+        try:
+            config.grid_of(target.size[::-1])
+        except ValueError as error:
+            raise ValueError(f"image {target.image_id} of {eval_set.split}: {error}") from error
 
 
 def add_vae_bound(args: argparse.Namespace, run: EvaluationRun) -> EvaluationRun:

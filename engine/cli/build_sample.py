@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
 from engine.cli.sampling import sampling_config
 from engine.data.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
 from engine.sample.editing import Start, read_edit, start_of_edit, start_of_prefix
-from engine.sample.generate import num_iterations
+from engine.sample.generate import batches, num_iterations, require_drawable, rows_by_size
 from engine.sample.grid import scene_grid
 from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, replacing, require_free
 from engine.sample.pipeline import StructMARPipeline
@@ -30,6 +30,7 @@ from models.config import backbone_config
 from models.frozen.codec import load_codec
 from models.frozen.speech import PipelineTranscriber, Transcriber
 from models.sampling.config import SamplingConfig
+from util.buckets import read_size
 from util.coco import BoxFilters, CocoIndex
 from util.config import resolved_dict
 from util.distributed import init_distributed
@@ -100,7 +101,8 @@ def hear(args: argparse.Namespace, device: torch.device) -> Heard:
 
 def latency_table(job: Job, heard: Heard, batch_size: int, precision: str, repeats: int) -> str:
     """What each part of the way from sound to the first batch of pictures takes."""
-    scenes, seeds = job.scenes[:batch_size], job.seeds[:batch_size]
+    rows = rows_by_size(job.scenes)[0][:batch_size]
+    scenes, seeds = [job.scenes[row] for row in rows], [job.seeds[row] for row in rows]
     way = (job.pipeline, heard.transcriber, heard.path, scenes, seeds, job.config, precision)
     return measure_latency(*way, repeats).table()
 
@@ -111,13 +113,15 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str |
     if identity is None:
         raise ValueError(f"{args.resume} holds MAR's weights, which know no captions: sample them with --class_label")
     config = sampling_config(args)
-    config.require_fitting(math.prod(identity.config.unit_grid()))
     scenes = read_scenes(args, identity, prompt)
-    require_grid(args.grid_scale, identity.config.img_size, len(scenes))
+    require_drawable(identity.config, config, scenes)
+    require_grid(args.grid_scale, identity.config.img_size, scenes)
     require_free(Path(args.output_dir), len(scenes))
     pipeline = StructMARPipeline.from_checkpoint(
         args.resume, args.vae_path, args.clip_path, device, args.ema, args.allow_other_frozen
     )  # fmt: skip
+    if args.rope_scale is not None:
+        pipeline.model.set_rope_scale(args.rope_scale)
     return Job(pipeline, scenes, None, seeds_of(args, len(scenes)), config)
 
 
@@ -133,14 +137,14 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     config = sampling_config(args)
     config.require_fitting(math.prod(architecture.unit_grid()))
     labels = [label for label in args.class_label for _ in range(args.num_images)]
-    require_grid(args.grid_scale, architecture.img_size, len(labels))
+    scenes = [text_scene(f"class {label}") for label in labels]
+    require_grid(args.grid_scale, architecture.img_size, scenes)
     require_free(Path(args.output_dir), len(labels))
     codec = load_codec(args.vae_path, device)
     require_fitting_codec(codec, args.vae_path, architecture)
     model = load_mar_for_sampling(args.resume, architecture, device, use_ema=args.ema)
     pipeline = StructMARPipeline.from_parts(model, codec, caption_encoder=None)
     pipeline.source = args.resume
-    scenes = [text_scene(f"class {label}") for label in labels]
     return Job(pipeline, scenes, labels, seeds_of(args, len(labels)), config)
 
 
@@ -155,9 +159,11 @@ def read_start(args: argparse.Namespace, pipeline: StructMARPipeline) -> Start |
     return None
 
 
-def require_grid(scale: int | None, img_size: int, num_images: int) -> None:
-    """Raises ValueError for a grid that would not fit into memory."""
-    pixels = min(num_images, GRID_MAX) * (img_size * (scale or 1)) ** 2
+def require_grid(scale: int | None, img_size: int, scenes: Sequence[Scene]) -> None:
+    """Raises ValueError for a grid that would not fit into memory. img_size: the model's own."""
+    sizes = [scene.size or (img_size, img_size) for scene in scenes]
+    cell = max(height for height, _ in sizes) * max(width for _, width in sizes)
+    pixels = min(len(scenes), GRID_MAX) * cell * (scale or 1) ** 2
     if pixels > MAX_GRID_PIXELS:
         raise ValueError(
             f"--grid_scale {scale} makes a grid of {pixels / 1e6:.0f} megapixels, at most {MAX_GRID_PIXELS / 1e6:.0f}"
@@ -173,16 +179,19 @@ def read_scenes(args: argparse.Namespace, identity: Identity, prompt: str | None
 
     prompt: the caption, written or heard; None: the layout file's.
     """
+    size = None if args.size is None else read_size(args.size)
     if args.coco_root:
         filters = BoxFilters(max_objects=identity.config.max_objects)
         index = CocoIndex.load(args.coco_root, args.coco_split, filters, identity.config.img_size)
         require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
-        return scenes_from_dataset(index, identity.config.img_size, args.num_images)
+        return scenes_from_dataset(index, identity.config.img_size, args.num_images, size)
     if args.layout:
         scenes = read_layout_file(args.layout, identity.categories, identity.config.max_objects, prompt)
     else:
         assert prompt is not None, "the flags were checked: there is a layout file, a dataset or a caption"
         scenes = [text_scene(prompt)]
+    if size is not None:
+        scenes = [replace(scene, size=size) for scene in scenes]
     return [scene for scene in scenes for _ in range(args.num_images)]
 
 
@@ -200,28 +209,29 @@ def run(job: Job, batch_size: int, precision: str, output_dir: Path, settings: d
 
 def write_images(job: Job, batch_size: int, precision: str, folder: Path, settings: dict[str, Any]) -> list[Picture]:
     """Samples batch by batch, writing each image as soon as its batch is done; gives the first `GRID_MAX`."""
-    total = len(job.scenes)
-    images: list[Picture] = []
-    bar: tqdm[Any] = progress(total=num_iterations(total, batch_size, job.config), desc="sampling")
+    groups = rows_by_size(job.scenes)
+    shown: dict[int, Picture] = {}
+    total = sum(num_iterations(len(group), batch_size, job.config) for group in groups)
+    bar: tqdm[Any] = progress(total=total, desc="sampling")
 
     def tick() -> None:
         bar.update()
 
     with bar:
-        for start in range(0, total, batch_size):
-            batch = sample_batch(job, slice(start, start + batch_size), precision, tick)
-            for index, image in enumerate(batch, start):
+        for rows in (group[chosen] for group in groups for chosen in batches(len(group), batch_size)):
+            for index, image in zip(rows, sample_batch(job, rows, precision, tick), strict=True):
                 save_png(image, folder / picture_name(index), png_text(job, index, settings))
-            images += batch[: max(0, GRID_MAX - start)]
-    return images
+                if index < GRID_MAX:
+                    shown[index] = image
+    return [shown[index] for index in sorted(shown)]
 
 
-def sample_batch(job: Job, rows: slice, precision: str, on_iteration: Callable[[], None]) -> list[Picture]:
-    seeds = job.seeds[rows]
-    options = (job.config, seeds, len(seeds), precision, on_iteration)
+def sample_batch(job: Job, rows: Sequence[int], precision: str, on_iteration: Callable[[], None]) -> list[Picture]:
+    """rows: of images of one size."""
+    options = (job.config, [job.seeds[row] for row in rows], len(rows), precision, on_iteration)
     if job.labels is not None:
-        return job.pipeline.draw_classes(job.labels[rows], *options, start=job.start)
-    return job.pipeline.draw(job.scenes[rows], *options, start=job.start)
+        return job.pipeline.draw_classes([job.labels[row] for row in rows], *options, start=job.start)
+    return job.pipeline.draw([job.scenes[row] for row in rows], *options, start=job.start)
 
 
 def image_entry(job: Job, index: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A layout file holds one entry, or a list of entries:
     {"prompt": "a dog on a bench", "objects": [{"label": "dog", "bbox": [x0, y0, x1, y1]}]}
-Boxes are xyxy, normalised to [0, 1], origin at the top left. Labels are category names of the checkpoint.
+Boxes are xyxy, normalised to [0, 1], origin at the top left. Labels are category names of the checkpoint. An entry may
+have "height" and "width" in pixels, where the picture is not the checkpoint's own square.
 Every mistake is one ValueError that names the file, the entry, the object and the values.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,26 @@ import torch
 
 from engine.data.coco import make_layout
 from util.boxes import plan_center_crop
+from util.buckets import Size
 from util.coco import CocoIndex
 from util.read import read_json, require_text, short_path, short_repr
 from util.types import Category, Layout
 
-ENTRY_KEYS = ("prompt", "objects")
+ENTRY_KEYS = ("prompt", "objects", "height", "width")
+MAX_SIDE = 4096  # pixels
 OBJECT_KEYS = ("label", "bbox")
 MAX_WORD = 60  # of a misspelt word that is compared with the known ones: the comparison is quadratic
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image to generate. `names` are the labels drawn on the boxes, one for each box of `layout`."""
+    """One image to generate. `names` are the labels drawn on the boxes, one for each box of `layout`. size: (height,
+    width) in pixels; None: the model's own."""
 
     prompt: str
     layout: Layout
     names: list[str]
+    size: Size | None = None
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.layout):
@@ -47,7 +52,8 @@ class Scene:
             [float(str(value)) for value in box] for box in self.layout.boxes_xyxy.numpy()
         ]  # shortest exact decimals
         objects = [{"label": name, "bbox": box} for name, box in zip(self.names, boxes, strict=True)]
-        return {"prompt": self.prompt, "objects": objects}
+        size = {} if self.size is None else {"height": self.size[0], "width": self.size[1]}
+        return {"prompt": self.prompt, "objects": objects, **size}
 
 
 def empty_layout() -> Layout:
@@ -73,17 +79,21 @@ def read_layout_file(
     return [read_entry(entry, f"{where}, entry {i}", categories, max_objects, prompt) for i, entry in enumerate(entries)]
 
 
-def scenes_from_dataset(index: CocoIndex, img_size: int, num_scenes: int) -> list[Scene]:
-    """The first `num_scenes` images of a split that keep a box in the centre crop, each with its first caption.
+def scenes_from_dataset(
+    index: CocoIndex, img_size: int, num_scenes: int, size: Size | None = None
+) -> list[Scene]:
+    """The first `num_scenes` images of a split that keep a box in the centre crop, each with its first caption. The crop
+    is a square of `img_size`, or the scenes have another `size`, (height, width).
 
     Only the split's jsons are needed, not its images. Raises ValueError if it has fewer such images.
     """
     scenes: list[Scene] = []
     for image in index.images:
-        layout = make_layout(image, plan_center_crop(image.width, image.height, img_size), False, index.filters)
+        crop = plan_center_crop(image.width, image.height, img_size if size is None else size)
+        layout = make_layout(image, crop, False, index.filters)
         if len(scenes) < num_scenes and len(layout) > 0:
             names = [index.categories[int(category)].name for category in layout.categories]
-            scenes.append(Scene(image.captions[0], layout, names))
+            scenes.append(Scene(image.captions[0], layout, names, size))
     if len(scenes) < num_scenes:
         raise ValueError(f"{num_scenes} scenes were asked for, but {index.split} has {len(scenes)} images with boxes")
     return scenes
@@ -111,11 +121,24 @@ def read_entry(
     if len(objects) > max_objects:
         raise ValueError(f"{where}: {len(objects)} objects, but the checkpoint places at most {max_objects}")
     parsed = [_read_object(item, f"{where}, object {i}", indices) for i, item in enumerate(objects)]
+    size = _read_size(entry, where)
     if not parsed:
-        return text_scene(prompt)
+        return replace(text_scene(prompt), size=size)
     labels = [label for label, _ in parsed]
     boxes = torch.tensor([box for _, box in parsed], dtype=torch.float32)
-    return Scene(prompt, Layout(boxes, torch.tensor([indices[label] for label in labels])), labels)
+    return Scene(prompt, Layout(boxes, torch.tensor([indices[label] for label in labels])), labels, size)
+
+
+def _read_size(entry: dict[str, Any], where: str) -> Size | None:
+    """(height, width), or None where the entry says neither."""
+    if "height" not in entry and "width" not in entry:
+        return None
+    for key in ("height", "width"):
+        value = entry.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIDE:
+            raise ValueError(f"{where}: '{key}' must be a whole number of pixels from 1 to {MAX_SIDE}, got "
+                             f"{short_repr(value)}")  # fmt: skip
+    return entry["height"], entry["width"]
 
 
 def _read_object(item: Any, where: str, indices: dict[str, int]) -> tuple[str, list[float]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.data.scenes import Scene
@@ -67,7 +67,7 @@ def generate_chunk(
     """Samples and writes one chunk, each file at once under its name only when it is whole. Image seeds depend on
     (`seed`, image id) alone."""
     seeds = [derive_seed(seed, "evaluation", target.image_id) for target in chunk]
-    wanted = [scenes[target.image_id] for target in chunk]
+    wanted = [replace(scenes[target.image_id], size=target.size[::-1]) for target in chunk]
     pictures = pipeline.draw(wanted, plan.config, seeds, plan.chunk, plan.precision, progress)
     for target, image_seed, picture in zip(chunk, seeds, pictures, strict=True):
         save_png(

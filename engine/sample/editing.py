@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.sample.generate import ImageConditions
+from engine.data.scenes import Scene
+from engine.sample.generate import ImageConditions, grid_of_scenes
 from models.config import StructMARConfig
 from models.frozen.base import ImageCodec
 from models.sampling.sampler import KnownTokens
 from models.structmar import StructMAR
+from util.buckets import size_name
 from util.images import Picture, load_image, to_model_range
 from util.read import short_path
 
@@ -134,6 +136,18 @@ def starting_from(
     if start is None:
         return conditions_of
     return lambda rows: replace(conditions_of(rows), known=start.known, grid=start.grid)
+
+
+def grid_of_images(start: Start | None, config: StructMARConfig, scenes: Sequence[Scene]) -> tuple[int, int]:
+    """(rows, columns) of the tokens of scenes of one size, or of what they start from. Raises ValueError where a scene
+    has another size than that, or one that the model cannot draw."""
+    grid = grid_of_scenes(config, scenes)
+    if start is None:
+        return grid
+    if scenes[0].size is not None and grid != start.grid:
+        own = " x ".join(map(str, start.grid))
+        raise ValueError(f"size {size_name(scenes[0].size)}: what the images start from has {own} tokens")
+    return start.grid
 
 
 def finishing(start: Start | None) -> Callable[[Tensor], Tensor]:

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from engine.data.scenes import Scene
-from models.config import PRECISIONS
+from models.config import PRECISIONS, StructMARConfig
 from models.frozen.base import ImageCodec, TextEncoder
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import KnownTokens, SampleOutput, sample
 from models.structmar import StructMAR
+from util.buckets import Size
 from util.images import to_picture
 from util.rng import generator
 from util.types import LayoutBatch, TextContext
@@ -93,11 +94,38 @@ def draw_batch(
 
 
 def scene_conditions(model: StructMAR, text_encoder: TextEncoder, scenes: Sequence[Scene]) -> ImageConditions:
-    """An empty prompt means no text, a scene without boxes no layout. Raises ValueError for too many boxes."""
+    """Of scenes of one size. An empty prompt means no text, a scene without boxes no layout. Raises ValueError for
+    too many boxes."""
     device = model.fake_latent.device
     text = encode_prompts(text_encoder, [scene.prompt for scene in scenes]).to(device)
     layout = LayoutBatch.collate([scene.layout for scene in scenes], model.config.max_objects).to(device)
-    return ImageConditions(text, layout)
+    return ImageConditions(text, layout, grid=grid_of_scenes(model.config, scenes))
+
+
+def grid_of_scenes(config: StructMARConfig, scenes: Sequence[Scene]) -> tuple[int, int]:
+    """(rows, columns) of the tokens of scenes of one size. Raises ValueError if they are no whole tokens, or the model
+    has learned positions of another grid."""
+    sizes = {scene.size for scene in scenes}
+    assert len(sizes) == 1, f"a batch has one size, got {sizes}"
+    (size,) = sizes
+    grid = config.grid if size is None else config.grid_of(size)
+    config.check_grid(grid)
+    return grid
+
+
+def rows_by_size(scenes: Sequence[Scene]) -> list[list[int]]:
+    """The positions of the scenes of each size, sizes in the order in which they come first."""
+    rows: dict[Size | None, list[int]] = {}
+    for row, scene in enumerate(scenes):
+        rows.setdefault(scene.size, []).append(row)
+    return list(rows.values())
+
+
+def require_drawable(config: StructMARConfig, sampling: SamplingConfig, scenes: Sequence[Scene]) -> None:
+    """Raises ValueError for a size that the model cannot draw, or not in so many iterations."""
+    for rows in rows_by_size(scenes):
+        grid = grid_of_scenes(config, [scenes[rows[0]]])
+        sampling.require_fitting(math.prod(config.unit_grid(grid)))
 
 
 def class_conditions(model: StructMAR, labels: Sequence[int]) -> ImageConditions:
@@ -106,6 +134,31 @@ def class_conditions(model: StructMAR, labels: Sequence[int]) -> ImageConditions
         if not 0 <= label < model.config.class_num:
             raise ValueError(f"class label {label} is outside 0 ... {model.config.class_num - 1}")
     return ImageConditions(labels=torch.tensor(labels, dtype=torch.int64, device=model.fake_latent.device))  # [B]
+
+
+def draw_latents(
+    model: StructMAR,
+    conditions_of: Callable[[slice], ImageConditions],
+    grid: tuple[int, int],
+    config: SamplingConfig,
+    generators: Sequence[torch.Generator],
+    batch_size: int,
+    precision: str,
+    hooks: Hooks,
+) -> Iterator[Tensor]:
+    """Scaled latents [B, C, h, w] of a grid of tokens, batch by batch; zeros where the call was ended before."""
+    for rows in batches(len(generators), batch_size):
+        chosen = generators[rows]
+        if hooks.should_stop is None or not hooks.should_stop():
+            yield draw_batch(model, conditions_of(rows), config, chosen, precision, hooks).latents.float()
+        else:
+            num_units, device = math.prod(model.config.unit_grid(grid)), model.fake_latent.device
+            yield model.unpatchify(model.head.empty_tokens(len(chosen), num_units, device), grid)
+
+
+def conditions_of_classes(model: StructMAR, labels: Sequence[int]) -> Callable[[slice], ImageConditions]:
+    """Of a batch's rows."""
+    return lambda rows: class_conditions(model, labels[rows])
 
 
 def output_of(

@@ -20,21 +20,31 @@ def scene_grid(
 ) -> Picture:
     """The images side by side, enlarged `scale` times, boxes and labels drawn on them, the caption under each.
 
-    columns: default: as square as possible, at most 8. scale: default: cells at least `GRID_CELL` pixels wide.
+    Images of several sizes stand on white cells as high and wide as the largest. columns: default: as square as
+    possible, at most 8. scale: default: cells at least `GRID_CELL` pixels wide.
     """
     if not images or len(images) != len(scenes):
         raise ValueError(f"a grid needs one scene per image and at least one, got {len(images)} and {len(scenes)}")
-    height, width = images[0].shape[:2]
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     scale = scale or math.ceil(GRID_CELL / width)
     columns = columns or min(8, math.ceil(math.sqrt(len(images))))
-    min_size = scale * min(height, width)  # draw_boxes then enlarges exactly `scale` times
-    boxed = [
-        draw_boxes(image, scene.layout.boxes_xyxy, scene.names, min_size)
-        for image, scene in zip(images, scenes, strict=True)
-    ]
+    boxed = []
+    for image, scene in zip(images, scenes, strict=True):
+        min_size = scale * min(image.shape[:2])  # draw_boxes then enlarges exactly `scale` times
+        boxed.append(draw_boxes(image, scene.layout.boxes_xyxy, scene.names, min_size))
+    boxed = [on_white(image, scale * height, scale * width) for image in boxed]
     bands = caption_bands([scene.prompt for scene in scenes], width * scale)
     cells = [np.concatenate(cell) for cell in zip(boxed, bands, strict=True)]
     return make_grid(cells, columns, pad=GRID_GAP)
+
+
+def on_white(picture: Picture, height: int, width: int) -> Picture:
+    """The picture in the middle of a white one of this size."""
+    own_height, own_width = picture.shape[:2]
+    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
+    top, left = (height - own_height) // 2, (width - own_width) // 2
+    canvas[top : top + own_height, left : left + own_width] = picture
+    return canvas
 
 
 def caption_bands(captions: Sequence[str], width: int, font_size: int | None = None) -> list[Picture]:

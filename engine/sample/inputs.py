@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -73,6 +73,18 @@ def read_scenes(
         for number, (text, own_boxes, own_phrases) in enumerate(zip(prompts, boxes_of, phrases_of, strict=True))
     ]
     return [scene for scene in scenes for _ in range(num_images)]
+
+
+def sized(scenes: Sequence[Scene], height: Any, width: Any, own: int) -> list[Scene]:
+    """The scenes in this size; a side that is None is the model's own. Raises ValueError for what is no number of
+    pixels."""
+    if height is None and width is None:
+        return list(scenes)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None:
+            _require_count(name, value)
+    size = (own if height is None else height, own if width is None else width)
+    return [replace(scene, size=size) for scene in scenes]
 
 
 def _per_prompt(name: str, value: Any, prompts: Sequence[Any], is_single: bool) -> list[list[Any]]:

@@ -11,7 +11,7 @@ The module's path is written into saved folders (model_index.json): it has to st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,17 +26,27 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from engine.checkpoint.identity import Identity, require_same_config
 from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
 from engine.data.scenes import Scene
-from engine.sample.editing import Start, finishing, read_edit_arguments, start_of_edit, starting_from
+from engine.sample.editing import (
+    Start,
+    finishing,
+    grid_of_images,
+    read_edit_arguments,
+    start_of_edit,
+    starting_from,
+)
 from engine.sample.folder import FolderRecord, align_memory, caption_encoder_of, contents_of
 from engine.sample.generate import (
     Hooks,
     ImageConditions,
-    batches,
-    class_conditions,
+    conditions_of_classes,
     draw_batch,
+    draw_latents,
+    grid_of_scenes,
     image_generator,
     num_iterations,
     output_of,
+    require_drawable,
+    rows_by_size,
     scene_conditions,
 )
 from engine.sample.inputs import (
@@ -48,6 +58,7 @@ from engine.sample.inputs import (
     read_generators,
     read_options,
     read_scenes,
+    sized,
 )
 from engine.sample.transformer import StructMARTransformer
 from models.frozen.codec import Autoencoder, Codec, codec_around, load_codec
@@ -250,6 +261,8 @@ class StructMARPipeline(DiffusionPipeline):
         *,
         image: Any = None,
         mask: Any = None,
+        height: int | None = None,
+        width: int | None = None,
         batch_size: int = 8,
         gligen_boxes: Any = None,
         gligen_phrases: Any = None,
@@ -266,6 +279,7 @@ class StructMARPipeline(DiffusionPipeline):
         [H, W], leaves dark or False.
         seed: image i of the call is the image that scripts.sample draws with seed + i. generator: instead, one that all
         images draw from, or one for each. Without either, images differ from call to call.
+        height, width: in pixels, the model's own by default; others need a model without learned positions.
         batch_size: images drawn at a time. output_type: pil, np, pt or latent. return_dict: False gives a tuple.
         callback_on_step_end: called as (pipe, iteration, iterations left, {"tokens": [B, L, C]}) after every iteration
         of every batch. A dictionary that it returns may hold other tokens. It may set pipe.interrupt: the call then
@@ -277,6 +291,7 @@ class StructMARPipeline(DiffusionPipeline):
         phrases = one_of("phrases", phrases, "gligen_phrases", gligen_phrases)
         categories = () if self.identity is None else self.identity.categories
         scenes = read_scenes(prompt, boxes, phrases, categories, self.model.config.max_objects, num_images_per_prompt)
+        scenes = sized(scenes, height, width, self.model.config.img_size)
         generators = read_generators(seed, generator, len(scenes))
         given = {
             "num_inference_steps": num_inference_steps,
@@ -285,15 +300,17 @@ class StructMARPipeline(DiffusionPipeline):
             "layout_guidance_scale": layout_guidance_scale,
             **options,
         }
-        config = read_options(self.own_sampling, given, math.prod(self.model.config.unit_grid()))
+        grid = grid_of_scenes(self.model.config, scenes)
+        config = read_options(self.own_sampling, given, math.prod(self.model.config.unit_grid(grid)))
         edit = read_edit_arguments(image, mask)
         start = None if edit is None else start_of_edit(self.model, self.codec, edit)
+        grid = grid_of_images(start, self.model.config, scenes)
         self.interrupt = False
         with self.progress_bar(total=num_iterations(len(scenes), batch_size, config)) as bar:
             callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
             hooks = call_hooks(config, bar.update, callback, callback_on_step_end_tensor_inputs, lambda: self.interrupt)
-            conditions = starting_from(start, self._of_scenes(scenes))
-            drawn = list(self._latents(conditions, config, generators, batch_size, self.precision, hooks))
+            way = (self.model, starting_from(start, self._of_scenes(scenes)), grid, config, generators)
+            drawn = list(draw_latents(*way, batch_size, self.precision, hooks))
             images = output_of(self.codec, drawn, output_type, finishing(start))
         return StructMARPipelineOutput(images=images) if return_dict else (images,)
 
@@ -309,14 +326,20 @@ class StructMARPipeline(DiffusionPipeline):
     ) -> list[Picture]:
         """One picture per scene and seed. An empty prompt means no text, a scene without boxes means no layout.
 
-        start: what all begin from.
-
-        progress: called after every iteration of every batch, `num_iterations(...)` times in all.
-        Raises ValueError if scenes and seeds differ in number or a scene has more boxes than the model places.
+        Scenes of one size share batches. progress: called after every iteration of every batch. start: what all begin
+        from. Raises ValueError if scenes and seeds differ in number, or the model cannot draw a scene's boxes or size.
         """
         if len(scenes) != len(seeds):
             raise ValueError(f"every scene needs its seed, got {len(scenes)} scenes and {len(seeds)} seeds")
-        return self._pictures(self._of_scenes(scenes), config, seeds, batch_size, precision, progress, start)
+        if start is None:
+            require_drawable(self.model.config, config, scenes)
+        pictures: dict[int, Picture] = {}
+        for rows in rows_by_size(scenes):
+            part = [scenes[row] for row in rows]
+            grid = grid_of_images(start, self.model.config, part)
+            way = (self._of_scenes(part), grid, config, [seeds[row] for row in rows])
+            pictures.update(zip(rows, self._pictures(*way, batch_size, precision, progress, start), strict=True))
+        return [pictures[row] for row in range(len(scenes))]
 
     def draw_classes(
         self,
@@ -332,10 +355,9 @@ class StructMARPipeline(DiffusionPipeline):
         if len(labels) != len(seeds):
             raise ValueError(f"every label needs its seed, got {len(labels)} labels and {len(seeds)} seeds")
 
-        def conditions_of(rows: slice) -> ImageConditions:
-            return class_conditions(self.model, labels[rows])
-
-        return self._pictures(conditions_of, config, seeds, batch_size, precision, progress, start)
+        grid = self.model.config.grid if start is None else start.grid
+        way = (conditions_of_classes(self.model, labels), grid, config, seeds)
+        return self._pictures(*way, batch_size, precision, progress, start)
 
     def sample(
         self,
@@ -360,6 +382,7 @@ class StructMARPipeline(DiffusionPipeline):
     def _pictures(
         self,
         conditions_of: ConditionsOf,
+        grid: tuple[int, int],
         config: SamplingConfig,
         seeds: Sequence[int],
         batch_size: int,
@@ -368,28 +391,9 @@ class StructMARPipeline(DiffusionPipeline):
         start: Start | None,
     ) -> list[Picture]:
         generators, conditions_of = [image_generator(seed) for seed in seeds], starting_from(start, conditions_of)
-        drawn = self._latents(conditions_of, config, generators, batch_size, precision, Hooks.counting(progress))
+        way = (self.model, conditions_of, grid, config, generators)
+        drawn = draw_latents(*way, batch_size, precision, Hooks.counting(progress))
         return [picture for latents in drawn for picture in self.pictures(latents, start)]
-
-    def _latents(
-        self,
-        conditions_of: ConditionsOf,
-        config: SamplingConfig,
-        generators: Sequence[torch.Generator],
-        batch_size: int,
-        precision: str,
-        hooks: Hooks,
-    ) -> Iterator[Tensor]:
-        """Scaled latents [B, C, h, w], batch by batch; zeros where the call was ended before."""
-        model = self.model
-        for rows in batches(len(generators), batch_size):
-            chosen = generators[rows]
-            if hooks.should_stop is None or not hooks.should_stop():
-                yield self.sample(conditions_of(rows), config, chosen, precision, hooks).latents.float()
-            else:
-                num_units = math.prod(model.config.unit_grid())
-                tokens = model.head.empty_tokens(len(chosen), num_units, self.codec.device)
-                yield model.unpatchify(tokens, model.config.grid)
 
     def _contents(self) -> dict[str, str]:
         return contents_of(self.model, self.vae, self.caption_encoder.model, self.caption_encoder.tokenizer)

@@ -61,6 +61,20 @@ def write_dataset(root: Path, split: str = "val2017", box_size: int = 64) -> Pat
     return root
 
 
+def write_many_sizes(root: Path, last: tuple[int, int]) -> Path:
+    """Photographs of unlike sizes (width, height)."""
+    write_dataset(root)
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for image, size in zip(content["images"], ((64, 64), (80, 64), (64, 96), (80, 64), last), strict=True):
+        photo = root / "val2017" / image["file_name"]
+        with Image.open(photo) as picture:
+            picture.resize(size).save(photo)
+        image["width"], image["height"] = size
+    path.write_text(json.dumps(content))
+    return root
+
+
 def tiny_profile(size: int | None = 32, **changes: object) -> Profile:
     """Centre crop of val2017 to `size` px (None: for the geometry "original"), up to four objects."""
     return replace(load_profile("mini"), name="tiny", resolution=size, max_objects=4, match_score=0.3, **changes)

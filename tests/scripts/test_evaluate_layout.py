@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import scripts.evaluate_layout
 from engine.checkpoint.load import load_for_sampling
 from engine.eval.profiles import load_profile
 from tests.conftest import ROOT
-from tests.helpers.eval_world import BOXES, write_dataset, write_detector, write_profile
+from tests.helpers.eval_world import BOXES, write_dataset, write_detector, write_many_sizes, write_profile
 from tests.helpers.processes import in_two_processes
-from tests.helpers.tiny import World, write_world
+from tests.helpers.tiny import CONFIG, World, write_checkpoint, write_world
 from tests.helpers.vq_file import write_vq
 from util.checkpoint import sha256_file, sha256_tensors
 from util.types import Category
@@ -273,18 +274,25 @@ def test_a_broken_photograph_is_said_before_anything_is_generated(world, evaluat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_without_learned_positions_is_scored_in_the_photographs_own_sizes(world, evaluate, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-last.pth"
+    checkpoint.parent.mkdir()
+    write_checkpoint(world, checkpoint, replace(CONFIG, learned_pos=False))
+    root = write_many_sizes(tmp_path / "coco", last=(32, 32))
+    profile = write_profile(tmp_path / "original.yaml", geometry="original", size=None)
+    flags = {"resume": checkpoint, "coco_root": root, "profile": profile}
+    results = evaluate(**flags)
+    assert [row["name"] for row in results["rows"]][:2] == ["real images", "StructMAR, full"]
+    sizes = [Image.open(path).size for path in sorted((tmp_path / "out" / "images" / "seed_0").glob("*.png"))]
+    assert sizes == [(64, 64), (80, 64), (64, 96), (80, 64), (32, 32)]
+    odd = write_many_sizes(tmp_path / "odd", last=(120, 70))
+    with pytest.raises(SystemExit, match="image 20 of val2017: a picture of 70x120 px"):
+        evaluate("odd", **flags | {"coco_root": odd})
+
+
 def test_speed_flags_change_no_number(world, evaluate, tmp_path):
     """Photographs of unlike sizes, for which a shared batch would be padded, one or many at a time."""
-    root = tmp_path / "coco"
-    write_dataset(root)
-    path = root / "annotations" / "instances_val2017.json"
-    content = json.loads(path.read_text())
-    for image, size in zip(content["images"], ((64, 64), (80, 64), (64, 96), (80, 64), (120, 70)), strict=True):
-        photo = root / "val2017" / image["file_name"]
-        with Image.open(photo) as picture:
-            picture.resize(size).save(photo)
-        image["width"], image["height"] = size
-    path.write_text(json.dumps(content))
+    root = write_many_sizes(tmp_path / "coco", last=(120, 70))
     profile = write_profile(tmp_path / "original.yaml", geometry="original", size=None)
     flags = {"resume": None, "images": root / "val2017", "image_size": "source", "coco_root": root, "profile": profile}
     wanted = evaluate("one", **flags, detector_batch_size=1)

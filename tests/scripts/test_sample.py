@@ -161,11 +161,11 @@ def test_ema_is_the_default(sample):
 def tiny_preset(monkeypatch):
     """No preset is as small as the tests' weights."""
 
-    def preset_config(name: str, **overrides: Any) -> StructMARConfig:
+    def backbone_config(name: str, **overrides: Any) -> StructMARConfig:
         assert name == "mar_tiny"
         return replace(MAR_CONFIG, **overrides)
 
-    monkeypatch.setattr(engine.cli.build_sample, "preset_config", preset_config)
+    monkeypatch.setattr(engine.cli.build_sample, "backbone_config", backbone_config)
     return ("--model", "mar_tiny")
 
 
