@@ -146,6 +146,7 @@ def fails(world: Path, **more: Any) -> str:
         ({"train_mode": "full"}, "--train_mode class and --class_root belong together, got full and"),
         ({"class_root": "nowhere"}, "--class_root nowhere does not exist; it holds train/"),
         ({"text_drop_prob": 0.1}, "--text_drop_prob 0.1 does not go with --train_mode class"),
+        ({"size_condition": True}, "--size_condition True does not go with --train_mode class"),
         ({"online_eval": True}, "--online_eval True does not go with --train_mode class"),
         ({"batch_size": 10}, "the dataset has 9 items, fewer than one global batch of 10"),
         ({"num_iter": 100, "sample_freq": 1}, "num_iter must lie between 1 and the number of tokens, 16, got 100"),

@@ -37,7 +37,7 @@ def validate_train_args(args: argparse.Namespace) -> None:
 
 def _refuse_captions(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that mean captions, boxes, their scores or sizes beside --train_mode class."""
-    for flag in ("text_drop_prob", "layout_drop_prob", "online_eval", "buckets", "sizes"):
+    for flag in ("text_drop_prob", "layout_drop_prob", "online_eval", "buckets", "sizes", "size_condition"):
         if vars(args)[flag]:
             raise ValueError(
                 f"--{flag} {vars(args)[flag]} does not go with --train_mode class, which reads squares and their "
