@@ -82,15 +82,20 @@ class Attention(nn.Module):
         """angles: [..., n, d/2], at the full strength."""
         return Rotation.by(angles * self.rope_strength if self.rope_mode == "gated" else angles)
 
-    def attend(
-        self, x: Tensor, rotation: Rotation | None, bias: Tensor | None, query_ids: Tensor | None = None
-    ) -> Tensor:
-        """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and turned, and values. x: [B, n, D]; each [B, H, n, d]."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))  # each [B, H, n, d]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)  # [B, H, n, d]
         if rotation is not None:
             q, k = rotation(q), rotation(k)  # [B, H, n, d]
+        return q, k, v
+
+    def attend(
+        self, x: Tensor, rotation: Rotation | None, bias: Tensor | None, query_ids: Tensor | None = None
+    ) -> Tensor:
+        """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
+        q, k, v = self.project(x, rotation)  # each [B, H, n, d]
         if query_ids is not None:
             rows = query_ids[:, None, :, None]  # [B, 1, p, 1]
             q = q.gather(2, rows.expand(-1, q.shape[1], -1, q.shape[3]))  # [B, H, p, d]

@@ -12,19 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import struct
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import check_identity, find_source, load_weights, resumed_position
@@ -32,7 +27,7 @@ from engine.train.state import Course, Position
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import is_trainable
 from tests.conftest import ROOT
-from tests.helpers.clip_files import text_settings, write_tokenizer
+from tests.helpers.full_size import MEMORY_LIMIT, Finished, run_measured, write_clip
 from tests.helpers.paper_commands import STAGE_1, words
 from tests.helpers.weights_rule import deterministic_tensor
 from util.checkpoint import load_plain
@@ -40,9 +35,7 @@ from util.types import Category
 
 pytestmark = pytest.mark.slow
 
-MEMORY_LIMIT = 16e9
 DISK_NEEDED = 20e9
-FULL_SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
 
 
 def manifest(name: str) -> dict[str, list[int]]:
@@ -63,14 +56,6 @@ def write_safetensors(shapes: dict[str, list[int]], path: Path) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
             file.write(deterministic_tensor(name, tuple(shape)).numpy().tobytes())
-
-
-def write_clip(folder: Path) -> None:
-    """CLIP ViT-B/32's text tower, with a tokenizer that knows three words."""
-    folder.mkdir()
-    settings = text_settings(write_tokenizer(folder))
-    sizes = {"vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 512}
-    CLIPTextModel(CLIPTextConfig(**settings | FULL_SIZES | sizes)).save_pretrained(folder)
 
 
 def write_coco_2014(photos: Path, root: Path) -> None:
@@ -103,36 +88,6 @@ def world(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     shutil.rmtree(root)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A process that ended.
-
-    peak: bytes (no less than the tests' own process had, which it was forked from). seconds: from start to end.
-    busy: seconds of processor time.
-    """
-
-    code: int
-    log: str
-    peak: int
-    seconds: float
-    busy: float
-
-
-def run_measured(command: list[str], log: Path) -> Finished:
-    start = time.perf_counter()
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return Finished(
-        code=process.returncode,
-        log=log.read_text(encoding="utf-8"),
-        peak=usage.ru_maxrss * 1024,
-        seconds=time.perf_counter() - start,
-        busy=usage.ru_utime + usage.ru_stime,
-    )
-
-
 @pytest.fixture(scope="module")
 def stage1(world: Path) -> Finished:
     """The command, with other paths, device, batch size and length."""
@@ -158,9 +113,8 @@ def checkpoint(stage1: Finished, world: Path) -> dict:
 
 def test_it_runs_in_16_gb(stage1: Finished, checkpoint: dict, world: Path) -> None:
     size = (world / "stage1" / "checkpoint-last.pth").stat().st_size
-    measured = f"peak memory {stage1.peak / 1e9:.2f} GB, {stage1.seconds:.0f} s, {stage1.busy:.0f} s of processor time"
     sys.stdout.write(
-        f"\nstage 1, mar_huge, batch 1, two steps: {measured}, checkpoint {size / 1e9:.2f} GB\n{stage1.log}\n"
+        f"\nstage 1, mar_huge, batch 1, two steps: {stage1.measured}, checkpoint {size / 1e9:.2f} GB\n{stage1.log}\n"
     )
     assert stage1.peak < MEMORY_LIMIT
     lines = (world / "stage1" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
