@@ -200,7 +200,8 @@ def build_estimator(args: argparse.Namespace, sampling: SamplingConfig) -> Estim
     if is_guided:
         logger.warning("--rl_estimator elbo scores without guidance what is sampled with it (--cfg): off-policy")
     num_masks = min(4, sampling.num_iter) if args.rl_masks is None else args.rl_masks
-    return ElboEstimator(sampling.num_iter, num_masks, 8 if args.rl_draws is None else args.rl_draws)
+    num_draws = 8 if args.rl_draws is None else args.rl_draws
+    return ElboEstimator(sampling.num_iter, num_masks, num_draws, schedule=sampling.schedule)
 
 
 def build_prompts(args: argparse.Namespace, sizes: StructMARConfig, frozen: Frozen) -> CocoLayoutDataset:

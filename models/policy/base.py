@@ -120,7 +120,7 @@ def draw_iterations(counts: Sequence[int], num_masks: int, generator: torch.Gene
 
     Position u_j = (j + U_j) / num_masks of the L tokens falls into the iteration that unmasks that token, so an
     iteration is hit in proportion to the tokens it unmasks: the mean over passes of the mean over a pass's tokens is,
-    in expectation, the mean over all tokens. counts: `cosine_masked_counts`.
+    in expectation, the mean over all tokens. counts: of `masked_counts`.
     """
     num_tokens = counts[0]
     uniform = torch.rand(num_masks, dtype=torch.float64, generator=generator, device=generator.device)

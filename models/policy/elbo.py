@@ -17,8 +17,8 @@ from torch import Tensor
 
 from models.blocks import gather_tokens
 from models.config import NUM_TRAIN_STEPS
-from models.masking import cosine_masked_counts
 from models.policy.base import PolicyOutput, Samples, ScoringNoise, check_masks, draw_iterations
+from models.sampling.schedules import masked_counts
 from models.structmar import StructMAR
 
 
@@ -28,7 +28,7 @@ class ElboEstimator:
     token is its mean over `num_draws` pairs (t, eps), taken before the ratio is.
 
     num_iter: the sampler's. num_draws: even; half as many timesteps, stratified, are each used with eps and with -eps.
-    kappa: scale of the log-probability, hence of ratio and KL.
+    kappa: scale of the log-probability, hence of ratio and KL. schedule: the sampler's, of `config.SCHEDULES`.
 
     What to know: (1) The difference of two such log-probabilities holds the error of the Monte Carlo mean, so k3 of it
     is a penalty on the change of eps, not a KL divergence in nats. (2) Samples drawn with guidance are off-policy for
@@ -42,6 +42,7 @@ class ElboEstimator:
     num_masks: int = 4
     num_draws: int = 8
     kappa: float = 1.0
+    schedule: str = "mar"
 
     def __post_init__(self) -> None:
         check_masks(self.num_masks, self.num_iter)
@@ -60,7 +61,7 @@ class ElboEstimator:
 
     def draw_noise(self, samples: Samples, generator: torch.Generator) -> list[ScoringNoise]:
         """See `Estimator`. All images share the sizes of the masks; orders, timesteps and noises are their own."""
-        counts = cosine_masked_counts(samples.orders.shape[1], self.num_iter)
+        counts = masked_counts(self.schedule, samples.orders.shape[1], self.num_iter)
         iterations = draw_iterations(counts, self.num_masks, generator)
         return [self._draw_pass(samples, counts[iteration], iteration, generator) for iteration in iterations]
 

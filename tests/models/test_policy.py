@@ -153,6 +153,13 @@ def test_elbo_draws_are_stratified_and_antithetic() -> None:
         assert len(noise.timesteps[..., 0].unique()) > 10
 
 
+def test_elbo_scores_the_masks_of_the_rollouts_schedule() -> None:
+    for schedule in ("mar", "arccos"):
+        passes = every_pass(ElboEstimator(4, schedule=schedule), world()[1])
+        counts = replace(QUICK, num_iter=4, schedule=schedule).masked_counts(64)
+        assert [noise.token_ids.shape[1] for noise in passes.values()] == counts[:-1]
+
+
 def test_trajectory_draws_leave_the_ends_out() -> None:
     samples = world()[1]
     steps = reverse_steps(8, 950)
