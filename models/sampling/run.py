@@ -64,7 +64,8 @@ class KnownTokens:
 class SampleOutput:
     """tokens: [B, L, C]. latents: [B, C, h, w], scaled. orders: [B, L], the order in which tokens were unmasked, from
     its end; what was known before comes last. commit_steps: [B, L], the iteration of each token, -1 where it was known
-    before. grid: (rows, columns) of the trunk's tokens. trace: or None."""
+    before; a run that was stopped names those that were still to come. grid: (rows, columns) of the trunk's tokens.
+    trace: or None."""
 
     tokens: Tensor
     latents: Tensor
@@ -177,6 +178,8 @@ def unmask(
             trace.write(plan.token_ids, drawn.record)
         if on_iteration is not None and (changed := on_iteration(iteration, state.tokens)) is not None:
             state = replace(state, tokens=changed)
+    if plans is None and state.num_masked:  # it was stopped
+        orders[:, : state.num_masked] = state.unknown_ids()
     return state.tokens, orders, trace
 
 

@@ -150,6 +150,19 @@ def test_known_codes_stay(order: str, counts: tuple[int, int]) -> None:
     assert torch.equal(alone.tokens[0], output.tokens[1])
 
 
+@pytest.mark.parametrize("order", ["confidence", "random"])
+def test_a_run_that_is_stopped_names_every_token_once(order: str) -> None:
+    """Those that were drawn with their iteration, the others with one that was still to come."""
+    config = default_sampling("discrete", num_iter=5, order=order)
+    full = drawn(config, [1, 2])
+    asked: list[int] = []
+    output = drawn(config, [1, 2], should_stop=lambda: asked.append(1) or len(asked) > 2)
+    assert torch.equal(output.orders.sort(dim=1).values, torch.arange(16).expand(2, -1))
+    is_drawn = full.commit_steps < 2
+    assert torch.equal(output.commit_steps < 2, is_drawn)
+    assert torch.equal(output.tokens[is_drawn], full.tokens[is_drawn]) and (output.tokens[~is_drawn] == 0).all()
+
+
 def test_recorded_log_probabilities_are_those_of_the_commit() -> None:
     """From the state before each token's iteration, with the guidance and temperature it was drawn with."""
     model = PlainMaskGIL(4)
