@@ -66,12 +66,6 @@ class StructMAR(Trunk):
         else:
             self.code_head = build_discrete_head(config)
 
-    @torch.no_grad()
-    def set_rope_strength(self, value: float) -> None:
-        """Sets every learnable strength: 0 keeps MAR's attention, 1 is the full rotation. Only for rope_mode gated."""
-        for block in (*self.encoder_blocks, *self.decoder_blocks):
-            block.attn.rope_strength.fill_(value)
-
     def fsdp_units(self) -> list[nn.Module]:
         """Modules that are sharded on their own; the caller shards the root last."""
         blocks = [*self.encoder_blocks, *self.decoder_blocks]
