@@ -14,8 +14,11 @@ from torch import Tensor
 import models.context
 import models.heads.diffusion_sampler
 from engine.train.parallel import compile_parts
+from models.sampling.config import default_sampling
+from models.sampling.sampler import sample
 from models.weights import select_trainable
 from tests.helpers import reference
+from tests.helpers.family import LLAMA, family_model, some_latents
 from tests.helpers.sampled import QUICK, conditions, sampled, world
 from tests.helpers.structured import generator, some_layout, some_text, structured_model
 
@@ -47,6 +50,27 @@ def test_compiled_equals_eager() -> None:
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
         assert reference.relative_error(gradients[1], gradients[0]) < 1e-4
     assert len(sizes) == 3
+
+
+@pytest.mark.slow
+def test_compiled_codes_equal_eager() -> None:
+    """The blocks and the head of MaskGIL's family: a loss, its gradients and codes that are drawn."""
+    options = {"num_categories": 5, "text_dim": 12, "patch_size": 2, "decoder_depth": 1} | LLAMA
+    config = default_sampling("discrete", num_iter=3, cfg_text=2.0, cfg_layout=2.0)
+    losses, gradients, codes = [], [], []
+    for is_compiled in (False, True):
+        model = family_model(**options).train()
+        if is_compiled:
+            compile_parts(model)
+        noise = model.sample_training_noise(2, generator(1), 0.7)
+        loss = model(some_latents(model), noise, text=some_text(), layout=some_layout())
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(model.code_head.out.weight.grad)
+        codes.append(sample(model.eval(), config, [generator(1), generator(2)], some_text(), some_layout()).tokens)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    assert reference.relative_error(gradients[1], gradients[0]) < 1e-4
+    assert (codes[0] == codes[1]).float().mean() > 0.95  # a draw at the edge between two codes may fall either way
 
 
 @pytest.mark.slow
