@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import Scene, render_scene
+from util.buckets import Size, read_size
 from util.logging import progress
 
 FORMAT_VERSION = 1  # raise it when the drawing changes: an older dataset in the folder is then an error
@@ -27,18 +28,30 @@ _JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """All that the dataset's content depends on."""
+    """All that the dataset's content depends on. sizes: HEIGHTxWIDTH of the scenes in turn; none: squares of `size`."""
 
     num_train: int = 6000
     num_val: int = 500
     size: int = 64
     seed: int = 0
     format_version: int = FORMAT_VERSION
+    sizes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_val", "size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for each in self.sizes:
+            read_size(each)
+
+    def size_of(self, index: int) -> Size:
+        """(height, width) of image `index` of a split."""
+        return read_size(self.sizes[index % len(self.sizes)]) if self.sizes else (self.size, self.size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the files: without sizes where there are none, as older ones."""
+        values = asdict(self) | {"sizes": list(self.sizes)}
+        return {name: value for name, value in values.items() if name != "sizes" or value}
 
 
 def scene_generator(seed: int, split: str, index: int) -> np.random.Generator:
@@ -64,9 +77,9 @@ def instance_records(scene: Scene) -> list[dict[str, Any]]:
 
 
 def _write_scene(
-    index: int, folder: Path, split: str, size: int, seed: int
+    index: int, folder: Path, split: str, settings: DatasetSettings
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    scene = render_scene(scene_generator(seed, split, index), size)
+    scene = render_scene(scene_generator(settings.seed, split, index), settings.size_of(index))
     path = folder / f"{index + 1:012d}.jpg"
     options = [
         cv2.IMWRITE_JPEG_QUALITY,
@@ -87,7 +100,7 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
 
 def _write_split(folder: Path, split: str, count: int, settings: DatasetSettings, num_workers: int) -> None:
     (folder / split).mkdir(parents=True, exist_ok=True)
-    write = partial(_write_scene, folder=folder / split, split=split, size=settings.size, seed=settings.seed)
+    write = partial(_write_scene, folder=folder / split, split=split, settings=settings)
     images: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
@@ -95,14 +108,15 @@ def _write_split(folder: Path, split: str, count: int, settings: DatasetSettings
         results = pool.imap(write, range(count), chunksize=32)
         for image_id, (records, texts) in enumerate(progress(results, total=count, desc=split), start=1):
             name = f"{image_id:012d}.jpg"
-            images.append({"id": image_id, "file_name": name, "width": settings.size, "height": settings.size})
+            height, width = settings.size_of(image_id - 1)
+            images.append({"id": image_id, "file_name": name, "width": width, "height": height})
             instances += [
                 {"id": len(instances) + 1 + k, "image_id": image_id, **record} for k, record in enumerate(records)
             ]
             captions += [
                 {"id": len(captions) + 1 + k, "image_id": image_id, "caption": text} for k, text in enumerate(texts)
             ]
-    info = {"description": "StructMAR mini world", **asdict(settings)}
+    info = {"description": "StructMAR mini world", **settings.to_dict()}
     content = {"info": info, "images": images}
     _write_json(
         {**content, "annotations": instances, "categories": categories()},
@@ -116,7 +130,7 @@ def is_finished(folder: Path, settings: DatasetSettings) -> bool:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return False
-    found, wanted = json.loads(path.read_text(encoding="utf-8")), asdict(settings)
+    found, wanted = json.loads(path.read_text(encoding="utf-8")), settings.to_dict()
     if found != wanted:
         raise ValueError(
             f"{path} describes another dataset: found {found}, asked for {wanted}; "
@@ -132,12 +146,12 @@ def make_dataset(folder: Path, settings: DatasetSettings, num_workers: int = 1) 
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count in zip(_SPLITS, (settings.num_train, settings.num_val), strict=True):
         _write_split(folder, split, count, settings, num_workers)
-    _write_json(asdict(settings), folder / SETTINGS_FILE)
+    _write_json(settings.to_dict(), folder / SETTINGS_FILE)
     return True
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the dataset unless it is there. Raises ValueError where another one is."""
-    settings = DatasetSettings(args.num_train, args.num_val, args.size, args.seed)
+    settings = DatasetSettings(args.num_train, args.num_val, args.size, args.seed, sizes=tuple(args.sizes or ()))
     written = make_dataset(args.output_dir, settings, args.num_workers)
     print(f"{args.output_dir}: {'written' if written else 'already there, nothing to do'}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.cli.arguments import script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
-from util.ranges import seed_int, whole
+from util.ranges import picture_size, seed_int, whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,6 +24,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_train", type=whole(1, 10**6), default=6000, help="images in train2017")
     parser.add_argument("--num_val", type=whole(1, 10**6), default=500, help="images in val2017")
     parser.add_argument("--size", type=whole(16, 1024), default=64, help="side of the images in pixels")
+    parser.add_argument("--sizes", type=picture_size, nargs="+", default=None,
+                        help="HEIGHTxWIDTH of the images in turn, e.g. 64x64 96x64 64x96; none: --size")  # fmt: skip
     parser.add_argument("--seed", type=seed_int, default=0, help="seed of the whole dataset")
     parser.add_argument("--num_workers", type=whole(1, 256), default=2, help="processes that draw")
     return parse_checked(parser, argv)

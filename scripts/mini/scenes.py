@@ -4,6 +4,7 @@ A scene is first planned (what, where, which colour, back to front) and then dra
 resolution, objects with shading and a soft shadow, then averaged down. An object's mask is every pixel it still covers
 by at least `MASK_COVERAGE` after nearer objects are laid over it; its box is that mask's exact extent, as in COCO. All
 draws come from the generator given, so a scene is a function of its seed; the plan does not depend on the resolution.
+Scenes may be oblong: lengths are then relative to the shorter side, so that objects are as large as in its square.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from scripts.mini.backgrounds import BACKGROUNDS, draw_background
 from scripts.mini.captions import Named, write_captions
 from scripts.mini.drawing import CLASS_BY_ID, CLASSES, COLOURS, draw_object
 from scripts.mini.pen import Array
+from util.boxes import as_size
+from util.buckets import Size
 
 MASK_COVERAGE = 0.4
 MIN_VISIBLE = 0.6
 MAX_OBJECTS = 8
 MAX_TRIES = 200
+SQUARE = (1.0, 1.0)  # width and height in shorter sides
 
 
 @dataclass(frozen=True)
 class PlannedObject:
-    """One object before drawing; lengths and positions are relative to the image's side."""
+    """One object before drawing; lengths and positions are relative to the image's shorter side."""
 
     category_id: int
     colour: str | None  # the name used in captions; None where the class has one colour only
@@ -58,12 +62,12 @@ class SceneObject:
     bbox: tuple[float, float, float, float]
     area: int
     visible_fraction: float
-    mask: NDArray[np.bool_]  # [size, size], the visible pixels
+    mask: NDArray[np.bool_]  # [height, width], the visible pixels
 
 
 @dataclass(frozen=True)
 class Scene:
-    image: NDArray[np.uint8]  # [size, size, 3] RGB
+    image: NDArray[np.uint8]  # [height, width, 3] RGB
     objects: tuple[SceneObject, ...]
     captions: tuple[str, ...]
 
@@ -74,16 +78,18 @@ def _jitter(rgb: tuple[float, float, float], rng: np.random.Generator) -> tuple[
     return red, green, blue
 
 
-def _plan_object(rng: np.random.Generator, category_id: int, length: float) -> PlannedObject:
+def _plan_object(
+    rng: np.random.Generator, category_id: int, length: float, extent: tuple[float, float] = SQUARE
+) -> PlannedObject:
     entry = CLASS_BY_ID[category_id]
     colour = entry.colours[int(rng.integers(len(entry.colours)))]
     half = 0.5 * length
-    low, high = min(half, 0.5), max(1 - half, 0.5)
+    (x_low, x_high), (y_low, y_high) = ((min(half, end / 2), max(end - half, end / 2)) for end in extent)
     return PlannedObject(
         category_id=category_id,
         colour=colour if entry.is_colour_named else None,
         rgb=_jitter(COLOURS[colour], rng),
-        centre=(float(rng.uniform(low, high)), float(rng.uniform(low, high))),
+        centre=(float(rng.uniform(x_low, x_high)), float(rng.uniform(y_low, y_high))),
         length=length,
         angle_deg=float(rng.uniform(-entry.turn_deg, entry.turn_deg)),
         stretch=float(rng.uniform(*entry.stretch)),
@@ -111,8 +117,11 @@ def _plan_background(rng: np.random.Generator, category_ids: Sequence[int]) -> i
     return choices[int(rng.integers(len(choices)))]
 
 
-def plan_scene(rng: np.random.Generator, num_objects: tuple[int, int] = (1, 5)) -> ScenePlan:
-    """Plans `num_objects` (least, most) objects, 0.19 to 0.75 of the image long, larger ones behind smaller ones.
+def plan_scene(
+    rng: np.random.Generator, num_objects: tuple[int, int] = (1, 5), extent: tuple[float, float] = SQUARE
+) -> ScenePlan:
+    """Plans `num_objects` (least, most) objects, 0.19 to 0.75 of the image's shorter side long, larger ones behind
+    smaller ones. extent: the image's width and height, in shorter sides.
 
     An object for which no place is found is left out, so there may be fewer.
     """
@@ -125,7 +134,7 @@ def plan_scene(rng: np.random.Generator, num_objects: tuple[int, int] = (1, 5)) 
     planned: list[PlannedObject] = []
     for category_id, length in zip(rng.permutation(ids), lengths, strict=True):
         for _ in range(MAX_TRIES):
-            candidate = _plan_object(rng, int(category_id), float(length))
+            candidate = _plan_object(rng, int(category_id), float(length), extent)
             if all(_is_clear(other, candidate) for other in planned):
                 planned.append(candidate)
                 break
@@ -153,17 +162,25 @@ def _paste(canvas_shape: tuple[int, int], patch: Array, left: int, top: int) -> 
     return canvas
 
 
-def _draw_planned(item: PlannedObject, size: int) -> tuple[Array, Array]:
-    """RGB [size, size, 3] and alpha [size, size] of one object on its own, on the (enlarged) canvas."""
+def _draw_planned(item: PlannedObject, size: Size) -> tuple[Array, Array]:
+    """RGB [height, width, 3] and alpha [height, width] of one object on its own, on the (enlarged) canvas."""
+    unit = min(size)
     rgb, alpha = draw_object(
-        item.category_id, item.rgb, item.length * size, item.angle_deg, item.stretch, np.random.default_rng(item.seed)
+        item.category_id, item.rgb, item.length * unit, item.angle_deg, item.stretch, np.random.default_rng(item.seed)
     )
-    left, top = (round(c * size - alpha.shape[0] / 2) for c in item.centre)
-    return _paste((size, size), rgb, left, top), _paste((size, size), alpha, left, top)
+    left, top = (round(c * unit - alpha.shape[0] / 2) for c in item.centre)
+    return _paste(size, rgb, left, top), _paste(size, alpha, left, top)
 
 
-def _shrink(picture: Array, size: int) -> Array:
-    return np.asarray(cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA), dtype=np.float32)
+def _draw_background(index: int, size: Size, rng: np.random.Generator) -> Array:
+    """The middle of a square background: [height, width, 3]."""
+    side = max(size)
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    return draw_background(index, side, rng)[top : top + size[0], left : left + size[1]].copy()
+
+
+def _shrink(picture: Array, size: Size) -> Array:
+    return np.asarray(cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA), dtype=np.float32)
 
 
 def box_of(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
@@ -172,24 +189,26 @@ def box_of(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
     return float(columns[0]), float(rows[0]), float(columns[-1] - columns[0] + 1), float(rows[-1] - rows[0] + 1)
 
 
-def draw_scene(plan: ScenePlan, size: int) -> tuple[NDArray[np.uint8], tuple[SceneObject, ...]]:
-    """Draws a plan: image [size, size, 3] uint8 RGB, and its objects (back to front)."""
-    scale = 4 if size <= 128 else 2
-    big = size * scale
-    canvas = draw_background(plan.background, big, np.random.default_rng(plan.background_seed))
+def draw_scene(plan: ScenePlan, size: int | Size) -> tuple[NDArray[np.uint8], tuple[SceneObject, ...]]:
+    """Draws a plan: image [height, width, 3] uint8 RGB, and its objects (back to front). size: (height, width), or a
+    square's side."""
+    size = as_size(size)
+    scale = 4 if max(size) <= 128 else 2
+    big, unit = (size[0] * scale, size[1] * scale), min(size) * scale
+    canvas = _draw_background(plan.background, big, np.random.default_rng(plan.background_seed))
     depth = BACKGROUNDS[plan.background].shadow
     alphas: list[Array] = []
     for item in plan.objects:
         rgb, alpha = _draw_planned(item, big)
-        shift = np.array([[1, 0, 0.05 * item.length * big], [0, 1, 0.08 * item.length * big]], dtype=np.float32)
-        shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (big, big)), (0, 0), 0.045 * item.length * big)
+        shift = np.array([[1, 0, 0.05 * item.length * unit], [0, 1, 0.08 * item.length * unit]], dtype=np.float32)
+        shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, big[::-1]), (0, 0), 0.045 * item.length * unit)
         canvas *= 1 - depth * shadow[..., None]
         canvas += (rgb - canvas) * alpha[..., None]
         alphas.append(alpha)
     return (np.round(_shrink(canvas, size) * 255)).astype(np.uint8), _visible_objects(plan, alphas, size)
 
 
-def _visible_objects(plan: ScenePlan, alphas: Sequence[Array], size: int) -> tuple[SceneObject, ...]:
+def _visible_objects(plan: ScenePlan, alphas: Sequence[Array], size: Size) -> tuple[SceneObject, ...]:
     objects: list[SceneObject] = []
     uncovered: Array = np.ones((1, 1), dtype=np.float32)
     for item, alpha in zip(reversed(plan.objects), reversed(alphas), strict=True):
@@ -203,20 +222,24 @@ def _visible_objects(plan: ScenePlan, alphas: Sequence[Array], size: int) -> tup
     return tuple(reversed(objects))
 
 
-def _captions(plan: ScenePlan, objects: Sequence[SceneObject], size: int, rng: np.random.Generator) -> tuple[str, ...]:
+def _captions(plan: ScenePlan, objects: Sequence[SceneObject], size: Size, rng: np.random.Generator) -> tuple[str, ...]:
     named = []
     for item in objects:
-        x, y, width, height = (value / size for value in item.bbox)
-        named.append(Named(item.name, item.colour, (x + width / 2, y + height / 2), max(width, height)))
+        x, y, width, height = (value / side for value, side in zip(item.bbox, 2 * size[::-1], strict=True))
+        length = max(item.bbox[2:]) / min(size)
+        named.append(Named(item.name, item.colour, (x + width / 2, y + height / 2), length))
     return tuple(write_captions(named, BACKGROUNDS[plan.background].phrase, rng))
 
 
-def render_scene(rng: np.random.Generator, size: int = 64, num_objects: tuple[int, int] = (1, 5)) -> Scene:
-    """A random scene, `size` x `size` pixels, of `num_objects` (least, most) objects, each at least 0.6 visible."""
+def render_scene(rng: np.random.Generator, size: int | Size = 64, num_objects: tuple[int, int] = (1, 5)) -> Scene:
+    """A random scene of `num_objects` (least, most) objects, each at least 0.6 visible. size: (height, width) in
+    pixels, or a square's side."""
     if not 1 <= num_objects[0] <= num_objects[1] <= MAX_OBJECTS:
         raise ValueError(f"num_objects (least, most) must be within 1 and {MAX_OBJECTS}, got {num_objects}")
+    size = as_size(size)
+    extent = size[1] / min(size), size[0] / min(size)
     for _ in itertools.count():
-        plan = plan_scene(rng, num_objects)
+        plan = plan_scene(rng, num_objects, extent)
         if len(plan.objects) < num_objects[0]:
             continue
         caption_seed = int(rng.integers(2**62))
@@ -233,4 +256,4 @@ def render_single(rng: np.random.Generator, category_id: int, size: int = 64) ->
     plan = plan_single(rng, category_id)
     caption_seed = int(rng.integers(2**62))
     image, objects = draw_scene(plan, size)
-    return Scene(image, objects, _captions(plan, objects, size, np.random.default_rng(caption_seed)))
+    return Scene(image, objects, _captions(plan, objects, as_size(size), np.random.default_rng(caption_seed)))

@@ -166,6 +166,7 @@ def tiny_preset(monkeypatch):
         return replace(MAR_CONFIG, **overrides)
 
     monkeypatch.setattr(engine.cli.build_sample, "backbone_config", backbone_config)
+    monkeypatch.setattr(scripts.sample, "backbone_config", backbone_config)
     return ("--model", "mar_tiny")
 
 

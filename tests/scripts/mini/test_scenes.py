@@ -173,6 +173,43 @@ def test_captions_count_and_relate() -> None:
     assert said == {"a clock left of a red kite on the grass", "a red kite right of a clock on the grass"}
 
 
+@pytest.mark.parametrize("size", [(96, 64), (64, 96), (32, 128)])
+def test_oblong_scenes_use_all_of_their_picture(size: tuple[int, int]) -> None:
+    """Objects are as large as in the square of the shorter side, and lie along the whole longer one."""
+    oblong = [render_scene(np.random.default_rng((8, index)), size) for index in range(12)]
+    centres, longest = [], []
+    for scene in oblong:
+        assert scene.image.shape == (*size, 3)
+        for item in scene.objects:
+            rows, columns = np.nonzero(item.mask)
+            x, y, width, height = item.bbox
+            assert item.mask.shape == size
+            assert (columns.min(), rows.min()) == (x, y)
+            assert (columns.max() + 1, rows.max() + 1) == (x + width, y + height)
+            centres.append(((x + width / 2) / size[1], (y + height / 2) / size[0]))
+            longest.append(max(width, height))
+    along = [centre[int(size[0] > size[1])] for centre in centres]
+    assert min(along) < 0.25
+    assert max(along) > 0.75
+    assert max(longest) <= min(size)
+
+
+def test_sizes_take_turns_and_squares_are_what_they_were(tmp_path: Path) -> None:
+    sizes = ("32x32", "48x32", "32x48")
+    assert make_dataset(tmp_path, DatasetSettings(num_train=4, num_val=1, size=32, seed=3, sizes=sizes))
+    record = json.loads((tmp_path / "annotations" / "instances_train2017.json").read_text())
+    assert [(each["height"], each["width"]) for each in record["images"]] == [(32, 32), (48, 32), (32, 48), (32, 32)]
+    for each in record["images"]:
+        image = cv2.imread(str(tmp_path / "train2017" / each["file_name"]))
+        assert image.shape == (each["height"], each["width"], 3)
+    assert record["info"]["sizes"] == list(sizes)
+    with pytest.raises(ValueError, match="describes another dataset"):
+        small_dataset(tmp_path)
+    assert "sizes" not in DatasetSettings().to_dict()  # settings of before the option are still known
+    with pytest.raises(ValueError, match="HEIGHTxWIDTH"):
+        DatasetSettings(sizes=("32",))
+
+
 def small_dataset(folder: Path, seed: int = 3) -> bool:
     return make_dataset(folder, DatasetSettings(num_train=6, num_val=3, size=32, seed=seed), num_workers=1)
 
