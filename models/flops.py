@@ -5,9 +5,10 @@ and attention is of second: three sizes are run, all others follow exactly. The 
 its reverse steps. An image has a caption, boxes and a class label, as far as the model knows them.
 
 Left out: element-wise work, and what a batch needs once, however many its images (the embedded timesteps of a sampler,
-what cross-attention gives to images without a caption).
+what cross-attention gives to images without a caption); rows that a discrete head adds to those of a loss.
 
-Shape letters: G guidance branches, L image tokens, D trunk width, C token channels, n visible tokens.
+Shape letters: G guidance branches, L image tokens, D trunk width, C token channels, n visible tokens, R rows of the
+head, Z channels of its condition.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from models.build import build_model
 from models.config import StructMARConfig
 from models.context import Context
 from models.heads.diffusion_sampler import ReverseOptions
+from models.heads.discrete import ROW_MULTIPLE
 from models.heads.discrete_sampler import CodeOptions
 from models.sampling.condition_cache import plan_iterations
 from models.sampling.config import SamplingConfig
@@ -98,10 +100,8 @@ class ScoringFlops:
 
             return forward_backward(model, run)
 
-        z = torch.zeros(1, model.head.z_dim, device=META, requires_grad=True)  # [1, Z]
-        noise = model.head.sample_noise(1, torch.Generator()).to(META)
         self.num_tokens = tokens.shape[1]
-        self.row = forward_backward(model, lambda: model.head.token_loss(tokens[0, :1], z, noise))
+        self.row = _row_flops(model)
         self.forward = second_degree(lambda n: backbone(n).forward, _half(config))
         self.backward = second_degree(lambda n: backbone(n).backward, _half(config))
 
@@ -112,6 +112,16 @@ class ScoringFlops:
             self.forward(num_visible) + num_rows * self.row.forward,
             self.backward(num_visible) + num_rows * self.row.backward,
         )
+
+
+def _row_flops(model: StructMAR) -> PassFlops:
+    """Of one row of the head, as a share of as many as a discrete head adds up to."""
+    head, shape = model.head, (ROW_MULTIPLE, model.head.z_dim)
+    z = torch.zeros(shape, device=META, requires_grad=True)  # [R, Z]
+    target = head.empty_tokens(1, ROW_MULTIPLE, META)[0]  # [R, C]
+    noise = head.sample_noise(ROW_MULTIPLE, torch.Generator()).to(META)
+    rows = forward_backward(model, lambda: head.token_loss(target, z, noise))
+    return PassFlops(rows.forward / ROW_MULTIPLE, rows.backward / ROW_MULTIPLE)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from models.heads.packed import PackedLinear
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
 from tests.helpers import tiny
+from tests.helpers.family import CODEBOOK, family_config
 from util.flops import count_flops
 
 NUM_TEXT = 5
@@ -72,6 +73,14 @@ def test_a_scoring_pass(config: StructMARConfig, grad_checkpointing: bool) -> No
     for num_masked in (10, 13):
         found = flops.at(num_masked, num_rows=5 * 4)
         assert (2 * found.forward, 2 * found.backward) == counted_scoring(config, n=2, m=num_masked, p=5, draws=4)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_a_row_of_codes_is_one_product_with_all_codes(width: int) -> None:
+    """Forwards, and twice backwards: gradients of the matrix and of the row."""
+    sizes: dict[str, int] = {"encoder_embed_dim": width, "decoder_embed_dim": width}
+    row = ScoringFlops(meta_model(family_config(**sizes)), NUM_TEXT).row
+    assert (row.forward, row.backward) == (2 * width * CODEBOOK, 4 * width * CODEBOOK)
 
 
 # --- rollouts --------------------------------------------------------------------------------------------------------
