@@ -224,9 +224,8 @@ class GrpoStep:
         model.train()
         with gradient_sync(self._synced(), is_last):
             with self._autocast():
-                loss = self.state.wrapped(
-                    LossInputs(inputs.latents, noise.to(device), inputs.labels, inputs.text, inputs.layout)
-                )
+                given = (inputs.labels, inputs.text, inputs.layout, inputs.sizes)
+                loss = self.state.wrapped(LossInputs(inputs.latents, noise.to(device), *given))
             (weight * loss).backward()
         model.eval()
         self._note({"sft_loss": loss})

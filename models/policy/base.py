@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models.heads.base import HeadTrace
 from models.sampling.sampler import SampleOutput
 from models.structmar import StructMAR, TrainingNoise
-from util.types import LayoutBatch, TextContext
+from util.types import LayoutBatch, SizeBatch, TextContext
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class LossInputs:
     labels: Tensor | None = None
     text: TextContext | None = None
     layout: LayoutBatch | None = None
+    sizes: SizeBatch | None = None
 
 
 class Policy(nn.Module):
@@ -159,7 +160,7 @@ class Policy(nn.Module):
     def forward(self, inputs: Samples | LossInputs, noise: ScoringNoise | None = None) -> PolicyOutput | Tensor:
         """Samples with the noise of one pass give a PolicyOutput; LossInputs give the model's own loss, a scalar."""
         if isinstance(inputs, LossInputs):
-            return self.model(inputs.latents, inputs.noise, inputs.labels, inputs.text, inputs.layout)
+            return self.model(inputs.latents, inputs.noise, inputs.labels, inputs.text, inputs.layout, inputs.sizes)
         if noise is None:
             raise ValueError("the log-probabilities of samples need noise")
         return self.estimator.log_probs(self.model, inputs, noise)

@@ -10,6 +10,8 @@ import torch
 
 from models.config import preset_config
 from models.layout import layout_bias
+from models.policy.base import LossInputs, Policy
+from models.policy.elbo import ElboEstimator
 from models.rope import Rotation, fit_scale, rope_angles_2d
 from models.sampling.config import default_sampling
 from models.sampling.sampler import sample
@@ -23,9 +25,9 @@ STRUCTURED: dict[str, Any] = {"num_categories": 5, "text_dim": 12, "learned_pos"
 NAMED = SizeBatch.of([(64, 96, 480, 640, 3, 0), (64, 96, 480, 640, 0, 20)])
 
 
-def sized_model(**options: Any) -> StructMAR:
+def sized_model(head: str = "discrete") -> StructMAR:
     """With a size condition that says something."""
-    model = family_model("single", "discrete", **STRUCTURED | {"size_condition": True} | options)
+    model = family_model("single", head, **STRUCTURED, size_condition=True)
     with torch.no_grad():
         model.size_embed.mlp[2].weight.normal_(std=0.3, generator=generator(5))
     return model
@@ -120,6 +122,16 @@ def test_sizes_are_told_and_dropped_with_the_other_conditions() -> None:
     labelled = model.embed_conditions(2, torch.tensor([1, -1]), None, None, (2, 3), NAMED).base
     assert not torch.equal(labelled[0], model.class_emb.weight[1])
     assert torch.equal(labelled[1], nothing[1])
+
+
+def test_stage_3_tells_sizes_too() -> None:
+    model = sized_model("diffusion")
+    latents, noise = torch.zeros(2, 4, 2, 3), model.sample_training_noise(2, generator(3), 0.5, (2, 3))
+    policy = Policy(model, ElboEstimator(4, 2, 2))
+    given = {"text": some_text(), "layout": some_layout()}
+    told = policy(LossInputs(latents, noise, **given, sizes=NAMED))
+    assert torch.equal(told, model(latents, noise, **given, sizes=NAMED))
+    assert not torch.equal(told, policy(LossInputs(latents, noise, **given)))
 
 
 def test_sizes_train_and_are_a_new_part() -> None:
