@@ -33,8 +33,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
 source scripts/mini/precision.sh
 echo "training in $PRECISION with $OMP_NUM_THREADS threads"
 
-step "2/8 samples from the committed stage-2 weights (under a minute)"
+step "2/8 samples from the committed weights: continuous tokens, then codes in eight iterations (under a minute)"
 $python -m scripts.sample --config configs/mini_sample.yaml --output_dir "$OUT/committed" ${SAMPLE[@]+"${SAMPLE[@]}"}
+$python -m scripts.sample --config configs/mini_discrete_sample.yaml --output_dir "$OUT/committed_codes" \
+    ${SAMPLE[@]+--num_iter 4}
 
 step "3/8 the mini world: $NUM_TRAIN training and $NUM_VAL held-out scenes, their latents and text states (2 minutes)"
 $python -m scripts.mini.make_dataset --output_dir "$DATA" --num_train "$NUM_TRAIN" --num_val "$NUM_VAL"
@@ -74,7 +76,8 @@ done
 
 printf '\nBefore and after stage 3, sampled as its rollouts are (no guidance), by the other detector:\n'
 grep 'evaluation of' "$OUT/stage3/log.txt" | sed 's/^.* evaluation of/    /'
-printf 'The committed weights: %s\n' "$OUT/committed/grid.png" "$OUT/evaluation_committed/report.html"
+printf 'The committed weights: %s\n' "$OUT/committed/grid.png" "$OUT/committed_codes/grid.png" \
+    "$OUT/evaluation_committed/report.html"
 printf 'Your own model:        %s\n' "$OUT/samples/grid.png" "$OUT/evaluation_own_stage2/report.html" \
     "$OUT/evaluation_own_stage3/report.html"
 printf 'TensorBoard:           .venv/bin/tensorboard --logdir %s\n' "$OUT"

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -196,15 +197,19 @@ def read_scenes(args: argparse.Namespace, identity: Identity, prompt: str | None
 
 
 def run(job: Job, batch_size: int, precision: str, output_dir: Path, settings: dict[str, Any]) -> str:
-    """Writes all images, the grid and the list, which then replace those of an earlier run."""
+    """Writes all images, the grid and the list, which then replace those of an earlier run. Returns what it did, and
+    how long it took from captions to pictures."""
     total = len(job.scenes)
     with held_folder(output_dir), replacing(output_dir) as folder:
+        start = time.perf_counter()
         images = write_images(job, batch_size, precision, folder, settings)
+        seconds = time.perf_counter() - start
         grid = scene_grid(images, job.scenes[: len(images)], settings["grid_columns"], settings["grid_scale"])
         save_png(grid, folder / GRID_NAME, {MADE_WITH: json.dumps(settings)})
         write_json(job, folder / LIST_NAME, settings)
     shown = "" if total <= GRID_MAX else f" of the first {GRID_MAX}"
-    return f"wrote {total} images to {output_dir}; grid{shown}: {output_dir / GRID_NAME}"
+    took = f"in {seconds:.1f} s, {seconds / total:.2f} s an image"
+    return f"wrote {total} images to {output_dir} {took}; grid{shown}: {output_dir / GRID_NAME}"
 
 
 def write_images(job: Job, batch_size: int, precision: str, folder: Path, settings: dict[str, Any]) -> list[Picture]:

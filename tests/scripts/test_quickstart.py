@@ -18,7 +18,9 @@ from tests.conftest import ROOT
 WEIGHTS = (
     "structmar_mini_stage2.safetensors",
     "mar_mini.safetensors",
+    "maskgil_mini_stage2.safetensors",
     "vae/kl8_mini.ckpt",
+    "vq/vq4_mini.pt",
     "clip-text-mini",
     "fasterrcnn_mini.pth",
     "fasterrcnn_mini_judge.pth",
@@ -82,8 +84,9 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
     assert steps == [f"{number}/8" for number in range(1, 9)]
     printed = first.stdout.splitlines()
     links = printed.index(f"The committed weights: {out / 'committed' / 'grid.png'}")
-    assert printed[links : links + 5] == [
+    assert printed[links : links + 6] == [
         f"The committed weights: {out / 'committed' / 'grid.png'}",
+        f"The committed weights: {out / 'committed_codes' / 'grid.png'}",
         f"The committed weights: {out / 'evaluation_committed' / 'report.html'}",
         f"Your own model:        {out / 'samples' / 'grid.png'}",
         f"Your own model:        {out / 'evaluation_own_stage2' / 'report.html'}",
@@ -97,8 +100,9 @@ def test_smoke_run_and_again(tmp_path: Path) -> None:
         line for line in first.stderr.replace("\r", "\n").splitlines() if "detecting: real images: 100%" in line
     ]
     assert len(detected) == 1  # the bound is the same for all
-    for name in ("committed", "samples"):
+    for name in ("committed", "committed_codes", "samples"):
         check_pictures(out / name)
+        assert f"wrote 4 images to {out / name} in " in first.stdout  # with how long it took
     stages = [read_checkpoint(out / name) for name in STAGES]
     assert [state["stage"] for state in stages] == list(STAGES.values())
     assert [state["step"] for state in stages] == [4, 4, 2]
