@@ -43,6 +43,15 @@ $python main_mar.py --config configs/mini_stage2.yaml --precision "$PRECISION" -
     --cached_path data/mini_cache_18k/train2017 --batch_size 64 --diffusion_batch_mul 1 --ema_rate 0.999 --epochs 37
 $python -m scripts.export_weights --resume output/mini/stage2/checkpoint-last.pth --dtype fp16 \
     --output $MINI/structmar_mini_stage2.safetensors
+step "codes of the same scenes, then MaskGIL on them, all parts from scratch (an hour on one thread)"
+if [ ! -e $MINI/maskgil_mini_stage2.safetensors ]; then
+    $python -m scripts.cache_latents --coco_root data/mini_coco_18k --coco_split train2017 \
+        --cached_path data/mini_cache_vq_18k/train2017 --vae_path $MINI/vq/vq4_mini.pt --clip_path $MINI/clip-text-mini \
+        --img_size 64 --device cpu --num_workers 0
+    $python main_mar.py --config configs/mini_discrete.yaml --precision "$PRECISION"
+    $python -m scripts.export_weights --resume output/mini/discrete/checkpoint-last.pth --dtype fp16 \
+        --output $MINI/maskgil_mini_stage2.safetensors
+fi
 step "Faster R-CNN (13 minutes), and another one that judges what stage 3 makes for the first (10 minutes)"
 build_if_missing $MINI/fasterrcnn_mini.pth $python -m scripts.mini.train_detector --output $MINI/fasterrcnn_mini.pth
 build_if_missing $MINI/fasterrcnn_mini_judge.pth $python -m scripts.mini.train_detector \

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Continuous or discrete tokens? Both heads on both trunks, trained alike in the mini world, then scored and timed alike.
-#   bash scripts/mini/families.sh                              five trainings of an hour on one thread, then the table
+#   bash scripts/mini/families.sh                              five trainings of half an hour on one thread, then the table
 #   bash scripts/mini/families.sh --detector yolox_nano.onnx   a detector from elsewhere judges too
 #   bash scripts/mini/families.sh --smoke                      a few steps of everything, to see that it works
-# Every model trains all its parts from scratch for STEPS optimizer steps (4000) of 48 images, the same scenes in the same
+# Every model trains all its parts from scratch for STEPS optimizer steps (3000) of 48 images, the same scenes in the same
 # order, with the same learning rate; the cosine ends with the run. All have 64 tokens in the trunk and 8 blocks; where
 # the head is discrete, a token stands for 2 x 2 codes. IMAGES (250) held-out scenes are drawn in each number of
 # ITERATIONS ("8 16 32 64") and judged by a detector that was never a reward. Guidance was chosen on other scenes
@@ -34,7 +34,7 @@ sampling_flags() {
     esac
 }
 usage() {
-    echo "usage: [STEPS=4000] [IMAGES=250] [ITERATIONS='8 16 32 64'] [NAMES='$ALL']" \
+    echo "usage: [STEPS=3000] [IMAGES=250] [ITERATIONS='8 16 32 64'] [NAMES='$ALL']" \
         "bash scripts/mini/families.sh [--detector FILE] [--smoke]" >&2
     exit 2
 }
@@ -42,7 +42,7 @@ usage() {
 ALL="mae_diffusion single_diffusion mae_discrete single_discrete maskgil"
 ROOT="${FAMILIES_ROOT:+$FAMILIES_ROOT/}"
 DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache"
-STEPS="${STEPS:-4000}" IMAGES="${IMAGES:-250}"
+STEPS="${STEPS:-3000}" IMAGES="${IMAGES:-250}"
 read -r -a COUNTS <<<"${ITERATIONS:-8 16 32 64}"
 read -r -a MODELS <<<"${NAMES:-$ALL}"
 NUM_TRAIN=6000 NUM_VAL=500 BATCH=48 SUFFIX="" SCORE=() TIME=() YOLOX=""

@@ -1,6 +1,6 @@
 """The table of both heads on both trunks in the mini world, from what scripts/mini/families.sh leaves.
 
-    python -m scripts.mini.families_table --runs output/mini/families_4000_steps --iterations 8 16 32 64
+    python -m scripts.mini.families_table --runs output/mini/families_3000_steps --iterations 8 16 32 64
 
 Expected are <runs>/<name>/<iterations>/<detector>/ of `scripts.evaluate_layout`, colour.json beside it of
 `scripts.mini.colour_accuracy`, and <runs>/times.json of `scripts.mini.families_time`. A line for each model and number

@@ -1,6 +1,6 @@
 """Seconds an image of several models in several numbers of iterations: from captions and boxes to pixels, in turns.
 
-    python -m scripts.mini.families_time --runs output/mini/families_4000_steps --iterations 8 64 --output times.json \
+    python -m scripts.mini.families_time --runs output/mini/families_3000_steps --iterations 8 64 --output times.json \
         --models mae_diffusion=pretrained_models/mini/vae/kl8_mini.ckpt maskgil=pretrained_models/mini/vq/vq4_mini.pt
 
 Drawn are the first held-out scenes, all in one batch, with the guidance that the weights name. Every setting runs once
