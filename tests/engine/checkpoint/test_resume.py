@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from engine.checkpoint.identity import Identity
 from engine.checkpoint.kept import link_last
 from engine.checkpoint.resume import check_identity, find_source, log_continuation, resumed_position
 from engine.train.state import Course, Position
+from models.sampling.config import SamplingConfig
 from models.structmar import preset_config
 from tests.helpers.runs import assert_same, in_child
 from tests.helpers.tiny_run import SIZES, argv, load_checkpoint, mar_state, read_metrics, write_world
@@ -285,20 +287,9 @@ def test_content(world, reference):
     assert [category["id"] for category in state["categories"]] == [1, 3, 44, 90]
     assert state["args"]["accum_iter"] == 2
     assert state["config"]["num_categories"] == 4
-    assert state["sampling"] == {  # the flags of the run's previews
-        "num_iter": 64,
-        "num_sampling_steps": 100,
-        "cfg_text": 1.0,
-        "cfg_layout": 1.0,
-        "cfg_schedule": "linear",
-        "temperature": 1.0,
-        "clip_x0": None,
-        "t_max": None,
-        "num_sampling_steps_last": None,
-        "order": "random",
-        "guidance_interval": [0.0, 1.0],
-        "uncond_refresh": 1,
-    }
+    sampling = state["sampling"]  # the flags of the run's previews
+    assert (sampling["head"], sampling["num_iter"], sampling["num_sampling_steps"]) == ("diffusion", 64, 100)
+    assert sampling == asdict(SamplingConfig()) | {"guidance_interval": [0.0, 1.0]}
 
 
 def identity(**changes: Any) -> Identity:
