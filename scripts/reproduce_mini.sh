@@ -52,6 +52,9 @@ if [ ! -e $MINI/maskgil_mini_stage2.safetensors ]; then
     $python -m scripts.export_weights --resume output/mini/discrete/checkpoint-last.pth --dtype fp16 \
         --output $MINI/maskgil_mini_stage2.safetensors
 fi
+step "speech recogniser (20 minutes on one thread; needs espeak-ng)"
+build_if_missing $MINI/recogniser-mini/config.json $python -m scripts.mini.train_recogniser \
+    --output $MINI/recogniser-mini
 step "Faster R-CNN (13 minutes), and another one that judges what stage 3 makes for the first (10 minutes)"
 build_if_missing $MINI/fasterrcnn_mini.pth $python -m scripts.mini.train_detector --output $MINI/fasterrcnn_mini.pth
 build_if_missing $MINI/fasterrcnn_mini_judge.pth $python -m scripts.mini.train_detector \
