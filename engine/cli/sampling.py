@@ -72,7 +72,7 @@ def parse_sampling_args(
         head = head_of(args)
     else:
         head = backbone_head(args) if identity is None else identity.config.head
-    require_options_of(head, said)
+    _require_own(args, head, said)
     named = None if identity is None or identity.sampling is None or identity.config.head != head else identity.sampling
     plain = default_sampling(head)
     own = plain if named is None else named
@@ -93,6 +93,14 @@ def parse_sampling_args(
         if is_own[name] and vars(args)[name] == value != standard[name]
     ]
     return args, f"sampling options from the weights: {', '.join(used)}" if used else None
+
+
+@told_as_flags(FLAGS)
+def _require_own(args: argparse.Namespace, head: str, said: Collection[str]) -> None:
+    """Raises ValueError for flags that are another head's."""
+    require_options_of(head, said)
+    if head != "discrete" and "order" in said and args.order == "confidence":
+        raise ValueError(f"--order confidence is an option of the discrete head, but the head is {head}")
 
 
 def _defaults(

@@ -54,7 +54,7 @@ def test_the_heads_defaults_or_the_weights_options(parsed):
 @pytest.mark.parametrize("kind", ["with", "without"])
 def test_flags_of_the_other_head_are_refused(parsed, kind):
     for flags in (["--num_sampling_steps", "100"], ["--clip_x0", "3"], ["--t_max", "900"]):
-        with pytest.raises(ValueError, match=f"{flags[0][2:]} is an option of the diffusion head, but the head is"):
+        with pytest.raises(ValueError, match=f"{flags[0]} is an option of the diffusion head, but the head is"):
             parsed(*flags, kind=kind)
 
 
@@ -74,6 +74,12 @@ def test_a_new_models_head_is_what_its_flags_say():
         args, note = parse_sampling_args(train_parser(), [], head_of=lambda _, head=head: head)
         assert sampling_config(args) == expected and note is None
         assert (args.num_iter, args.order, args.schedule) == (expected.num_iter, expected.order, expected.schedule)
+
+
+def test_confidence_is_told_as_what_does_not_fit_a_diffusion_head():
+    """And not the weights' own options, which nobody gave."""
+    with pytest.raises(ValueError, match="--order confidence is an option of the discrete head, but the head is diff"):
+        parse_sampling_args(train_parser(), ["--order", "confidence"], head_of=lambda _: "diffusion")
 
 
 def test_a_file_of_sampling_flags_is_for_the_weights_head(tmp_path):
