@@ -38,8 +38,8 @@ def evaluation_folder(runs: Path, name: str, iterations: int, detector: str) -> 
 
 def evaluated_sampling(runs: Path, name: str, iterations: int) -> SamplingConfig:
     """The options that a model's images were drawn with. Raises FileNotFoundError or ValueError naming the file."""
-    said: dict[str, Any] = read_results(evaluation_folder(runs, name, iterations, "judge"))["sampling"]
-    return from_plain(SamplingConfig, said, "sampling")
+    folder = evaluation_folder(runs, name, iterations, "judge")
+    return from_plain(SamplingConfig, read_results(folder)["sampling"], f"{folder}: sampling")
 
 
 def run_times(args: argparse.Namespace) -> None:

@@ -3,9 +3,9 @@
     python -m scripts.mini.families_time --runs output/mini/families_3000_steps --iterations 8 64 --output times.json \
         --models mae_diffusion=pretrained_models/mini/vae/kl8_mini.ckpt maskgil=pretrained_models/mini/vq/vq4_mini.pt
 
-Drawn are the first held-out scenes, all in one batch, with the guidance that the weights name. Every setting runs once
-to warm up and then REPEATS times, the settings taking turns, so that what else the machine does falls on all. The file
-holds the medians.
+Drawn are the first held-out scenes, all in one batch, with the options of the evaluation in the run's folder. Every
+setting runs once to warm up and then --repeats times, the settings taking turns, so that what else the machine does
+falls on all. The file holds the medians.
 """
 
 from __future__ import annotations
