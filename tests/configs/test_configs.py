@@ -13,7 +13,8 @@ from engine.cli.arguments_rl import rl_parser
 from engine.cli.build import model_config
 from engine.cli.build_rl import build_estimator, grpo_config, rl_train_config
 from engine.cli.build_train import train_config
-from engine.cli.sampling import sampling_config
+from engine.cli.sampling import parse_sampling_args, sampling_config
+from engine.cli.sizes import head_of
 from engine.eval.profiles import available_profiles, load_profile
 from scripts import evaluate_layout, sample
 from tests.helpers.paper_commands import STAGE_1, STAGE_2, STAGE_3, words
@@ -43,7 +44,7 @@ def test_it_parses_and_its_sizes_fit(path):
 
 @pytest.mark.parametrize("path", MAIN_RL, ids=lambda path: path.name)
 def test_settings_of_stage_3_parse_and_fit_together(path):
-    args = parse_args(rl_parser(), ["--config", str(path)])
+    args, _ = parse_sampling_args(rl_parser(), ["--config", str(path)], head_of=head_of, for_rollouts=True)
     assert model_config(args, num_categories=80, text_dim=64).num_tokens >= args.num_iter
     assert build_estimator(args, sampling_config(args)).num_masks <= args.num_iter
     assert grpo_config(args, total_updates=1).kl_coef > 0
