@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Continuous or discrete tokens? Both heads on both trunks, trained alike in the mini world, then scored and timed alike.
-#   bash scripts/mini/families.sh                              five trainings of half an hour on one thread, then the table
+#   bash scripts/mini/families.sh                              five trainings (hours on one thread), then the table
 #   bash scripts/mini/families.sh --detector yolox_nano.onnx   a detector from elsewhere judges too
 #   bash scripts/mini/families.sh --smoke                      a few steps of everything, to see that it works
 # Every model trains all its parts from scratch for STEPS optimizer steps (3000) of 48 images, the same scenes in the same
