@@ -9,10 +9,19 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
+NOTE_CALL = """#!/bin/bash
+echo "$*" >> "$LOG"
+words=("$@")
+for index in "${!words[@]}"; do
+    if [ "${words[$index]}" = --output_dir ]; then folder="${words[$((index + 1))]}"; fi
+    if [ "${words[$index]}" = --output ]; then file="${words[$((index + 1))]}"; fi
+done
+"""
+
 
 class ScriptTree:
     """script: its file name. root_variable: the environment variable that says where it writes. fake_python: bash text
-    that stands in for python; it finds the file to write to in $LOG."""
+    that stands in for python, after the call was written down; $folder and $file are its --output_dir and --output."""
 
     def __init__(self, root: Path, script: str, root_variable: str, fake_python: str) -> None:
         self.root, self.log = root, root / "log"
@@ -23,7 +32,7 @@ class ScriptTree:
         (root / "scripts/setup_env.sh").write_text("")
         python = root / ".venv/bin/python"
         python.parent.mkdir(parents=True)
-        python.write_text("#!/bin/bash\n" + fake_python)
+        python.write_text(NOTE_CALL + fake_python)
         python.chmod(0o755)
 
     def run(self, *arguments: str, **env: str) -> tuple[int, list[str]]:

@@ -113,11 +113,6 @@ def test_a_run_without_any_part_and_its_mistakes(tmp_path: Path, capsys: pytest.
 # script
 
 FAKE_PYTHON = """
-echo "$*" >> "$LOG"
-words=("$@")
-for index in "${!words[@]}"; do
-    if [ "${words[$index]}" = --output_dir ]; then folder="${words[$((index + 1))]}"; fi
-done
 case "$*" in
     main_mar.py*) mkdir -p "$folder"; case "$folder" in *"${FAIL_AT:-nowhere}") exit 7 ;; esac ;;
     *evaluate_layout*) mkdir -p "$folder"; touch "$folder/results.json" ;;

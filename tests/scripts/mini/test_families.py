@@ -23,11 +23,6 @@ from tests.helpers.script_tree import ScriptTree
 from util.config import parse_args
 
 FAKE_PYTHON = """
-echo "$*" >> "$LOG"
-words=("$@")
-for index in "${!words[@]}"; do
-    if [ "${words[$index]}" = --output_dir ]; then folder="${words[$((index + 1))]}"; fi
-done
 case "$*" in
     main_mar.py*) mkdir -p "$folder"; case "$folder" in *"${FAIL_AT:-nowhere}") exit 7 ;; esac ;;
     *evaluate_layout*) mkdir -p "$folder"; touch "$folder/results.json" ;;

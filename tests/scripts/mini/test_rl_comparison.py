@@ -27,12 +27,6 @@ from util.config import load_yaml, parse_args
 # script
 
 FAKE_PYTHON = """
-echo "$*" >> "$LOG"
-words=("$@")
-for index in "${!words[@]}"; do
-    if [ "${words[$index]}" = --output_dir ]; then folder="${words[$((index + 1))]}"; fi
-    if [ "${words[$index]}" = --output ]; then file="${words[$((index + 1))]}"; fi
-done
 case "$*" in
     *mini_stage3.yaml*) mkdir -p "$folder"; case "$folder" in *"${FAIL_AT:-nowhere}") exit 7 ;; esac ;;
     *evaluate_layout*) mkdir -p "$folder"; touch "$folder/results.json" "$folder/generation.json" ;;
