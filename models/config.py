@@ -32,6 +32,7 @@ LARGEST_SIZE = 1 << 16
 _MAY_BE_ZERO = ("encoder_depth", "decoder_depth", "num_categories", "text_dim", "cross_attn_every", "codebook_size",
                 "code_dim")  # fmt: skip
 TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class")
+MAX_SCALE = 100.0  # of a box's strength; beyond, pictures are noise
 NUM_TRAIN_STEPS = 1000  # timesteps of the head's diffusion process
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # of matrix products: PyTorch's names of the dtypes
 EXPORT_PRECISIONS = PRECISIONS | {"fp16": "float16"}
@@ -58,6 +59,7 @@ class StructMARConfig:
     RoPE), rope_axes (`xy`: a head's first half turns with the column), linear_bias: of the trunk's blocks
     (`blocks.py`). code_dim: channels of a code where `patch_size` puts several into a token; 0: the trunk's width.
     label_smoothing, loss_on: of the discrete head's loss. size_condition: sizes and crop join the base condition.
+    phrases: boxes may have a phrase beside or instead of their class (`layout.py`).
     rope_scale: on grids that are not `grid`, positions are counted in tokens (`index`), or so that as large an area
     turns as far (`fit`: times the square root of the ratio of the numbers of tokens).
 
@@ -106,6 +108,7 @@ class StructMARConfig:
     loss_on: str = "masked"
     size_condition: bool = False
     rope_scale: str = "index"
+    phrases: bool = False
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -141,6 +144,11 @@ class StructMARConfig:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if self.phrases and not (self.num_categories and self.text_dim):
+            raise ValueError(
+                f"phrases of boxes need layout and text parts, got num_categories {self.num_categories} and text_dim "
+                f"{self.text_dim}"
+            )
         if self.num_categories and self.max_objects > self.buffer_size:
             raise ValueError(f"max_objects {self.max_objects} does not fit into buffer_size {self.buffer_size}")
         if not self.layout_bias_value >= 0:

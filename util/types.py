@@ -5,13 +5,15 @@ Shape letters: B batch, N boxes (max), T text tokens, C text channels, n boxes o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 NUM_SIZES = 6  # numbers in a row of `SizeBatch`
+UNKNOWN = -1  # the category of a box that only a phrase names
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,16 @@ def require_distinct(categories: Sequence[Category], where: str) -> None:
 class Layout:
     """The boxes of one image.
 
-    boxes_xyxy: [n, 4] float32, normalised to [0, 1], x0 < x1 and y0 < y1. categories: [n] int64, contiguous index.
+    boxes_xyxy: [n, 4] float32, normalised to [0, 1], x0 < x1 and y0 < y1. categories: [n] int64, contiguous index, or
+    `UNKNOWN` where a phrase says what the box holds. phrases: one per box, "" for none; () where no box has one.
+    scales: how strongly each box counts, 1 as trained; () for 1 throughout.
     Raises ValueError on any other shape, dtype or range.
     """
 
     boxes_xyxy: Tensor
     categories: Tensor
+    phrases: tuple[str, ...] = ()
+    scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         boxes, categories = self.boxes_xyxy, self.categories
@@ -55,14 +61,22 @@ class Layout:
             raise ValueError(
                 f"categories must be int64 [{boxes.shape[0]}], got {categories.dtype} {tuple(categories.shape)}"
             )
+        for name, values in (("phrases", self.phrases), ("scales", self.scales)):
+            if values and len(values) != len(boxes):
+                raise ValueError(f"{name} must be one for each of the {len(boxes)} boxes, got {len(values)}")
+        if not all(math.isfinite(scale) and scale >= 0 for scale in self.scales):
+            raise ValueError(f"scales must be finite and not negative, got {list(self.scales)}")
         if boxes.numel() == 0:
             return
         if not bool(torch.isfinite(boxes).all()) or boxes.min() < 0 or boxes.max() > 1:
             raise ValueError(f"boxes_xyxy must lie in [0, 1], got {boxes.tolist()}")
         if not bool((boxes[:, 2:] > boxes[:, :2]).all()):
             raise ValueError(f"boxes_xyxy must have x0 < x1 and y0 < y1, got {boxes.tolist()}")
-        if categories.min() < 0:
+        if categories.min() < UNKNOWN:
             raise ValueError(f"categories must be non-negative indices, got {categories.tolist()}")
+        for row, category in enumerate(categories.tolist()):
+            if category == UNKNOWN and not (self.phrases and self.phrases[row]):
+                raise ValueError(f"box {row} has neither a category nor a phrase")
 
     def __len__(self) -> int:
         return self.boxes_xyxy.shape[0]
@@ -73,19 +87,25 @@ class LayoutBatch:
     """The boxes of a batch, padded to N slots; valid slots come first.
 
     boxes_xyxy: [B, N, 4] float32 in [0, 1]. categories: [B, N] int64, 0 in padding. valid: [B, N] bool.
+    scales: [B, N] float32, 1 in padding; None: 1 throughout. phrases: [B, N, C], the pooled states of the boxes'
+    phrases, zeros where a box has none; None: no box has one.
     An image without any valid slot has no layout at all (dropped, or nothing to place).
     """
 
     boxes_xyxy: Tensor
     categories: Tensor
     valid: Tensor
+    scales: Tensor | None = None
+    phrases: Tensor | None = None
 
     @staticmethod
     def collate(layouts: Sequence[Layout], max_objects: int) -> LayoutBatch:
-        """Pads to `max_objects` slots. Raises ValueError if an image has more boxes than that."""
+        """Pads to `max_objects` slots; phrases are still to be encoded. Raises ValueError if an image has more boxes
+        than that."""
         boxes = torch.zeros(len(layouts), max_objects, 4)
         categories = torch.zeros(len(layouts), max_objects, dtype=torch.int64)
         valid = torch.zeros(len(layouts), max_objects, dtype=torch.bool)
+        scales = torch.ones(len(layouts), max_objects)
         for row, layout in enumerate(layouts):
             count = len(layout)
             if count > max_objects:
@@ -93,21 +113,29 @@ class LayoutBatch:
             boxes[row, :count] = layout.boxes_xyxy
             categories[row, :count] = layout.categories
             valid[row, :count] = True
-        return LayoutBatch(boxes, categories, valid)
+            if layout.scales:
+                scales[row, :count] = torch.tensor(layout.scales)
+        has_scales = any(layout.scales for layout in layouts)
+        return LayoutBatch(boxes, categories, valid, scales if has_scales else None)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayoutBatch:
+        """The same function of every tensor."""
+        return LayoutBatch(*(None if part is None else change(part) for part in self._parts))  # type: ignore[arg-type]
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.boxes_xyxy, self.categories, self.valid, self.scales, self.phrases
 
     def to(self, device: torch.device | str) -> LayoutBatch:
-        return LayoutBatch(self.boxes_xyxy.to(device), self.categories.to(device), self.valid.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def dropped(self, drop: Tensor) -> LayoutBatch:
         """drop: [B] bool. The rows that are True lose their layout."""
-        return LayoutBatch(self.boxes_xyxy, self.categories, self.valid & ~drop[:, None])
+        return replace(self, valid=self.valid & ~drop[:, None])
 
     def repeated(self, times: int) -> LayoutBatch:
         """Every row `times` times in a row: [B * times, ...]."""
-        boxes, categories, valid = (
-            t.repeat_interleave(times, 0) for t in (self.boxes_xyxy, self.categories, self.valid)
-        )
-        return LayoutBatch(boxes, categories, valid)
+        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
 
     def __len__(self) -> int:
         return self.valid.shape[0]

@@ -39,7 +39,7 @@ TRAINING_FIELDS = (
 )  # may change between runs
 NOT_OF_BACKBONES = ("num_categories", "text_dim", "rope_mode", "max_objects", "class_num", "cross_attn_every",
                     "layout_bias_value", "layout_bias_encoder", "layout_bias_decoder", "layout_fourier",
-                    "size_condition")  # fmt: skip
+                    "size_condition", "phrases")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class Identity:
         if self.reward_detector_id is not None:
             entries["reward_detector"] = self.reward_detector_id
         if self.sampling is not None:
-            options = asdict(self.sampling)
-            entries["sampling"] = options | {"guidance_interval": list(self.sampling.guidance_interval)}
+            entries["sampling"] = self.sampling.to_dict()
         return entries
 
     @staticmethod

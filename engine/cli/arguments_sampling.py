@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from models.config import NUM_TRAIN_STEPS
+from models.config import MAX_SCALE, NUM_TRAIN_STEPS
 from models.sampling.config import (
     CFG_SCHEDULES,
     MAX_CHOICE_TEMPERATURE,
@@ -14,13 +14,21 @@ from models.sampling.config import (
     ORDERS,
     SCHEDULES,
 )
+from util.config import Switch
 from util.ranges import Range, batch_int, fraction, or_none, positive_fraction, positive_int, whole
 
 guidance_float = Range(float, f"must lie in [0, {MAX_GUIDANCE:g}]", 0, MAX_GUIDANCE)
 temperature_float = Range(float, "must not be negative", 0, MAX_TEMPERATURE)
 steps_int = whole(1, NUM_TRAIN_STEPS)
 choice_float = Range(float, f"must lie in [0, {MAX_CHOICE_TEMPERATURE:g}]", 0, MAX_CHOICE_TEMPERATURE)
+scale_float = Range(float, f"must lie in [0, {MAX_SCALE:g}]", 0, MAX_SCALE)
+threshold_float = Range(float, "must lie in [0, 1)", 0, 1, "[)")
 clip_float = Range(float, "must be positive", 0, MAX_CLIP_X0, "(]")
+
+
+def text_or_none(text: str) -> str | None:
+    """The word "none" undoes what a file or the weights say."""
+    return None if text.strip().lower() == "none" else text
 
 
 def add_sampling_args(parser: argparse.ArgumentParser) -> None:
@@ -98,3 +106,34 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
         help="tokens that are drawn before, row by row, one in an iteration at constant guidance; --num_iter is then "
              "that of the others"
     )  # fmt: skip
+    add_layout_control_args(parser)
+
+
+def add_layout_control_args(parser: argparse.ArgumentParser) -> None:
+    """What steers the layout while an image is drawn (`models/sampling/README.md`)."""
+    group = parser.add_argument_group("layout control")
+    group.add_argument(
+        "--layout_schedule", type=fraction, nargs=2, default=[1.0, 0.0], metavar=("ON", "DECAY"),
+        help="the layout counts until this share of the image is visible, and fades out over this much more; "
+             "1 0: always"
+    )  # fmt: skip
+    group.add_argument(
+        "--layout_scale", type=scale_float, default=1.0, help="strength of boxes that have none of their own; 0: none"
+    )
+    group.add_argument(
+        "--drop_grounding_tokens", action=Switch, default=False,
+        help="boxes do not enter as a layout; with --mask_threshold, those found in the caption do from --start_step on"
+    )  # fmt: skip
+    group.add_argument(
+        "--mask_threshold", type=or_none(threshold_float), default=None,
+        help="boxes reach where the caption's attention to their phrase, scaled to [0, 1], exceeds this; None: as given"
+    )  # fmt: skip
+    group.add_argument(
+        "--start_step", type=or_none(positive_int), default=None, help="with --mask_threshold: the first such iteration"
+    )
+    group.add_argument(
+        "--auto_update", action=Switch, default=False, help="with --mask_threshold: in every iteration from then on"
+    )
+    group.add_argument(
+        "--negative_prompt", type=text_or_none, default=None, help="what guidance by the caption leads away from"
+    )

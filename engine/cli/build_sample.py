@@ -19,7 +19,7 @@ from engine.checkpoint.files import read_identity
 from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
 from engine.cli.sampling import sampling_config
-from engine.data.scenes import Scene, read_layout_file, scenes_from_dataset, text_scene
+from engine.data.scenes import KnownLabels, Scene, read_layout_file, scenes_from_dataset, text_scene
 from engine.sample.editing import Start, read_edit, start_of_edit, start_of_prefix
 from engine.sample.generate import batches, num_iterations, require_drawable, rows_by_size
 from engine.sample.grid import scene_grid
@@ -180,14 +180,14 @@ def read_scenes(args: argparse.Namespace, identity: Identity, prompt: str | None
 
     prompt: the caption, written or heard; None: the layout file's.
     """
-    size = None if args.size is None else read_size(args.size)
+    size, config, categories = None if args.size is None else read_size(args.size), identity.config, identity.categories
     if args.coco_root:
-        filters = BoxFilters(max_objects=identity.config.max_objects)
-        index = CocoIndex.load(args.coco_root, args.coco_split, filters, identity.config.img_size)
-        require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
-        return scenes_from_dataset(index, identity.config.img_size, args.num_images, size)
+        filters = BoxFilters(max_objects=config.max_objects)
+        index = CocoIndex.load(args.coco_root, args.coco_split, filters, config.img_size)
+        require_same_categories(index.categories, categories, f"{args.coco_root} {args.coco_split}")
+        return scenes_from_dataset(index, config.img_size, args.num_images, size)
     if args.layout:
-        scenes = read_layout_file(args.layout, identity.categories, identity.config.max_objects, prompt)
+        scenes = read_layout_file(args.layout, KnownLabels.of(config, categories), prompt)
     else:
         assert prompt is not None, "the flags were checked: there is a layout file, a dataset or a caption"
         scenes = [text_scene(prompt)]

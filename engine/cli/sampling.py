@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from engine.checkpoint.identity import Identity
 
 SCALES = ("cfg_text", "cfg_layout")
+PAIRS = ("guidance_interval", "layout_schedule")
 FLAGS = tuple(each.name for each in fields(SamplingConfig) if each.name != "head")
 
 
@@ -30,7 +31,7 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     """
     values: dict[str, Any] = {name: vars(args)[name] for name in FLAGS if vars(args)[name] is not None}
     values |= {name: args.cfg for name in SCALES if name not in values}
-    values["guidance_interval"] = tuple(args.guidance_interval)
+    values |= {name: tuple(vars(args)[name]) for name in PAIRS}
     head = implied_head(values, args.order)
     require_options_of(head, values)
     return default_sampling(head, **values)
@@ -85,8 +86,8 @@ def parse_sampling_args(
     check(args)
     if named is None:
         return args, None
-    standard = asdict(plain) | {"guidance_interval": list(plain.guidance_interval)}
-    is_own = {name: value == getattr(chosen, name) for name, value in asdict(own).items()}
+    standard, chosen_options = plain.to_dict(), chosen.to_dict()
+    is_own = {name: value == chosen_options[name] for name, value in own.to_dict().items()}
     used = [
         f"{name} {value}"
         for name, value in defaults.items()
@@ -110,10 +111,9 @@ def _defaults(
     kept = {*given, "head"} | {name for head, names in OPTIONS_OF_HEAD.items() if head != config.head for name in names}
     if "cfg" in given or not is_named:
         kept |= set(SCALES)  # --cfg stands for both
-    options = asdict(config) | {"guidance_interval": list(config.guidance_interval)}
     return {
         name: value
-        for name, value in options.items()
+        for name, value in config.to_dict().items()
         if name not in kept and (is_named or (value is not None and parser.get_default(name) is None))
     }
 

@@ -136,11 +136,11 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        layout, text = self.layout, self.text
+        text = self.text
         return Batch(
             image_ids=self.image_ids,
             captions=self.captions,
-            layout=LayoutBatch(change(layout.boxes_xyxy), change(layout.categories), change(layout.valid)),
+            layout=self.layout.map(change),
             sizes=SizeBatch(change(self.sizes.values)),
             pixels=None if self.pixels is None else change(self.pixels),
             moments=None if self.moments is None else change(self.moments),

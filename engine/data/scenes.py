@@ -2,8 +2,10 @@
 
 A layout file holds one entry, or a list of entries:
     {"prompt": "a dog on a bench", "objects": [{"label": "dog", "bbox": [x0, y0, x1, y1]}]}
-Boxes are xyxy, normalised to [0, 1], origin at the top left. Labels are category names of the checkpoint. An entry may
-have "height" and "width" in pixels, where the picture is not the checkpoint's own square.
+Boxes are xyxy, normalised to [0, 1], origin at the top left. Labels are category names of the checkpoint. An object may
+have a "phrase", which says what the box holds in words (a label that is no category counts as one), a "scale", how
+strongly the box counts, and "edit": true, where a given picture is drawn anew. An entry may have "height" and "width" in
+pixels, where the picture is not the checkpoint's own square.
 Every mistake is one ValueError that names the file, the entry, the object and the values.
 """
 
@@ -18,27 +20,30 @@ from typing import Any
 import torch
 
 from engine.data.coco import make_layout
+from models.config import MAX_SCALE, StructMARConfig
 from util.boxes import plan_center_crop
 from util.buckets import Size
 from util.coco import CocoIndex
 from util.read import read_json, require_text, short_path, short_repr
-from util.types import Category, Layout
+from util.types import UNKNOWN, Category, Layout
 
 ENTRY_KEYS = ("prompt", "objects", "height", "width")
 MAX_SIDE = 4096  # pixels
-OBJECT_KEYS = ("label", "bbox")
+OBJECT_KEYS = ("label", "bbox", "phrase", "scale", "edit")
+REQUIRED_KEYS = ("label", "bbox")
 MAX_WORD = 60  # of a misspelt word that is compared with the known ones: the comparison is quadratic
 
 
 @dataclass(frozen=True)
 class Scene:
     """One image to generate. `names` are the labels drawn on the boxes, one for each box of `layout`. size: (height,
-    width) in pixels; None: the model's own."""
+    width) in pixels; None: the model's own. edited: the boxes of a given picture that are drawn anew."""
 
     prompt: str
     layout: Layout
     names: list[str]
     size: Size | None = None
+    edited: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.layout):
@@ -51,7 +56,16 @@ class Scene:
         boxes = [
             [float(str(value)) for value in box] for box in self.layout.boxes_xyxy.numpy()
         ]  # shortest exact decimals
-        objects = [{"label": name, "bbox": box} for name, box in zip(self.names, boxes, strict=True)]
+        objects: list[dict[str, Any]] = [
+            {"label": name, "bbox": box} for name, box in zip(self.names, boxes, strict=True)
+        ]
+        for index, item in enumerate(objects):
+            if self.layout.phrases and self.layout.phrases[index]:
+                item["phrase"] = self.layout.phrases[index]
+            if self.layout.scales and self.layout.scales[index] != 1:
+                item["scale"] = self.layout.scales[index]
+            if index in self.edited:
+                item["edit"] = True
         size = {} if self.size is None else {"height": self.size[0], "width": self.size[1]}
         return {"prompt": self.prompt, "objects": objects, **size}
 
@@ -65,9 +79,24 @@ def text_scene(prompt: str) -> Scene:
     return Scene(prompt, empty_layout(), [])
 
 
-def read_layout_file(
-    path: str | Path, categories: Sequence[Category], max_objects: int, prompt: str | None = None
-) -> list[Scene]:
+@dataclass(frozen=True)
+class KnownLabels:
+    """What a model can place. has_phrases: whether it knows boxes by words, too."""
+
+    categories: Sequence[Category]
+    max_objects: int
+    has_phrases: bool = False
+
+    @staticmethod
+    def of(config: StructMARConfig, categories: Sequence[Category]) -> KnownLabels:
+        return KnownLabels(categories, config.max_objects, config.phrases)
+
+    @property
+    def indices(self) -> dict[str, int]:
+        return {category.name: index for index, category in enumerate(self.categories)}
+
+
+def read_layout_file(path: str | Path, known: KnownLabels, prompt: str | None = None) -> list[Scene]:
     """The scenes of a layout file; `prompt`, where given, replaces every entry's own.
 
     Raises FileNotFoundError for a missing file, ValueError for whatever is wrong inside it.
@@ -76,7 +105,7 @@ def read_layout_file(
     entries = content if isinstance(content, list) else [content]
     if not entries:
         raise ValueError(f"{where} holds an empty list: there is nothing to generate")
-    return [read_entry(entry, f"{where}, entry {i}", categories, max_objects, prompt) for i, entry in enumerate(entries)]
+    return [read_entry(entry, f"{where}, entry {i}", known, prompt) for i, entry in enumerate(entries)]
 
 
 def scenes_from_dataset(
@@ -99,11 +128,8 @@ def scenes_from_dataset(
     return scenes
 
 
-def read_entry(
-    entry: Any, where: str, categories: Sequence[Category], max_objects: int, prompt: str | None = None
-) -> Scene:
+def read_entry(entry: Any, where: str, known: KnownLabels, prompt: str | None = None) -> Scene:
     """One entry of a layout file, wherever it comes from: errors begin with `where`. `prompt` replaces its own."""
-    indices = {category.name: index for index, category in enumerate(categories)}
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: must be an object with the keys {list(ENTRY_KEYS)}, got {short_repr(entry)}")
     _refuse_unknown_keys(entry, ENTRY_KEYS, where)
@@ -118,15 +144,22 @@ def read_entry(
     objects = entry["objects"]
     if not isinstance(objects, list):
         raise ValueError(f"{where}: 'objects' must be a list, got {short_repr(objects)}")
-    if len(objects) > max_objects:
-        raise ValueError(f"{where}: {len(objects)} objects, but the checkpoint places at most {max_objects}")
-    parsed = [_read_object(item, f"{where}, object {i}", indices) for i, item in enumerate(objects)]
+    if len(objects) > known.max_objects:
+        raise ValueError(f"{where}: {len(objects)} objects, but the checkpoint places at most {known.max_objects}")
+    indices = known.indices
+    parsed = [_read_object(item, f"{where}, object {i}", indices, known.has_phrases) for i, item in enumerate(objects)]
     size = _read_size(entry, where)
     if not parsed:
         return replace(text_scene(prompt), size=size)
-    labels = [label for label, _ in parsed]
-    boxes = torch.tensor([box for _, box in parsed], dtype=torch.float32)
-    return Scene(prompt, Layout(boxes, torch.tensor([indices[label] for label in labels])), labels, size)
+    phrases, scales = tuple(item.phrase for item in parsed), tuple(item.scale for item in parsed)
+    layout = Layout(
+        torch.tensor([item.box for item in parsed], dtype=torch.float32),
+        torch.tensor([indices.get(item.label, UNKNOWN) for item in parsed]),
+        phrases if any(phrases) else (),
+        scales if any(scale != 1 for scale in scales) else (),
+    )
+    edited = tuple(index for index, item in enumerate(parsed) if item.is_edited)
+    return Scene(prompt, layout, [item.label for item in parsed], size, edited)
 
 
 def _read_size(entry: dict[str, Any], where: str) -> Size | None:
@@ -141,19 +174,49 @@ def _read_size(entry: dict[str, Any], where: str) -> Size | None:
     return entry["height"], entry["width"]
 
 
-def _read_object(item: Any, where: str, indices: dict[str, int]) -> tuple[str, list[float]]:
+@dataclass(frozen=True)
+class _Object:
+    """One box as an entry states it. phrase: "" for none."""
+
+    label: str
+    box: list[float]
+    phrase: str
+    scale: float
+    is_edited: bool
+
+
+def _read_object(item: Any, where: str, indices: dict[str, int], has_phrases: bool) -> _Object:
     if not isinstance(item, dict):
-        raise ValueError(f"{where}: must be an object with the keys {list(OBJECT_KEYS)}, got {short_repr(item)}")
+        raise ValueError(f"{where}: must be an object with the keys {list(REQUIRED_KEYS)}, got {short_repr(item)}")
     _refuse_unknown_keys(item, OBJECT_KEYS, where)
-    for key in OBJECT_KEYS:
+    for key in REQUIRED_KEYS:
         if key not in item:
             raise ValueError(f"{where}: '{key}' is missing, got {short_repr(item)}")
     label = item["label"]
     if not isinstance(label, str):
         raise ValueError(f"{where}: 'label' must be a string, got {short_repr(label)}")
-    if label not in indices:
+    phrase = item.get("phrase", "")
+    if not isinstance(phrase, str):
+        raise ValueError(f"{where}: 'phrase' must be a string, got {short_repr(phrase)}")
+    require_text(phrase, f"{where}: 'phrase'")
+    if phrase and not has_phrases:
+        raise ValueError(f"{where}: 'phrase' {short_repr(phrase)}, but these weights were trained without phrases")
+    if label not in indices and not has_phrases:
         raise ValueError(f"{where}: unknown label {short_repr(label)}; {_suggest(label, list(indices))}")
-    return label, _read_box(item["bbox"], f"{where} ('{label}')")
+    if label not in indices and not (phrase or label).strip():
+        raise ValueError(f"{where}: 'label' is blank, got {short_repr(label)}")
+    where = f"{where} ('{label}')"
+    is_edited = item.get("edit", False)
+    if not isinstance(is_edited, bool):
+        raise ValueError(f"{where}: 'edit' must be true or false, got {short_repr(is_edited)}")
+    own_phrase = phrase or (label if label not in indices else "")
+    return _Object(label, _read_box(item["bbox"], where), own_phrase, _read_scale(item.get("scale", 1), where), is_edited)
+
+
+def _read_scale(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SCALE:
+        raise ValueError(f"{where}: 'scale' must be a number in [0, {MAX_SCALE:g}], got {short_repr(value)}")
+    return float(value)
 
 
 def _read_box(box: Any, where: str) -> list[float]:

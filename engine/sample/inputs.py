@@ -13,12 +13,11 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from engine.data.scenes import Scene, read_entry
+from engine.data.scenes import KnownLabels, Scene, read_entry
 from engine.sample.generate import Hooks, image_generator
 from models.sampling.config import SamplingConfig, require_options_of
 from util.plain import from_plain
 from util.ranges import MAX_SEED
-from util.types import Category
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 OPTION_NAMES = {
@@ -27,7 +26,7 @@ OPTION_NAMES = {
     "guidance_scale": "cfg_text",
     "layout_guidance_scale": "cfg_layout",
 }
-BOUNDS = ("clip_x0", "t_max", "num_sampling_steps_last", "top_k", "top_p")
+BOUNDS = ("clip_x0", "t_max", "num_sampling_steps_last", "top_k", "top_p", "mask_threshold", "start_step")
 NO_BOUND: Literal["none"] = "none"
 PRECISION_OF = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -48,15 +47,22 @@ class CallOptions(TypedDict, total=False):
     top_k: int | Literal["none"] | None
     top_p: float | Literal["none"] | None
     prefix_k: int | None
+    layout_schedule: tuple[float, float] | None
+    layout_scale: float | None
+    drop_grounding_tokens: bool | None
+    mask_threshold: float | Literal["none"] | None
+    start_step: int | Literal["none"] | None
+    auto_update: bool | None
+    negative_prompt: str | None
 
 
 def read_scenes(
-    prompt: Any, boxes: Any, phrases: Any, categories: Sequence[Category], max_objects: int, num_images: Any
+    prompt: Any, boxes: Any, phrases: Any, known: KnownLabels, num_images: Any, scales: Any = None
 ) -> list[Scene]:
     """One scene per image: every prompt with its boxes `num_images` times.
 
     prompt: a string, or a list of them. boxes, phrases: the boxes and their labels; of a list of prompts, a list for
-    each (or None where one has none).
+    each (or None where one has none). scales: how strongly each box counts, or None.
     """
     _require_count("num_images_per_prompt", num_images)
     is_single = isinstance(prompt, str)
@@ -68,10 +74,9 @@ def read_scenes(
             raise ValueError(f"prompt {number} must be a string, got {each!r}")
     boxes_of = _per_prompt("boxes", boxes, prompts, is_single)
     phrases_of = _per_prompt("phrases", phrases, prompts, is_single)
-    scenes = [
-        _read_scene(text, own_boxes, own_phrases, f"prompt {number}", categories, max_objects)
-        for number, (text, own_boxes, own_phrases) in enumerate(zip(prompts, boxes_of, phrases_of, strict=True))
-    ]
+    scales_of = _per_prompt("subject_scales", scales, prompts, is_single)
+    rows = zip(prompts, boxes_of, phrases_of, scales_of, strict=True)
+    scenes = [_read_scene(*row, f"prompt {number}", known) for number, row in enumerate(rows)]
     return [scene for scene in scenes for _ in range(num_images)]
 
 
@@ -100,12 +105,16 @@ def _per_prompt(name: str, value: Any, prompts: Sequence[Any], is_single: bool) 
 
 
 def _read_scene(
-    prompt: Any, boxes: list[Any], phrases: list[Any], where: str, categories: Sequence[Category], max_objects: int
+    prompt: Any, boxes: list[Any], phrases: list[Any], scales: list[Any], where: str, known: KnownLabels
 ) -> Scene:
     if len(boxes) != len(phrases):
         raise ValueError(f"{where}: every box needs its phrase, got {len(boxes)} boxes and {len(phrases)} phrases")
+    if scales and len(scales) != len(boxes):
+        raise ValueError(f"{where}: {len(boxes)} boxes need as many subject_scales, got {len(scales)}")
     objects = [{"label": phrase, "bbox": _listed(box)} for phrase, box in zip(phrases, boxes, strict=True)]
-    return read_entry({"prompt": prompt, "objects": objects}, where, categories, max_objects)
+    for item, scale in zip(objects, scales, strict=False):
+        item["scale"] = scale
+    return read_entry({"prompt": prompt, "objects": objects}, where, known)
 
 
 def _listed(value: Any) -> Any:

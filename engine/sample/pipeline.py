@@ -3,9 +3,8 @@
     pipe = StructMARPipeline.from_pretrained("folder").to("cuda")
     image = pipe("a dog on a bench", boxes=[[0.1, 0.3, 0.6, 0.9]], phrases=["dog"], seed=0).images[0]
 
-A diffusers pipeline: components, folders, `to` and progress bars are those of `DiffusionPipeline`. Weights and states
-stay float32; with bf16 the sampler casts the networks itself (`scripts.sample --precision bf16`).
-The module's path is written into saved folders (model_index.json): it has to stay.
+Its parts, how they are loaded and saved: `components.py`. The module's path is written into saved
+folders (model_index.json): it has to stay.
 """
 
 from __future__ import annotations
@@ -14,18 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.checkpoint.identity import Identity, require_same_config
-from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
-from engine.data.scenes import Scene
+from engine.data.scenes import KnownLabels, Scene
+from engine.sample.components import PipelineComponents
 from engine.sample.editing import (
     Start,
     finishing,
@@ -34,7 +29,6 @@ from engine.sample.editing import (
     start_of_edit,
     starting_from,
 )
-from engine.sample.folder import FolderRecord, align_memory, caption_encoder_of, contents_of
 from engine.sample.generate import (
     Hooks,
     ImageConditions,
@@ -54,18 +48,13 @@ from engine.sample.inputs import (
     call_hooks,
     check_call,
     one_of,
-    precision_of,
     read_generators,
     read_options,
     read_scenes,
     sized,
 )
-from engine.sample.transformer import StructMARTransformer
-from models.frozen.codec import Autoencoder, Codec, codec_around, load_codec
-from models.frozen.text import ClipTextEncoder
-from models.sampling.config import SamplingConfig, default_sampling
+from models.sampling.config import SamplingConfig
 from models.sampling.sampler import SampleOutput
-from models.structmar import StructMAR
 from util.images import Picture, to_picture
 
 ConditionsOf = Callable[[slice], ImageConditions]
@@ -80,166 +69,8 @@ class StructMARPipelineOutput(BaseOutput):
     images: Any
 
 
-class StructMARPipeline(DiffusionPipeline):
-    """Made by `from_pretrained`, `from_checkpoint` or `from_parts`.
-
-    model, codec, caption_encoder: the components as the rest of the code uses them.
-    identity: what the weights were made for, None around a model in training. source: where they come from.
-    precision: of calls. interrupt: set by a callback, ends the call after the iteration.
-    """
-
-    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 - diffusers reads both from the class
-    _callback_tensor_inputs = ["tokens"]  # noqa: RUF012
-
-    def __init__(
-        self,
-        transformer: StructMARTransformer,
-        vae: Autoencoder,
-        text_encoder: CLIPTextModel | None,
-        tokenizer: CLIPTokenizer | None,
-        identity: Identity | None = None,
-        codec: Codec | None = None,
-        caption_encoder: ClipTextEncoder | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        if codec is None:
-            if identity is None:
-                raise ValueError("make a pipeline by from_pretrained, from_checkpoint or from_parts")
-            codec = codec_around(vae, identity.latent_scale, identity.vae_id)
-            caption_encoder = caption_encoder_of(text_encoder, tokenizer, identity.text_encoder_id)
-        self.codec, self.identity = codec, identity
-        self._caption_encoder = caption_encoder
-        self.source = ""
-        self.precision = "fp32"
-        self.interrupt = False
-
-    @classmethod
-    def from_parts(
-        cls,
-        model: StructMAR,
-        codec: Codec,
-        caption_encoder: ClipTextEncoder | None,
-        identity: Identity | None = None,
-    ) -> StructMARPipeline:
-        """Around live objects, in training, compiled or sharded too: nothing is copied."""
-        transformer = StructMARTransformer.around(model)
-        text_model = None if caption_encoder is None else caption_encoder.model
-        tokenizer = None if caption_encoder is None else caption_encoder.tokenizer
-        return cls(transformer, codec.autoencoder, text_model, tokenizer, identity, codec, caption_encoder)
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | Path,
-        vae_path: str | Path,
-        clip_path: str | Path,
-        device: torch.device | str = "cpu",
-        use_ema: bool = True,
-        allow_other_frozen: bool = False,
-    ) -> StructMARPipeline:
-        """From a training checkpoint or an exported file, and the frozen parts it was trained with.
-
-        Raises FileNotFoundError or ValueError naming the file that is missing or does not fit the weights.
-        """
-        loaded = load_for_sampling(path, device, use_ema=use_ema)
-        model, identity = loaded.model, loaded.identity
-        codec = load_codec(vae_path, device, identity.latent_scale)
-        require_same_frozen("VAE", vae_path, codec.id, identity.vae_id, allow_other_frozen)
-        require_fitting_codec(codec, vae_path, identity.config)
-        encoder = ClipTextEncoder.load(clip_path, device)
-        require_same_frozen("text encoder", clip_path, encoder.id, identity.text_encoder_id, allow_other_frozen)
-        if encoder.dim != identity.config.text_dim:
-            raise ValueError(
-                f"text encoder {clip_path} has width {encoder.dim}, the checkpoint {identity.config.text_dim}"
-            )
-        pipeline = cls.from_parts(model, codec, encoder, identity)
-        pipeline.source = str(path)
-        return pipeline
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> StructMARPipeline:
-        """From a folder that `save_pretrained` wrote; nothing is downloaded. dtype: bfloat16 makes calls in bf16.
-
-        Raises FileNotFoundError or ValueError if it is no such folder, or a component has other contents than saved.
-        """
-        folder, precision = str(pretrained_model_name_or_path), precision_of(torch_dtype if dtype is None else dtype)
-        record = FolderRecord.read(folder)
-        kwargs = {"low_cpu_mem_usage": False, **kwargs}  # diffusers warns of a missing accelerate otherwise
-        pipeline = super().from_pretrained(folder, identity=record.identity, **kwargs)
-        align_memory(pipeline.transformer, pipeline.vae, pipeline.text_encoder)
-        record.require_same(pipeline._contents(), folder)
-        require_same_config(pipeline.model.config, record.identity.config, f"{folder}/transformer/config.json")
-        pipeline.model.eval()
-        pipeline.source, pipeline.precision = folder, precision
-        return pipeline
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """One folder that any machine loads: model_index.json, the four components, and what they are.
-
-        Raises ValueError for a pipeline that does not know what its weights were made for, or has other frozen parts.
-        """
-        if self.identity is None or self._caption_encoder is None:
-            raise ValueError("only a pipeline of finished weights can be saved: export the training checkpoint first")
-        for kind, found, trained in (
-            ("VAE", self.codec.id, self.identity.vae_id),
-            ("text encoder", self.caption_encoder.id, self.identity.text_encoder_id),
-        ):
-            if found != trained:
-                raise ValueError(f"the pipeline's {kind} has id {found}, but the weights were trained with {trained}")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"{folder} is a file, not a folder")
-        super().save_pretrained(str(folder), **kwargs)
-        FolderRecord(self.identity, self._contents()).write(folder)
-
-    def to(self, *args: Any, **kwargs: Any) -> StructMARPipeline:
-        """As `DiffusionPipeline.to`; a dtype sets the precision of calls and leaves the weights float32."""
-        given = [*args, *kwargs.values()]
-        for dtype in (each for each in given if isinstance(each, torch.dtype)):
-            self.precision = precision_of(dtype)
-        args = tuple(each for each in args if not isinstance(each, torch.dtype))
-        kwargs = {name: each for name, each in kwargs.items() if not isinstance(each, torch.dtype)}
-        return super().to(*args, **kwargs) if args or kwargs else self
-
-    @property
-    def model(self) -> StructMAR:
-        return self.transformer.model
-
-    @property
-    def caption_encoder(self) -> ClipTextEncoder:
-        """Raises ValueError for MAR's own weights, which have none."""
-        if self._caption_encoder is None:
-            raise ValueError("these are MAR's own weights, which know classes instead of captions: see draw_classes")
-        return self._caption_encoder
-
-    @property
-    def labels(self) -> list[str]:
-        """The names that `phrases` may hold."""
-        return [] if self.identity is None else [category.name for category in self.identity.categories]
-
-    @property
-    def own_sampling(self) -> SamplingConfig:
-        """The options that the weights name; where they name none, the defaults of their head."""
-        named = None if self.identity is None else self.identity.sampling
-        return default_sampling(self.model.config.head) if named is None else named
-
-    def describe(self) -> dict[str, Any]:
-        """Which weights these are, for what is written beside images."""
-        identity = self.identity
-        checkpoint: dict[str, Any] = {"path": self.source, "stage": "mar" if identity is None else identity.stage}
-        if identity is not None:
-            checkpoint |= {"step": identity.step, "weights": identity.weights}
-        frozen = {"vae": self.codec.id, "latent_scale": self.codec.latent_scale}
-        if self._caption_encoder is not None:
-            frozen["text_encoder"] = self.caption_encoder.id
-        return {**checkpoint, **frozen}
+class StructMARPipeline(PipelineComponents):
+    """Made by `from_pretrained`, `from_checkpoint` or `from_parts`."""
 
     @torch.no_grad()
     def __call__(
@@ -266,12 +97,14 @@ class StructMARPipeline(DiffusionPipeline):
         batch_size: int = 8,
         gligen_boxes: Any = None,
         gligen_phrases: Any = None,
+        subject_scales: Any = None,
         **options: Unpack[CallOptions],
     ) -> Any:
         """Images of captions with objects at given places. Everything is checked before anything is drawn.
 
         prompt: a caption, or a list of them; "" is none. boxes: [x0, y0, x1, y1] as fractions of the image, one list
-        per prompt; phrases: what each box holds, of `labels`. gligen_boxes and gligen_phrases mean the same.
+        per prompt; phrases: what each box holds, of `labels`, or in words for weights that were trained with phrases.
+        gligen_boxes and gligen_phrases mean the same. subject_scales: how strongly each box counts, 1 as trained.
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
         num_diffusion_steps: reverse steps per token. These and `options`, which have the names of the command line's
         flags: None means the weights' own (`own_sampling`), "none" takes away a bound that these name.
@@ -289,8 +122,8 @@ class StructMARPipeline(DiffusionPipeline):
         check_call(output_type, batch_size, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         boxes = one_of("boxes", boxes, "gligen_boxes", gligen_boxes)
         phrases = one_of("phrases", phrases, "gligen_phrases", gligen_phrases)
-        categories = () if self.identity is None else self.identity.categories
-        scenes = read_scenes(prompt, boxes, phrases, categories, self.model.config.max_objects, num_images_per_prompt)
+        known = KnownLabels.of(self.model.config, () if self.identity is None else self.identity.categories)
+        scenes = read_scenes(prompt, boxes, phrases, known, num_images_per_prompt, subject_scales)
         scenes = sized(scenes, height, width, self.model.config.img_size)
         generators = read_generators(seed, generator, len(scenes))
         given = {
@@ -394,6 +227,3 @@ class StructMARPipeline(DiffusionPipeline):
         way = (self.model, conditions_of, grid, config, generators)
         drawn = draw_latents(*way, batch_size, precision, Hooks.counting(progress))
         return [picture for latents in drawn for picture in self.pictures(latents, start)]
-
-    def _contents(self) -> dict[str, str]:
-        return contents_of(self.model, self.vae, self.caption_encoder.model, self.caption_encoder.tokenizer)

@@ -17,10 +17,10 @@ Command lines name what stands here, so this file imports PyTorch only where it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.config import HEADS, NUM_TRAIN_STEPS, require_reverse_steps
+from models.config import HEADS, MAX_SCALE, NUM_TRAIN_STEPS, require_reverse_steps
 
 if TYPE_CHECKING:
     from models.heads.diffusion_sampler import ReverseOptions
@@ -64,6 +64,13 @@ class SamplingConfig:
 
     prefix_k: tokens that are drawn before, row by row, one in an iteration at constant guidance; num_iter is then that
     of the others.
+
+    What steers the layout (`controls.py`): layout_schedule: the share of the image that is visible up to which the
+    layout counts in full, and over how much more it fades out; (1, 0): it always counts. layout_scale: strength of
+    boxes that have none of their own. drop_grounding_tokens: boxes do not enter as a layout from the start.
+    mask_threshold: from iteration start_step on, a box reaches where the caption's attention to its phrase, scaled to
+    [0, 1], exceeds this; None: as given. auto_update: in every iteration from then on, not once.
+    negative_prompt: what guidance leads away from instead of no caption.
     """
 
     num_iter: int = 64
@@ -84,6 +91,13 @@ class SamplingConfig:
     top_k: int | None = None
     top_p: float | None = None
     prefix_k: int = 0
+    layout_schedule: tuple[float, float] = (1.0, 0.0)
+    layout_scale: float = 1.0
+    drop_grounding_tokens: bool = False
+    mask_threshold: float | None = None
+    start_step: int | None = None
+    auto_update: bool = False
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("head", HEADS), ("schedule", SCHEDULES)):
@@ -106,12 +120,33 @@ class SamplingConfig:
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval must be two rising numbers in [0, 1], got {low} and {high}")
+        self._require_layout_options()
         if self.uncond_refresh < 1:
             raise ValueError(f"uncond_refresh must be at least 1, got {self.uncond_refresh}")
         require_reverse_steps(self.num_sampling_steps, self.t_max)
         last = self.num_sampling_steps_last
         if last is not None and not 1 <= last <= NUM_TRAIN_STEPS:
             raise ValueError(f"num_sampling_steps_last must lie between 1 and {NUM_TRAIN_STEPS}, got {last}")
+
+    def _require_layout_options(self) -> None:
+        """Raises ValueError for values that steer nothing."""
+        on, decay = self.layout_schedule
+        if not (0 <= on <= 1 and 0 <= decay <= 1):
+            raise ValueError(f"layout_schedule must be two numbers in [0, 1], got {on} and {decay}")
+        if not 0 <= self.layout_scale <= MAX_SCALE:
+            raise ValueError(f"layout_scale must lie in [0, {MAX_SCALE:g}], got {self.layout_scale}")
+        if self.mask_threshold is None:
+            for name, default in (("start_step", None), ("auto_update", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} {getattr(self, name)} needs mask_threshold, which it is a part of")
+            return
+        if not 0 <= self.mask_threshold < 1:
+            raise ValueError(f"mask_threshold must lie in [0, 1), got {self.mask_threshold}")
+        if self.start_step is None or not 1 <= self.start_step < self.num_iter:
+            raise ValueError(
+                f"mask_threshold {self.mask_threshold} needs start_step, an iteration from 1 to num_iter - 1 = "
+                f"{self.num_iter - 1}, got {self.start_step}"
+            )
 
     def _require_own_options(self) -> None:
         """Raises ValueError for what does not go with the head."""
@@ -129,6 +164,10 @@ class SamplingConfig:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values: pairs are lists."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @property
     def is_annealed(self) -> bool:

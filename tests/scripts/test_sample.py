@@ -15,7 +15,7 @@ from PIL import Image
 
 import engine.cli.build_sample
 import scripts.sample
-from engine.data.scenes import read_layout_file
+from engine.data.scenes import KnownLabels, read_layout_file
 from models.frozen.vae import build_autoencoder, ldm_checkpoint
 from models.structmar import StructMARConfig
 from tests.conftest import ROOT
@@ -93,7 +93,7 @@ def test_png_text_and_json_tell_how_to_make_the_image_again(sample, world, tmp_p
     entry = {"prompt": text["prompt"], "objects": json.loads(text["objects"])}
     again = tmp_path / "again.json"
     again.write_text(json.dumps(entry))
-    assert read_layout_file(again, CATEGORIES, 4)[0].names == ["dog", "sports ball"]
+    assert read_layout_file(again, KnownLabels(CATEGORIES, 4))[0].names == ["dog", "sports ball"]
     alone = sample("--layout", str(again), "--num_images", "1", "--seed", "41", "--cfg", "2", output="again")
     assert np.abs(pixels(alone / "0000.png") - pixels(out / "0001.png")).max() <= 1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.data.scenes import Scene, empty_layout, read_layout_file, scenes_from_dataset
+from engine.data.scenes import KnownLabels, Scene, empty_layout, read_layout_file, scenes_from_dataset
 from util.coco import CocoIndex
 from util.types import Category, Layout
 from tests.helpers.scene_files import CATEGORIES, write_coco
@@ -33,21 +33,21 @@ def with_bbox(*box: object) -> dict[str, object]:
 
 
 def test_single_entry_and_list(write):
-    (scene,) = read_layout_file(write(entry()), CATEGORIES, 4)
+    (scene,) = read_layout_file(write(entry()), KnownLabels(CATEGORIES, 4))
     assert scene.prompt == "a dog" and scene.names == ["dog"]
     assert scene.layout.categories.tolist() == [1]  # the position among the categories, not the dataset's id
     torch.testing.assert_close(scene.layout.boxes_xyxy, torch.tensor([[0.1, 0.2, 0.5, 0.6]]))
-    many = read_layout_file(write([entry(), entry(prompt="two", objects=[])]), CATEGORIES, 4)
+    many = read_layout_file(write([entry(), entry(prompt="two", objects=[])]), KnownLabels(CATEGORIES, 4))
     assert [len(scene.layout) for scene in many] == [1, 0] and many[1].prompt == "two"
 
 
 def test_prompt_argument_overrides_and_fills(write):
     path = write([entry(), {"objects": [DOG]}])
-    assert [scene.prompt for scene in read_layout_file(path, CATEGORIES, 4, prompt="mine")] == ["mine", "mine"]
+    assert [scene.prompt for scene in read_layout_file(path, KnownLabels(CATEGORIES, 4), prompt="mine")] == ["mine", "mine"]
 
 
 def test_whole_numbers_and_the_full_image_are_fine(write):
-    (scene,) = read_layout_file(write(with_bbox(0, 0, 1, 1)), CATEGORIES, 2)
+    (scene,) = read_layout_file(write(with_bbox(0, 0, 1, 1)), KnownLabels(CATEGORIES, 2))
     assert scene.layout.boxes_xyxy[1].tolist() == [0, 0, 1, 1]
 
 
@@ -55,7 +55,7 @@ def test_scene_round_trip_is_exact(write):
     boxes = torch.rand(3, 2, generator=torch.Generator().manual_seed(0)) / 2
     layout = Layout(torch.cat([boxes, boxes + 1 / 3], dim=1), torch.tensor([2, 0, 1]))
     scene = Scene("a prompt with “quotes”", layout, ["sports ball", "person", "dog"])
-    (read,) = read_layout_file(write([scene.to_dict()]), CATEGORIES, 4)
+    (read,) = read_layout_file(write([scene.to_dict()]), KnownLabels(CATEGORIES, 4))
     assert read.prompt == scene.prompt and read.names == scene.names
     assert torch.equal(read.layout.boxes_xyxy, layout.boxes_xyxy)
     assert torch.equal(read.layout.categories, layout.categories)
@@ -113,17 +113,17 @@ BAD_FILES = {
 def test_bad_layout_files(write, case):
     content, message = BAD_FILES[case]
     with pytest.raises(ValueError, match=message) as error:
-        read_layout_file(write(content), CATEGORIES, 4)
+        read_layout_file(write(content), KnownLabels(CATEGORIES, 4))
     assert "layout.json" in str(error.value)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
 
 
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
-        read_layout_file(tmp_path / "none.json", CATEGORIES, 4)
+        read_layout_file(tmp_path / "none.json", KnownLabels(CATEGORIES, 4))
     (tmp_path / "image.json").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match=r"image\.json is not UTF-8 text"):
-        read_layout_file(tmp_path / "image.json", CATEGORIES, 4)
+        read_layout_file(tmp_path / "image.json", KnownLabels(CATEGORIES, 4))
 
 
 
@@ -152,5 +152,5 @@ def test_example_files_parse():
     for path in paths:
         content = json.loads(path.read_text())
         labels = sorted({item["label"] for scene in content for item in scene["objects"]})
-        scenes = read_layout_file(path, [Category(i, label) for i, label in enumerate(labels)], 8)
+        scenes = read_layout_file(path, KnownLabels([Category(i, label) for i, label in enumerate(labels)], 8))
         assert len(scenes) == len(content)

@@ -6,7 +6,7 @@ import torch
 
 import engine.sample.generate
 from engine.checkpoint.load import load_mar_for_sampling
-from engine.data.scenes import Scene, read_layout_file, text_scene
+from engine.data.scenes import KnownLabels, Scene, read_layout_file, text_scene
 from engine.sample.generate import encode_prompts, num_iterations
 from engine.sample.pipeline import StructMARPipeline
 from models.frozen.vae import LatentCodec
@@ -29,7 +29,7 @@ def pipe(world) -> StructMARPipeline:
 
 @pytest.fixture(scope="module")
 def scenes(world) -> list[Scene]:
-    written = read_layout_file(world.layout, CATEGORIES, 4)
+    written = read_layout_file(world.layout, KnownLabels(CATEGORIES, 4))
     return [*written, text_scene(""), text_scene("a much longer prompt than these")]
 
 

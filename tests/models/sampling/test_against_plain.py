@@ -257,7 +257,7 @@ def test_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def part_of_first(batch: TextContext | LayoutBatch) -> TextContext | LayoutBatch:
-    return type(batch)(*(tensor[:1] for tensor in vars(batch).values()))
+    return type(batch)(*(None if part is None else part[:1] for part in vars(batch).values()))
 
 
 @pytest.mark.parametrize("num_masked", [64, 30, 1])
