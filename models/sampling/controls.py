@@ -10,14 +10,15 @@ from models.conditioning import Conditions
 class Controls(Protocol):
     """Conditions by iteration."""
 
-    def at(self, iteration: int, conditions: Conditions) -> Conditions:
-        """The fully conditioned branch's conditions in this iteration, given those of the run; the guidance branches
-        without text or layout stay as they are. Returning an object that was returned in the iteration before saves
-        preparing it again."""
+    def at(self, iteration: int, visible: float, conditions: Conditions) -> Conditions:
+        """The fully conditioned branch's conditions in this iteration, given those of the run, of the whole batch; the
+        guidance branches without text or layout stay as they are. visible: the share of the image's units that are
+        known before this iteration. Returning an object that was returned in the iteration before saves preparing it
+        again."""
 
 
 class NoControls:
     """The conditions of the run, in every iteration."""
 
-    def at(self, iteration: int, conditions: Conditions) -> Conditions:
+    def at(self, iteration: int, visible: float, conditions: Conditions) -> Conditions:
         return conditions

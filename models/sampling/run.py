@@ -148,12 +148,13 @@ def unmask(
     a part of it; None: all. contexts: of the run's conditions, where they are there already. Returns tokens
     [B, L, C], the order in which they were unmasked [B, L], and the trace if it is recorded."""
     config, counts = run.config, order.counts
+    batch_size, num_tokens = state.known.shape
+    visible = [1 - count / num_tokens for count in counts]
     contexts = contexts or Contexts(run)
-    head = contexts.at(0).head
+    head = contexts.at(0, visible[0]).head
     assert head is not None, "a context for sampling has a head"
     if order.uses_confidence and not head.has_confidence:
         raise ValueError(f"{type(order).__name__} goes by confidence, which {type(head).__name__} does not have")
-    batch_size, num_tokens = state.known.shape
     noises = _Noises(run, head, order, num_tokens, noise)
     trace = None
     if run.record:
@@ -166,7 +167,7 @@ def unmask(
         if should_stop is not None and should_stop():
             break
         plan = plan_next(state, order, uses) if plans is None else plans[iteration]
-        z = backbone(contexts.at(iteration), state.tokens, plan).flatten(1, 2)  # [G, B * p, D]
+        z = backbone(contexts.at(iteration, visible[iteration]), state.tokens, plan).flatten(1, 2)  # [G, B * p, D]
         w_text, w_layout = guidance_scales(config, num_tokens, counts[iteration + 1], iteration)
         guide = partial(run.branches.combine, w_text=w_text, w_layout=w_layout)
         chosen = noises.at(iteration, plan.token_ids)  # [..., B, p, C]
@@ -251,17 +252,18 @@ class Contexts:
     def __init__(self, run: SamplingRun, before: Context | None = None) -> None:
         """before: a context of this model, whose cast weights are used again."""
         self.run = run
-        self.iteration: int | None = None
+        self.asked: tuple[int, float] | None = None
         self.conditions: Conditions | None = None
         self.context = before
 
-    def at(self, iteration: int) -> Context:
+    def at(self, iteration: int, visible: float) -> Context:
+        """visible: the share of the units that are known before the iteration."""
         run = self.run
-        if iteration != self.iteration:  # the controls are asked once
-            conditions = run.controls.at(iteration, run.branches.parts[0])
+        if (iteration, visible) != self.asked:  # the controls are asked once
+            conditions = run.controls.at(iteration, visible, run.branches.parts[0])
             if conditions is not self.conditions:
                 self.context = run.model.prepare(run.conditions(conditions), run.dtype, before=self.context)
-            self.iteration, self.conditions = iteration, conditions
+            self.asked, self.conditions = (iteration, visible), conditions
         assert self.context is not None
         return self.context
 

@@ -158,8 +158,37 @@ class OtherLayout:
     start: int
     other: Conditions
 
-    def at(self, iteration: int, conditions: Conditions) -> Conditions:
+    def at(self, iteration: int, visible: float, conditions: Conditions) -> Conditions:
         return self.other if iteration >= self.start else conditions
+
+
+class Asked:
+    """What a control is asked, written down."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def at(self, iteration: int, visible: float, conditions: Conditions) -> Conditions:
+        self.seen.append((iteration, visible))
+        return conditions
+
+
+def test_a_control_is_told_what_share_of_the_image_is_visible() -> None:
+    """From scratch, behind a prefix of one token, and where tokens are known: each iteration asks once."""
+    model = structured_model()
+
+    def asked(known: KnownTokens | None = None, **options: object) -> list[tuple[int, float]]:
+        controls = Asked()
+        sample(model, replace(QUICK, **options), generators(), known=known, controls=controls)  # type: ignore[arg-type]
+        return controls.seen
+
+    def shares(num_unknown: int) -> list[tuple[int, float]]:
+        counts = cosine_masked_counts(num_unknown, QUICK.num_iter)[:-1]
+        return [(iteration, 1 - count / NUM_TOKENS) for iteration, count in enumerate(counts)]
+
+    assert asked() == shares(64)
+    assert asked(prefix_k=1) == [(0, 0.0), *shares(63)]
+    assert asked(some_known(20, 50)) == [*shares(44), *shares(14)]  # one group after the other
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
