@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TypeAlias
 
@@ -127,13 +128,19 @@ def make_grid(pictures: Sequence[Picture], columns: int, pad: int = 4) -> Pictur
     return grid
 
 
-def save_png(picture: Picture, path: str | Path, text: Mapping[str, str] | None = None) -> None:
-    """Writes a PNG with `text` in its metadata (any Unicode), whole or not at all, creating the folder."""
+def encode_png(picture: Picture, text: Mapping[str, str] | None = None) -> bytes:
+    """The content of a PNG with `text` in its metadata (any Unicode). picture: a fourth channel is transparency."""
     metadata = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         metadata.add_itxt(key, value)
-    image = Image.fromarray(picture)
-    write_atomic(Path(path), lambda file: image.save(file, format="PNG", pnginfo=metadata), is_durable=False)
+    file = BytesIO()
+    Image.fromarray(picture).save(file, format="PNG", pnginfo=metadata)
+    return file.getvalue()
+
+
+def save_png(picture: Picture, path: str | Path, text: Mapping[str, str] | None = None) -> None:
+    """Writes `encode_png`, whole or not at all, creating the folder."""
+    write_atomic(Path(path), lambda file: file.write(encode_png(picture, text)), is_durable=False)
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from util.read import read_bytes, require_regular_file, short_path
 
@@ -65,6 +65,21 @@ def picture_size(path: str | Path) -> tuple[int, int]:
     _require_file(path)
     with _decoding(path), open(path, "rb") as file:
         return _read_header(file).upright_size
+
+
+def content_size(content: bytes, path: str | Path) -> tuple[int, int]:
+    """`picture_size` of what was read from `path`."""
+    with _decoding(path):
+        return _read_header(BytesIO(content)).upright_size
+
+
+def png_text(content: bytes, path: str | Path) -> dict[str, str]:
+    """The texts in a PNG's metadata; {} for pictures of other formats. Raises ValueError, naming `path`, for what is no
+    picture."""
+    with _decoding(path), Image.open(BytesIO(content)) as image:
+        if not isinstance(image, PngImagePlugin.PngImageFile):
+            return {}
+        return {str(key): str(value) for key, value in image.text.items()}
 
 
 def check_picture(path: str | Path, size: tuple[int, int] | None, named_in: str) -> None:

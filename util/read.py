@@ -74,7 +74,11 @@ def read_text(path: str | Path, what: str) -> str:
 def read_json(path: str | Path, what: str) -> Any:
     """The content of a JSON file; `what` the file is begins each message: "layout file". Raises FileNotFoundError for a
     missing file, ValueError for anything that is not JSON in UTF-8 with every key once."""
-    text, name = read_text(path, what), f"{what} {short_path(path)}"
+    return parse_json(read_text(path, what), f"{what} {short_path(path)}")
+
+
+def parse_json(text: str, name: str) -> Any:
+    """`read_json` of a text that is there already; `name` begins each message. Raises ValueError."""
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except _RepeatedKeyError as error:

@@ -23,7 +23,7 @@ from engine.data.scenes import KnownLabels, Scene, read_layout_file, scenes_from
 from engine.sample.editing import Start, read_edit, start_of_edit, start_of_prefix
 from engine.sample.generate import batches, num_iterations, require_drawable, rows_by_size
 from engine.sample.grid import scene_grid
-from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, replacing, require_free
+from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, picture_text, replacing, require_free
 from engine.sample.pipeline import StructMARPipeline
 from engine.sample.speech import measure_latency, transcribe
 from engine.train.parallel import compile_parts
@@ -246,11 +246,8 @@ def image_entry(job: Job, index: int) -> dict[str, Any]:
 
 
 def png_text(job: Job, index: int, settings: dict[str, Any]) -> dict[str, str]:
-    """Text of one PNG: strings as they are, everything else as json."""
-    entry = image_entry(job, index)
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in entry.items()}
-    made_with = {"sampling": asdict(job.config), "checkpoint": job.pipeline.describe(), MADE_WITH: settings}
-    return texts | {key: json.dumps(value) for key, value in made_with.items()}
+    """Text of one PNG."""
+    return picture_text(image_entry(job, index), job.config, job.pipeline.describe(), settings)
 
 
 def write_json(job: Job, path: Path, settings: dict[str, Any]) -> None:

@@ -12,12 +12,15 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from PIL import UnidentifiedImageError
 
+from models.sampling.config import SamplingConfig
 from util.images import read_png_text
 
 LIST_NAME, GRID_NAME = "samples.json", "grid.png"
@@ -28,6 +31,16 @@ _PICTURE = re.compile(r"\d{4,}\.png")
 
 def picture_name(index: int) -> str:
     return f"{index:04d}.png"
+
+
+def picture_text(
+    entry: Mapping[str, Any], config: SamplingConfig, checkpoint: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, str]:
+    """The text of one PNG: strings as they are, everything else as json. entry: what the picture was made from, as in a
+    layout file, and its seed; checkpoint: `pipeline.describe()`; settings: of the program."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in entry.items()}
+    made_with = {"sampling": asdict(config), "checkpoint": checkpoint, MADE_WITH: settings}
+    return texts | {key: json.dumps(value) for key, value in made_with.items()}
 
 
 def require_free(folder: Path, num_images: int) -> None:

@@ -156,11 +156,13 @@ class StructMARPipeline(PipelineComponents):
         precision: str = "fp32",
         progress: Callable[[], None] | None = None,
         start: Start | None = None,
+        hooks: Hooks | None = None,
     ) -> list[Picture]:
         """One picture per scene and seed. An empty prompt means no text, a scene without boxes means no layout.
 
-        Scenes of one size share batches. progress: called after every iteration of every batch. start: what all begin
-        from. Raises ValueError if scenes and seeds differ in number, or the model cannot draw a scene's boxes or size.
+        Scenes of one size share batches. progress: called after every iteration of every batch; hooks: what is called
+        instead. start: what all begin from. Raises ValueError if scenes and seeds differ in number, or the model cannot
+        draw a scene's boxes or size.
         """
         if len(scenes) != len(seeds):
             raise ValueError(f"every scene needs its seed, got {len(scenes)} scenes and {len(seeds)} seeds")
@@ -171,7 +173,8 @@ class StructMARPipeline(PipelineComponents):
             part = [scenes[row] for row in rows]
             grid = grid_of_images(start, self.model.config, part)
             way = (self._of_scenes(part), grid, config, [seeds[row] for row in rows])
-            pictures.update(zip(rows, self._pictures(*way, batch_size, precision, progress, start), strict=True))
+            called = hooks or Hooks.counting(progress)
+            pictures.update(zip(rows, self._pictures(*way, batch_size, precision, called, start), strict=True))
         return [pictures[row] for row in range(len(scenes))]
 
     def draw_classes(
@@ -190,7 +193,7 @@ class StructMARPipeline(PipelineComponents):
 
         grid = self.model.config.grid if start is None else start.grid
         way = (conditions_of_classes(self.model, labels), grid, config, seeds)
-        return self._pictures(*way, batch_size, precision, progress, start)
+        return self._pictures(*way, batch_size, precision, Hooks.counting(progress), start)
 
     def sample(
         self,
@@ -220,10 +223,10 @@ class StructMARPipeline(PipelineComponents):
         seeds: Sequence[int],
         batch_size: int,
         precision: str,
-        progress: Callable[[], None] | None,
+        hooks: Hooks,
         start: Start | None,
     ) -> list[Picture]:
         generators, conditions_of = [image_generator(seed) for seed in seeds], starting_from(start, conditions_of)
         way = (self.model, conditions_of, grid, config, generators)
-        drawn = draw_latents(*way, batch_size, precision, Hooks.counting(progress))
+        drawn = draw_latents(*way, batch_size, precision, hooks)
         return [picture for latents in drawn for picture in self.pictures(latents, start)]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.images import load_image, picture_size
-from util.picture_files import check_picture
+from util.images import load_image, picture_size, save_png
+from util.picture_files import check_picture, content_size, png_text
 
 HEIGHT, WIDTH = 6, 10
 COLOURS = (np.indices((HEIGHT, WIDTH)).sum(0) % 8 * 36).astype(np.uint8)  # few: they fit a palette
@@ -219,3 +219,15 @@ def test_the_size_is_the_upright_one_and_both_are_named(tmp_path):
         check_picture(path, (HEIGHT, WIDTH), "x.json")
     with pytest.raises(ValueError, match=r"is 10x6 .*says 7x7$"):
         check_picture(path, (7, 7), "x.json")
+
+
+def test_what_was_read_already_is_looked_at_without_a_file(tmp_path: Path) -> None:
+    save_png(RGB, tmp_path / "a.png", {"prompt": "a dog", "über": "✓"})
+    content = (tmp_path / "a.png").read_bytes()
+    assert content_size(content, "a.png") == (WIDTH, HEIGHT)
+    assert png_text(content, "a.png") == {"prompt": "a dog", "über": "✓"}
+    Image.fromarray(RGB).save(tmp_path / "a.jpg")
+    assert png_text((tmp_path / "a.jpg").read_bytes(), "a.jpg") == {}
+    for read in (content_size, png_text):
+        with pytest.raises(ValueError, match=r"cannot read image a\.png"):
+            read(b"no picture", "a.png")
