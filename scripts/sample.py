@@ -33,6 +33,7 @@ from engine.cli.arguments import (
     add_speed_arg,
     script_parser,
 )
+from engine.cli.arguments_layout import add_layout_format_args
 from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from models.config import PRECISIONS, ROPE_SCALES, backbone_config
@@ -84,7 +85,9 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
                        help="caption; with --layout it replaces the file's, alone there are no boxes")  # fmt: skip
     group.add_argument("--layout", default=None,
                        help='json: {"prompt": ..., "objects": [{"label": ..., "bbox": [x0, y0, x1, y1]}]}, boxes '
-                            "normalised to [0, 1], or a list of these; empty: none, also over --config")  # fmt: skip
+                            "normalised to [0, 1], or a list of these, or another project's file "
+                            "(engine/data/README.md); empty: none, also over --config")  # fmt: skip
+    add_layout_format_args(group)
     group.add_argument("--coco_root", default=None,
                        help="take captions and boxes from this dataset (only its annotations/ is read)")  # fmt: skip
     group.add_argument("--coco_split", default="val2014",
@@ -184,6 +187,9 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.class_label is not None and (args.size is not None or args.rope_scale is not None):
         raise ValueError("--size and --rope_scale do not go with --class_label: MAR's positions are of one size")
+    for flag in ("layout_format", "layout_canvas"):
+        if vars(args)[flag] is not None and not args.layout:
+            raise ValueError(f"--{flag} {vars(args)[flag]} needs --layout, the file that it is about")
     if args.layout:
         read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
     check_start(args)

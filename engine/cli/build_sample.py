@@ -19,6 +19,7 @@ from engine.checkpoint.files import read_identity
 from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
 from engine.cli.sampling import sampling_config
+from engine.data.layout_formats import FileFormat
 from engine.data.scenes import KnownLabels, Scene, read_layout_file, scenes_from_dataset, text_scene
 from engine.sample.editing import Start, read_edit, start_of_edit, start_of_prefix
 from engine.sample.generate import batches, num_iterations, require_drawable, rows_by_size
@@ -187,7 +188,8 @@ def read_scenes(args: argparse.Namespace, identity: Identity, prompt: str | None
         require_same_categories(index.categories, categories, f"{args.coco_root} {args.coco_split}")
         return scenes_from_dataset(index, config.img_size, args.num_images, size)
     if args.layout:
-        scenes = read_layout_file(args.layout, KnownLabels.of(config, categories), prompt)
+        said = FileFormat(args.layout_format, None if args.layout_canvas is None else read_size(args.layout_canvas))
+        scenes = read_layout_file(args.layout, KnownLabels.of(config, categories), prompt, said)
     else:
         assert prompt is not None, "the flags were checked: there is a layout file, a dataset or a caption"
         scenes = [text_scene(prompt)]

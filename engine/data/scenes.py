@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from engine.data.box_readings import XYXY, other_order
 from engine.data.coco import make_layout
+from engine.data.layout_formats import FileFormat, read_entries
 from models.config import MAX_SCALE, StructMARConfig
 from util.boxes import plan_center_crop
 from util.buckets import Size
 from util.coco import CocoIndex
-from util.read import read_json, require_text, short_path, short_repr
+from util.read import require_text, short_repr
 from util.types import UNKNOWN, Category, Layout
 
 ENTRY_KEYS = ("prompt", "objects", "height", "width")
@@ -51,6 +53,11 @@ class Scene:
                 f"a scene needs one name per box, got {len(self.names)} names for {len(self.layout)} boxes"
             )
 
+    def _says_more(self, index: int) -> bool:
+        """Whether a box has a phrase other than a label that is one for want of a category."""
+        phrase, is_unknown = self.layout.phrases[index], int(self.layout.categories[index]) == UNKNOWN
+        return bool(phrase) and not (is_unknown and phrase == self.names[index])
+
     def to_dict(self) -> dict[str, Any]:
         """The scene as an entry of a layout file: `read_layout_file` gives it back."""
         boxes = [
@@ -60,7 +67,7 @@ class Scene:
             {"label": name, "bbox": box} for name, box in zip(self.names, boxes, strict=True)
         ]
         for index, item in enumerate(objects):
-            if self.layout.phrases and self.layout.phrases[index]:
+            if self.layout.phrases and self._says_more(index):
                 item["phrase"] = self.layout.phrases[index]
             if self.layout.scales and self.layout.scales[index] != 1:
                 item["scale"] = self.layout.scales[index]
@@ -96,16 +103,17 @@ class KnownLabels:
         return {category.name: index for index, category in enumerate(self.categories)}
 
 
-def read_layout_file(path: str | Path, known: KnownLabels, prompt: str | None = None) -> list[Scene]:
-    """The scenes of a layout file; `prompt`, where given, replaces every entry's own.
+def read_layout_file(
+    path: str | Path, known: KnownLabels, prompt: str | None = None, said: FileFormat | None = None
+) -> list[Scene]:
+    """The scenes of a layout file; `prompt`, where given, replaces every entry's own. Other projects' files are read
+    too (layout_formats.py); said: which of them this is, where its keys are not to tell.
 
     Raises FileNotFoundError for a missing file, ValueError for whatever is wrong inside it.
     """
-    content, where = read_json(path, "layout file"), f"layout file {short_path(path)}"
-    entries = content if isinstance(content, list) else [content]
-    if not entries:
-        raise ValueError(f"{where} holds an empty list: there is nothing to generate")
-    return [read_entry(entry, f"{where}, entry {i}", known, prompt) for i, entry in enumerate(entries)]
+    names = [category.name for category in known.categories]
+    found = read_entries(path, said, names, is_prompt_given=prompt is not None)
+    return [read_entry(each.content, each.where, known, prompt) for each in found]
 
 
 def scenes_from_dataset(
@@ -231,10 +239,15 @@ def _read_box(box: Any, where: str) -> list[float]:
                 "boxes are fractions of the image's width and height"
             )
     x0, y0, x1, y1 = torch.tensor(box, dtype=torch.float32).tolist()
+    other = other_order((x0, y0, x1, y1), XYXY)
     if x0 >= x1:
-        raise ValueError(f"{where}: 'bbox' needs x0 < x1, got x0 = {box[0]}, x1 = {box[2]} in {short_repr(box)}")
+        raise ValueError(
+            f"{where}: 'bbox' needs x0 < x1, got x0 = {box[0]}, x1 = {box[2]} in {short_repr(box)}; {other}"
+        )
     if y0 >= y1:
-        raise ValueError(f"{where}: 'bbox' needs y0 < y1, got y0 = {box[1]}, y1 = {box[3]} in {short_repr(box)}")
+        raise ValueError(
+            f"{where}: 'bbox' needs y0 < y1, got y0 = {box[1]}, y1 = {box[3]} in {short_repr(box)}; {other}"
+        )
     return [x0, y0, x1, y1]
 
 

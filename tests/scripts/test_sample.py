@@ -125,6 +125,18 @@ def test_prompt_alone_and_over_a_file(sample, world):
     assert [image["prompt"] for image in read_json(out)["images"]] == ["mine", "mine"]
 
 
+def test_files_of_other_projects(sample, tmp_path):
+    """They are drawn like ours, and name the flag where their keys say two things."""
+    entry = {"prompt": "dogs", "object_list": [["dog", [0.25, 0.25, 0.5, 0.5]]]}
+    (tmp_path / "answer.json").write_text(json.dumps(entry))
+    flags = ["--layout", str(tmp_path / "answer.json"), "--num_images", "1"]
+    with pytest.raises(SystemExit, match="Say which by --layout_format layoutgpt or nsr1k"):
+        sample(*flags)
+    for form, corner in (("layoutgpt", 0.5), ("nsr1k", 0.75)):
+        (image,) = read_json(sample(*flags, "--layout_format", form))["images"]
+        assert image["objects"] == [{"label": "dog", "bbox": [0.25, 0.25, corner, corner]}]
+
+
 def test_scenes_of_a_dataset(sample, tmp_path):
     """Without a single image file: the annotations are enough."""
     write_coco(tmp_path / "coco")
@@ -225,6 +237,7 @@ MISTAKES = {
     "text encoder": (["--prompt", "a", "--clip_path", "none"], "text encoder directory not found: none"),
     "classes of a StructMAR": (["--class_label", "1"], "does not hold MAR's weights but a StructMAR's"),
     "dataset": (["--coco_root", "none"], "none"),
+    "format of no file": (["--prompt", "a", "--layout_format", "gligen"], "--layout_format gligen needs --layout"),
 }
 
 
