@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from timm.layers.mlp import Mlp, SwiGLU
 from torch import Tensor, nn
 
+from models.attention_maps import AttentionWatch
 from models.config import StructMARConfig
 from models.norms import build_norm, build_qk_norm
 from models.rope import Rotation
@@ -111,17 +112,18 @@ class TextKV:
     """Keys and values of the captions in one layer of cross-attention.
 
     keys, values: [R, H, T, d] of the first R images; valid: [R, T] bool, at least one per row. null: [D], what every
-    token of the images after them gets (`GatedCrossAttention.of_null`).
+    token of the images after them gets (`GatedCrossAttention.of_null`). watch: sees what is attended by, or None.
     """
 
     keys: Tensor
     values: Tensor
     valid: Tensor
     null: Tensor | None = None
+    watch: AttentionWatch | None = None
 
     def first(self, num_images: int) -> TextKV:
         null = self.null if num_images > len(self.keys) else None
-        return TextKV(self.keys[:num_images], self.values[:num_images], self.valid[:num_images], null)
+        return TextKV(self.keys[:num_images], self.values[:num_images], self.valid[:num_images], null, self.watch)
 
 
 class GatedCrossAttention(nn.Module):
@@ -149,6 +151,8 @@ class GatedCrossAttention(nn.Module):
         """[B, n, D] -> [B, n, D]."""
         num_with_text = len(text_kv.keys)
         q = split_heads(self.q(self.norm(x[:num_with_text])), self.num_heads)  # [R, H, n, d]
+        if text_kv.watch is not None:
+            text_kv.watch.see(q, text_kv.keys, text_kv.valid, self.gate)
         mask = text_kv.valid[:, None, None, :]  # [R, 1, 1, T]
         seen = attention(q, text_kv.keys, text_kv.values, mask)  # [R, H, n, d]
         seen = torch.tanh(self.gate) * self.proj(merge_heads(seen))  # [R, n, D]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention_maps import AttentionWatch
 from models.blocks import Block, GatedCrossAttention, TextKV
 from models.compiled import compiled
 from models.conditioning import Conditions
@@ -90,6 +91,11 @@ class SamplingLayer:
     def first(self, num_images: int) -> SamplingLayer:
         return replace(self, text_kv=None if self.text_kv is None else self.text_kv.first(num_images))
 
+    def watched(self, watch: AttentionWatch) -> SamplingLayer:
+        """The same, with its cross-attention seen by `watch`. A compiled block shows none."""
+        assert not self.is_compiled, "a compiled block shows no attention"
+        return replace(self, text_kv=None if self.text_kv is None else replace(self.text_kv, watch=watch))
+
 
 @dataclass(frozen=True)
 class Context:
@@ -112,6 +118,11 @@ class Context:
             decoder=tuple(layer.first(num_images) for layer in self.decoder),
             decoder_bias=None if self.decoder_bias is None else self.decoder_bias[:num_images],
         )
+
+    def watched(self, watch: AttentionWatch) -> Context:
+        """The same, for sampling, with the cross-attention of the decoder's blocks but the last seen by `watch`."""
+        *others, last = cast(tuple[SamplingLayer, ...], self.decoder)
+        return replace(self, decoder=(*(layer.watched(watch) for layer in others), last))
 
 
 def training_layers(

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> list[HeadComparison]:
     )
     require_same_categories(index.categories, identity.categories, f"{args.coco_root} {args.coco_split}")
     scenes = scenes_from_dataset(index, model.config.img_size, args.num_images)
-    conditions = scene_conditions(model, parts.caption_encoder, scenes)
+    conditions = scene_conditions(model, parts.caption_encoder, scenes, config)
     assert conditions.text is not None and conditions.layout is not None
     spacing = config.num_iter / args.num_iterations
     iterations = [int((number + 0.5) * spacing) for number in range(args.num_iterations)]

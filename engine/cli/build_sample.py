@@ -24,6 +24,7 @@ from engine.data.scenes import KnownLabels, Scene, read_layout_file, scenes_from
 from engine.sample.editing import Start, read_edit, start_of_edit, start_of_prefix
 from engine.sample.generate import batches, num_iterations, require_drawable, rows_by_size
 from engine.sample.grid import scene_grid
+from engine.sample.naming import told_names
 from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, picture_text, replacing, require_free
 from engine.sample.pipeline import StructMARPipeline
 from engine.sample.speech import measure_latency, transcribe
@@ -31,6 +32,7 @@ from engine.train.parallel import compile_parts
 from models.config import backbone_config
 from models.frozen.codec import load_codec
 from models.frozen.speech import PipelineTranscriber, Transcriber
+from models.sampling.auto_layout import require_maps
 from models.sampling.config import SamplingConfig
 from util.buckets import read_size
 from util.coco import BoxFilters, CocoIndex
@@ -124,6 +126,9 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str |
     )  # fmt: skip
     if args.rope_scale is not None:
         pipeline.model.set_rope_scale(args.rope_scale)
+    if config.mask_threshold is not None:
+        require_maps(pipeline.model, f"--mask_threshold {config.mask_threshold}")
+        logger.info(told_names(pipeline.caption_encoder, scenes))
     return Job(pipeline, scenes, None, seeds_of(args, len(scenes)), config)
 
 

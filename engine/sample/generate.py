@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.data.scenes import Scene
+from engine.sample.naming import phrase_weights
 from models.config import PRECISIONS, StructMARConfig
 from models.frozen.base import ImageCodec, TextEncoder
 from models.sampling.config import SamplingConfig
@@ -31,13 +32,15 @@ from util.types import LayoutBatch, TextContext
 @dataclass(frozen=True)
 class ImageConditions:
     """What a batch of images is drawn from, [B, ...] each: captions and boxes, or MAR's class labels. grid: (rows,
-    columns) of tokens; None: the model's own. known: tokens of one image that all start from."""
+    columns) of tokens; None: the model's own. known: tokens of one image that all start from. phrase_weights: which of
+    a caption's tokens name which box, where that is asked for (`naming.py`)."""
 
     text: TextContext | None = None
     layout: LayoutBatch | None = None
     labels: Tensor | None = None
     grid: tuple[int, int] | None = None
     known: KnownTokens | None = None
+    phrase_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def draw_batch(
             labels=conditions.labels,
             grid=conditions.grid,
             known=None if conditions.known is None else conditions.known.repeated(len(generators)),
+            phrase_weights=conditions.phrase_weights,
             on_iteration=hooks.on_iteration,
             should_stop=hooks.should_stop,
             record=record,
@@ -93,13 +97,18 @@ def draw_batch(
         )
 
 
-def scene_conditions(model: StructMAR, text_encoder: TextEncoder, scenes: Sequence[Scene]) -> ImageConditions:
-    """Of scenes of one size. An empty prompt means no text, a scene without boxes no layout. Raises ValueError for
-    too many boxes."""
-    device = model.fake_latent.device
+def scene_conditions(
+    model: StructMAR, text_encoder: TextEncoder, scenes: Sequence[Scene], config: SamplingConfig
+) -> ImageConditions:
+    """Of scenes of one size, with what these options need. An empty prompt means no text, a scene without boxes no
+    layout. Raises ValueError for too many boxes."""
+    device, max_objects = model.fake_latent.device, model.config.max_objects
     text = encode_prompts(text_encoder, [scene.prompt for scene in scenes]).to(device)
-    layout = LayoutBatch.collate([scene.layout for scene in scenes], model.config.max_objects).to(device)
-    return ImageConditions(text, layout, grid=grid_of_scenes(model.config, scenes))
+    layout = LayoutBatch.collate([scene.layout for scene in scenes], max_objects).to(device)
+    weights = None
+    if config.mask_threshold is not None:
+        weights = phrase_weights(text_encoder, scenes, text.valid.shape[1], max_objects).to(device)  # [B, T, N]
+    return ImageConditions(text, layout, grid=grid_of_scenes(model.config, scenes), phrase_weights=weights)
 
 
 def grid_of_scenes(config: StructMARConfig, scenes: Sequence[Scene]) -> tuple[int, int]:

@@ -142,7 +142,7 @@ class StructMARPipeline(PipelineComponents):
         with self.progress_bar(total=num_iterations(len(scenes), batch_size, config)) as bar:
             callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
             hooks = call_hooks(config, bar.update, callback, callback_on_step_end_tensor_inputs, lambda: self.interrupt)
-            way = (self.model, starting_from(start, self._of_scenes(scenes)), grid, config, generators)
+            way = (self.model, starting_from(start, self._of_scenes(scenes, config)), grid, config, generators)
             drawn = list(draw_latents(*way, batch_size, self.precision, hooks))
             images = output_of(self.codec, drawn, output_type, finishing(start))
         return StructMARPipelineOutput(images=images) if return_dict else (images,)
@@ -172,7 +172,7 @@ class StructMARPipeline(PipelineComponents):
         for rows in rows_by_size(scenes):
             part = [scenes[row] for row in rows]
             grid = grid_of_images(start, self.model.config, part)
-            way = (self._of_scenes(part), grid, config, [seeds[row] for row in rows])
+            way = (self._of_scenes(part, config), grid, config, [seeds[row] for row in rows])
             called = hooks or Hooks.counting(progress)
             pictures.update(zip(rows, self._pictures(*way, batch_size, precision, called, start), strict=True))
         return [pictures[row] for row in range(len(scenes))]
@@ -211,9 +211,9 @@ class StructMARPipeline(PipelineComponents):
         """Scaled latents [B, C, h, w] -> B decoded pictures, with what stays of a picture that they started from."""
         return [to_picture(pixels) for pixels in finishing(start)(self.codec.decode(latents.float()))]
 
-    def _of_scenes(self, scenes: Sequence[Scene]) -> ConditionsOf:
+    def _of_scenes(self, scenes: Sequence[Scene], config: SamplingConfig) -> ConditionsOf:
         encoder = self.caption_encoder
-        return lambda rows: scene_conditions(self.model, encoder, scenes[rows])
+        return lambda rows: scene_conditions(self.model, encoder, scenes[rows], config)
 
     def _pictures(
         self,

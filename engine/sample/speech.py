@@ -109,7 +109,7 @@ def measure_latency(
         clock.lap("audio")
         words_of(sound, transcriber, path)
         clock.lap("asr")
-        conditions = scene_conditions(pipe.model, pipe.caption_encoder, scenes)
+        conditions = scene_conditions(pipe.model, pipe.caption_encoder, scenes, config)
         clock.lap("text")
         latents = pipe.sample(conditions, config, [image_generator(seed) for seed in seeds], precision).latents
         clock.lap("passes")

@@ -73,5 +73,6 @@ class TextEncoder(Protocol):
     def context(self, captions: Sequence[str]) -> TextContext:
         """States, mask and pooled state of a batch of captions."""
 
-    def phrase_tokens(self, caption: str, phrase: str) -> range:
-        """Which of the caption's tokens spell a phrase of it. ValueError if it is not in the caption."""
+    def phrase_tokens(self, caption: str, phrase: str, number: int = 0) -> range | None:
+        """Which of the caption's tokens spell a phrase where it is named for the `number`-th time, from 0; None where
+        it is not."""

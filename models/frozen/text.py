@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from util.checkpoint import load_plain, sha256_file
+from util.phrases import phrase_span
 from util.read import short_repr
 from util.types import TextContext
 from util.weights import tensor_problem
@@ -159,18 +160,15 @@ class ClipTextEncoder:
             raise ValueError("context needs at least one caption")
         return TextContext.collate(self.encode(captions))
 
-    def phrase_tokens(self, caption: str, phrase: str) -> range:
-        """The positions, among the caption's states, of the tokens that spell the first occurrence of `phrase`.
-
-        Upper and lower case are the same. Raises ValueError naming both if the phrase is empty, is not in the caption,
-        or lies in the part that is cut off.
+    def phrase_tokens(self, caption: str, phrase: str, number: int = 0) -> range | None:
+        """The positions, among the caption's states, of the tokens that spell a phrase (`util/phrases.py`: which
+        words count, and what `number` is). None where the caption does not name it, or in the part that is cut off.
         """
-        start = caption.lower().find(phrase.lower())
-        if start < 0 or not phrase.strip():
-            raise ValueError(f"the phrase '{phrase}' is not in the caption '{caption}'")
+        span = phrase_span(caption, phrase, number)
+        if span is None:
+            return None
         offsets = self.tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
-        end = start + len(phrase)
-        found = [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
+        found = [index for index, (first, last) in enumerate(offsets) if first < span[1] and last > span[0]]
         if not found or found[-1] >= self.max_tokens - 1:  # the last place is EOS's
-            raise ValueError(f"the phrase '{phrase}' lies beyond the {self.max_tokens} tokens kept of '{caption}'")
+            return None
         return range(found[0], found[-1] + 1)

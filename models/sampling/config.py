@@ -147,6 +147,19 @@ class SamplingConfig:
                 f"mask_threshold {self.mask_threshold} needs start_step, an iteration from 1 to num_iter - 1 = "
                 f"{self.num_iter - 1}, got {self.start_step}"
             )
+        if self.prefix_k:
+            raise ValueError(
+                f"mask_threshold {self.mask_threshold} does not go with prefix_k {self.prefix_k}, which has iterations "
+                "of its own"
+            )
+
+    def require_start(self, num_unknown: int) -> None:
+        """Raises ValueError if so few unknown tokens, of an image with any, end before `start_step`."""
+        if self.start_step is not None and 0 < num_unknown <= self.start_step:
+            raise ValueError(
+                f"start_step {self.start_step} is not reached where {num_unknown} tokens are unknown, which takes as "
+                "many iterations at most"
+            )
 
     def _require_own_options(self) -> None:
         """Raises ValueError for what does not go with the head."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
+
+from torch import Tensor
 
 from models.conditioning import Conditions
 
@@ -16,9 +19,23 @@ class Controls(Protocol):
         known before this iteration. Returning an object that was returned in the iteration before saves preparing it
         again."""
 
+    def observes(self, iteration: int) -> bool:
+        """Whether `observe` wants the maps of this iteration."""
+
+    def observe(self, iteration: int, maps: Tensor, rows: Sequence[int] | None) -> None:
+        """After an iteration: what the image looked at in the caption (`models/attention_maps.py`), [b, L, T] of these
+        rows of the batch (None: all), over the trunk's L tokens and the caption's, the null token first; T may be
+        padded."""
+
 
 class NoControls:
     """The conditions of the run, in every iteration."""
+
+    def observes(self, iteration: int) -> bool:
+        return False
+
+    def observe(self, iteration: int, maps: Tensor, rows: Sequence[int] | None) -> None:
+        """Not asked for."""
 
     def at(self, iteration: int, visible: float, conditions: Conditions) -> Conditions:
         return conditions

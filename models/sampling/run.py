@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from models.attention_maps import AttentionWatch
 from models.conditioning import Conditions
 from models.context import Context
 from models.heads.base import HeadOutput, HeadSampler, HeadStep, HeadTrace
@@ -167,7 +168,8 @@ def unmask(
         if should_stop is not None and should_stop():
             break
         plan = plan_next(state, order, uses) if plans is None else plans[iteration]
-        z = backbone(contexts.at(iteration, visible[iteration]), state.tokens, plan).flatten(1, 2)  # [G, B * p, D]
+        context = contexts.at(iteration, visible[iteration])
+        z = run_backbone(run, backbone, context, state.tokens, plan, iteration).flatten(1, 2)  # [G, B * p, D]
         w_text, w_layout = guidance_scales(config, num_tokens, counts[iteration + 1], iteration)
         guide = partial(run.branches.combine, w_text=w_text, w_layout=w_layout)
         chosen = noises.at(iteration, plan.token_ids)  # [..., B, p, C]
@@ -182,6 +184,18 @@ def unmask(
     if plans is None and state.num_masked:  # it was stopped
         orders[:, : state.num_masked] = state.unknown_ids()
     return state.tokens, orders, trace
+
+
+def run_backbone(
+    run: SamplingRun, backbone: GuidedBackbone, context: Context, tokens: Tensor, plan: IterationPlan, iteration: int
+) -> Tensor:
+    """As `GuidedBackbone` gives it, [G, B, p, D]; the controls see the maps that they ask for."""
+    if not run.controls.observes(iteration):
+        return backbone(context, tokens, plan)  # [G, B, p, D]
+    watch = AttentionWatch(len(tokens), run.model.config.buffer_size)
+    z = backbone(context.watched(watch), tokens, plan)  # [G, B, p, D]
+    run.controls.observe(iteration, watch.maps(), run.rows)
+    return z
 
 
 class _Noises:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.sampling.auto_layout import build_auto_layout
 from models.sampling.config import SamplingConfig
 from models.sampling.controls import Controls, NoControls
 from models.sampling.guidance import embed_branches
@@ -42,6 +43,7 @@ def sample(
     known: KnownTokens | None = None,
     order: Order | None = None,
     controls: Controls | None = None,
+    phrase_weights: Tensor | None = None,
     on_iteration: OnIteration | None = None,
     should_stop: Callable[[], bool] | None = None,
     record: bool = False,
@@ -51,8 +53,9 @@ def sample(
 
     grid: (rows, columns) of the trunk's tokens, the config's by default. known: tokens to start from. order: instead of
     `config.order`; not together with `known` or a prefix. controls: of the conditions by iteration, from 0 again behind
-    a prefix. should_stop: asked before each iteration; what is masked then stays zero. record: keeps how the head drew.
-    dtype: of weights and matrix products.
+    a prefix; by default those of the config. phrase_weights: [B, T, N], for `mask_threshold`: the share of each of the
+    caption's tokens in what names a box. should_stop: asked before each iteration; what is masked then stays zero.
+    record: keeps how the head drew. dtype: of weights and matrix products.
     Raises ValueError if the number of images disagrees, num_iter exceeds the number of tokens, the grid is unknown to
     the model, the options are another head's, or a recording is wanted where it cannot be scored
     (`SamplingConfig.require_traceable`).
@@ -72,6 +75,8 @@ def sample(
         raise ValueError(f"{what} sampled in config.order {config.order}, got order {type(order).__name__}")
     num_tokens = math.prod(model.config.unit_grid(grid))
     config.require_fitting(num_tokens)
+    if controls is None and config.mask_threshold is not None:
+        controls = build_auto_layout(model, config, text, layout, phrase_weights, grid, labels)
     branches, config = embed_branches(model, config, batch_size, text, layout, labels, grid)
     run = SamplingRun(model, branches, config, generators, controls or NoControls(), dtype, record)
     if config.prefix_k and known is None:
@@ -110,6 +115,7 @@ def _sample_unknown(
     orders = torch.arange(shape[1], device=device).repeat(shape[0], 1)  # [B, L]
     steps = torch.full_like(orders, -1)  # [B, L]
     num_unknown = (~known.known).sum(1).tolist()
+    run.config.require_start(min((count for count in num_unknown if count), default=0))
     context = run.model.prepare(run.branches.conditions, run.dtype)  # its cast weights serve all groups
     for count in sorted(set(num_unknown) - {0}, reverse=True):
         rows = [row for row, each in enumerate(num_unknown) if each == count]

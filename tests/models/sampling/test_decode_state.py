@@ -13,6 +13,7 @@ from models.heads.base import HeadOutput
 from models.heads.diffusion_sampler import DiffusionSampler, DiffusionStep
 from models.masking import cosine_masked_counts, mask_from_orders, sample_orders
 from models.sampling.config import SamplingConfig
+from models.sampling.controls import NoControls
 from models.sampling.guidance import embed_branches
 from models.sampling.orders import DecodeState, PlannedOrder, unknown_first
 from models.sampling.sampler import KnownTokens, sample
@@ -152,7 +153,7 @@ def test_an_order_by_confidence_needs_a_head_that_has_one() -> None:
 
 
 @dataclass(frozen=True)
-class OtherLayout:
+class OtherLayout(NoControls):
     """From an iteration on, the boxes of other conditions."""
 
     start: int
@@ -162,7 +163,7 @@ class OtherLayout:
         return self.other if iteration >= self.start else conditions
 
 
-class Asked:
+class Asked(NoControls):
     """What a control is asked, written down."""
 
     def __init__(self) -> None:
