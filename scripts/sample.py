@@ -3,9 +3,11 @@
     python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --layout configs/layouts/coco.json
     python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --size 96x64
     python -m scripts.sample --resume CKPT --coco_root ./data/coco --coco_split val2014 --num_images 16
+    python -m scripts.sample --resume CKPT --layout scene.json --image photo.png --move dog:1 0.5 0.4 0.9 0.9
     python -m scripts.sample --resume CKPT --speech caption.wav --asr_path DIR --layout configs/layouts/coco.json
     python -m scripts.sample --resume mar_huge.safetensors --model mar_huge --class_label 207 360
 
+--image gives a picture of which a part is drawn anew, and the rest stays.
 --speech takes the caption from a WAV file and prints what each part of the way from sound to picture takes. The last
 form samples MAR's own weights, class by class: that is how they are checked by eye. Sampling flags that
 neither the command nor --config gives have the values that the weights name, where they name some.
@@ -33,6 +35,7 @@ from engine.cli.arguments import (
     add_speed_arg,
     script_parser,
 )
+from engine.cli.arguments_edit import add_start_args, check_start
 from engine.cli.arguments_layout import add_layout_format_args
 from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.sampling import parse_sampling_args, sampling_config
@@ -42,7 +45,6 @@ from util.output import require_output_dir
 from util.ranges import (
     batch_int,
     depth_int,
-    fraction,
     nonnegative_int,
     picture_size,
     pixels_int,
@@ -113,20 +115,6 @@ def add_speech_args(parser: argparse.ArgumentParser) -> None:
                             "each part; 0: none")  # fmt: skip
 
 
-def add_start_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the images start from")
-    group.add_argument("--image", default=None,
-                       help="picture of which a part stays, of the size of the model's; empty: none")  # fmt: skip
-    group.add_argument("--mask", default=None, help="picture of the size of --image: light where it is drawn anew")
-    group.add_argument("--edit_boxes", type=fraction, nargs="+", default=None,
-                       help="instead of --mask: x0 y0 x1 y1 of each box that is drawn anew, in [0, 1]")  # fmt: skip
-    group.add_argument("--keep_boxes", type=fraction, nargs="+", default=None,
-                       help="instead of --mask: the boxes that stay; all around them is drawn")  # fmt: skip
-    group.add_argument("--prefix_source", default="self",
-                       help="the first --prefix_k tokens: drawn one by one (self), or those of this picture, or of "
-                            "this .npy file of codes, row by row")  # fmt: skip
-
-
 def add_size_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("another size than the checkpoint's square (no learned positions)")
     group.add_argument(
@@ -195,27 +183,6 @@ def check_args(args: argparse.Namespace) -> None:
     check_start(args)
     require_output_dir("--output_dir", args.output_dir)
     sampling_config(args)
-
-
-def check_start(args: argparse.Namespace) -> None:
-    """Raises ValueError or FileNotFoundError for a picture without a hole, two of them, or files that are not there."""
-    holes = {"--mask": args.mask, "--edit_boxes": args.edit_boxes, "--keep_boxes": args.keep_boxes}
-    given = [name for name, value in holes.items() if value]
-    if bool(args.image) != (len(given) == 1):
-        wanted = "--image needs exactly one of --mask, --edit_boxes and --keep_boxes, and they need it"
-        raise ValueError(f"{wanted}; got {', '.join([*(['--image'] if args.image else []), *given])}")
-    if args.image and args.prefix_k:
-        raise ValueError(f"--prefix_k {args.prefix_k} does not go with --image {args.image}: both say what is known")
-    for name in ("edit_boxes", "keep_boxes"):
-        numbers = vars(args)[name] or []
-        if len(numbers) % 4:
-            raise ValueError(f"--{name} takes four numbers a box, x0 y0 x1 y1, got {len(numbers)} numbers")
-    if args.prefix_source != "self" and not args.prefix_k:
-        raise ValueError(f"--prefix_source {args.prefix_source} needs --prefix_k, how many tokens of it are taken")
-    files = {"--image": args.image, "--mask": args.mask, "--prefix_source": args.prefix_source}
-    for flag, path in files.items():
-        if path and path != "self":
-            require_regular_file(path, f"{flag} file")
 
 
 def check_speech(args: argparse.Namespace) -> None:

@@ -78,7 +78,8 @@ def with_outsider(action: argparse.Action, value: float) -> Any:
     """As in a YAML file: `value`, or a list of which it is the last entry."""
     if action.nargs is None:
         return value
-    return [*([action.default[0]] if action.nargs == 2 else []), value]
+    others = action.nargs - 1 if isinstance(action.nargs, int) else 0
+    return [*(action.default or [action.type.high] * others)[:others], value]
 
 
 def spelled(flag: str, value: Any) -> list[str]:

@@ -12,24 +12,36 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine.checkpoint.files import read_identity
 from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
+from engine.cli.arguments_edit import boxes_of, moves_of
 from engine.cli.sampling import sampling_config
 from engine.data.layout_formats import FileFormat
 from engine.data.scenes import KnownLabels, Scene, read_layout_file, scenes_from_dataset, text_scene
-from engine.sample.editing import Start, read_edit, start_of_edit, start_of_prefix
-from engine.sample.generate import batches, num_iterations, require_drawable, rows_by_size
+from engine.sample.changes import Changes, Move
+from engine.sample.editing import (
+    Edit,
+    Starts,
+    iterations_from,
+    require_one_size,
+    rows_alike,
+    start_of_prefix,
+    starts_of_edits,
+)
+from engine.sample.generate import batches, require_drawable, rows_by_size
 from engine.sample.grid import scene_grid
+from engine.sample.holes import hole_of_mask
 from engine.sample.naming import told_names
 from engine.sample.output import GRID_NAME, LIST_NAME, MADE_WITH, picture_name, picture_text, replacing, require_free
 from engine.sample.pipeline import StructMARPipeline
 from engine.sample.speech import measure_latency, transcribe
 from engine.train.parallel import compile_parts
-from models.config import backbone_config
+from models.config import StructMARConfig, backbone_config
 from models.frozen.codec import load_codec
 from models.frozen.speech import PipelineTranscriber, Transcriber
 from models.sampling.auto_layout import require_maps
@@ -38,7 +50,7 @@ from util.buckets import read_size
 from util.coco import BoxFilters, CocoIndex
 from util.config import resolved_dict
 from util.distributed import init_distributed
-from util.images import Picture, save_png
+from util.images import Picture, load_image, save_png
 from util.logging import progress, setup_logging
 from util.output import held_folder
 from util.read import short_path
@@ -51,15 +63,15 @@ MAX_GRID_PIXELS = 4 * 10**8
 
 @dataclass(frozen=True)
 class Job:
-    """Everything checked and loaded, ready to run. labels: one per image, for MAR's own weights only. start: what all
-    images begin from, None: nothing."""
+    """Everything checked and loaded, ready to run. labels: one per image, for MAR's own weights only. starts: what each
+    image begins from, None: nothing."""
 
     pipeline: StructMARPipeline
     scenes: list[Scene]
     labels: list[int] | None
     seeds: list[int]
     config: SamplingConfig
-    start: Start | None = None
+    starts: Starts | None = None
 
 
 def draw_samples(args: argparse.Namespace, sampling_note: str | None) -> str:
@@ -76,7 +88,6 @@ def draw_samples(args: argparse.Namespace, sampling_note: str | None) -> str:
     heard = hear(args, device) if args.speech else None
     prompt = args.prompt if heard is None else heard.prompt
     job = prepare_classes(args, device) if args.class_label else prepare_scenes(args, device, prompt)
-    job = replace(job, start=read_start(args, job.pipeline))
     if args.compile or args.cuda_graphs:
         compile_parts(job.pipeline.model, args.cuda_graphs)
     logger.info(f"{len(job.scenes)} images on {device}, {args.batch_size} at a time")
@@ -117,7 +128,7 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str |
     if identity is None:
         raise ValueError(f"{args.resume} holds MAR's weights, which know no captions: sample them with --class_label")
     config = sampling_config(args)
-    scenes = read_scenes(args, identity, prompt)
+    scenes, edits = read_edits(args, identity.config, read_scenes(args, identity, prompt))
     require_drawable(identity.config, config, scenes)
     require_grid(args.grid_scale, identity.config.img_size, scenes)
     require_free(Path(args.output_dir), len(scenes))
@@ -129,7 +140,8 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str |
     if config.mask_threshold is not None:
         require_maps(pipeline.model, f"--mask_threshold {config.mask_threshold}")
         logger.info(told_names(pipeline.caption_encoder, scenes))
-    return Job(pipeline, scenes, None, seeds_of(args, len(scenes)), config)
+    starts = read_starts(args, pipeline, scenes, edits)
+    return Job(pipeline, scenes, None, seeds_of(args, len(scenes)), config, starts)
 
 
 def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
@@ -144,7 +156,7 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     config = sampling_config(args)
     config.require_fitting(math.prod(architecture.unit_grid()))
     labels = [label for label in args.class_label for _ in range(args.num_images)]
-    scenes = [text_scene(f"class {label}") for label in labels]
+    scenes, edits = read_edits(args, architecture, [text_scene(f"class {label}") for label in labels])
     require_grid(args.grid_scale, architecture.img_size, scenes)
     require_free(Path(args.output_dir), len(labels))
     codec = load_codec(args.vae_path, device)
@@ -152,17 +164,48 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
     model = load_mar_for_sampling(args.resume, architecture, device, use_ema=args.ema)
     pipeline = StructMARPipeline.from_parts(model, codec, caption_encoder=None)
     pipeline.source = args.resume
-    return Job(pipeline, scenes, labels, seeds_of(args, len(labels)), config)
+    starts = read_starts(args, pipeline, scenes, edits)
+    return Job(pipeline, scenes, labels, seeds_of(args, len(labels)), config, starts)
 
 
-def read_start(args: argparse.Namespace, pipeline: StructMARPipeline) -> Start | None:
-    """What --image or --prefix_source says that is known. Raises FileNotFoundError or ValueError naming the file."""
+def read_edits(
+    args: argparse.Namespace, config: StructMARConfig, scenes: list[Scene]
+) -> tuple[list[Scene], list[Edit] | None]:
+    """The scenes that are drawn and what each keeps of --image; None without one. Raises FileNotFoundError or
+    ValueError naming the file."""
+    if not args.image:
+        if any(scene.edited for scene in scenes):
+            file = short_path(args.layout)
+            raise ValueError(f"layout file {file}: 'edit' needs --image, the picture that it changes")
+        return scenes, None
+    picture, where = np.asarray(load_image(args.image)), f"image {short_path(args.image)}"
+    changes = Changes(
+        mask=hole_of_mask(np.asarray(load_image(args.mask))) if args.mask else None,
+        edit_boxes=boxes_of(args.edit_boxes, "--edit_boxes"),
+        keep_boxes=boxes_of(args.keep_boxes, "--keep_boxes"),
+        outpaint=None if args.outpaint is None else tuple(args.outpaint),
+        move=[Move(name, box) for name, box in moves_of(args.move)],
+        remove=args.remove or (),
+        keep_pixels=args.keep_pixels,
+    )
+    where = f"{where}, {short_path(args.mask)}" if args.mask else where
+    unique = {id(scene): scene for scene in scenes}
+    changed = {key: changes.of(config, scene, picture, where) for key, scene in unique.items()}
+    drawn, edits = zip(*(changed[id(scene)] for scene in scenes), strict=True)
+    return list(drawn), list(edits)
+
+
+def read_starts(
+    args: argparse.Namespace, pipeline: StructMARPipeline, scenes: Sequence[Scene], edits: Sequence[Edit] | None
+) -> Starts | None:
+    """What the images begin from. Raises FileNotFoundError or ValueError naming the file."""
     model, codec = pipeline.model, pipeline.codec
-    if args.image:
-        edit = read_edit(args.image, args.mask or "", args.keep_boxes or (), args.edit_boxes or ())
-        return start_of_edit(model, codec, edit, f"image {short_path(args.image)}")
+    if edits is not None:
+        starts = starts_of_edits(model, codec, edits)
+        require_one_size(model.config, scenes, starts)
+        return starts
     if args.prefix_k and args.prefix_source != "self":
-        return start_of_prefix(model, codec, args.prefix_source, args.prefix_k)
+        return [start_of_prefix(model, codec, args.prefix_source, args.prefix_k)] * len(scenes)
     return None
 
 
@@ -221,9 +264,11 @@ def run(job: Job, batch_size: int, precision: str, output_dir: Path, settings: d
 
 def write_images(job: Job, batch_size: int, precision: str, folder: Path, settings: dict[str, Any]) -> list[Picture]:
     """Samples batch by batch, writing each image as soon as its batch is done; gives the first `GRID_MAX`."""
-    groups = rows_by_size(job.scenes)
+    groups = rows_alike(job.pipeline.model.config, job.scenes, job.starts)
     shown: dict[int, Picture] = {}
-    total = sum(num_iterations(len(group), batch_size, job.config) for group in groups)
+    own = [None if job.starts is None else [job.starts[row] for row in group] for group in groups]
+    sizes = zip(own, map(len, groups), strict=True)
+    total = sum(iterations_from(starts, size, batch_size, job.config) for starts, size in sizes)
     bar: tqdm[Any] = progress(total=total, desc="sampling")
 
     def tick() -> None:
@@ -239,11 +284,12 @@ def write_images(job: Job, batch_size: int, precision: str, folder: Path, settin
 
 
 def sample_batch(job: Job, rows: Sequence[int], precision: str, on_iteration: Callable[[], None]) -> list[Picture]:
-    """rows: of images of one size."""
+    """rows: of images that are drawn in one go."""
     options = (job.config, [job.seeds[row] for row in rows], len(rows), precision, on_iteration)
+    starts = None if job.starts is None else [job.starts[row] for row in rows]
     if job.labels is not None:
-        return job.pipeline.draw_classes([job.labels[row] for row in rows], *options, start=job.start)
-    return job.pipeline.draw([job.scenes[row] for row in rows], *options, start=job.start)
+        return job.pipeline.draw_classes([job.labels[row] for row in rows], *options, starts=starts)
+    return job.pipeline.draw([job.scenes[row] for row in rows], *options, starts=starts)
 
 
 def image_entry(job: Job, index: int) -> dict[str, Any]:

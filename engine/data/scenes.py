@@ -218,7 +218,7 @@ def _read_object(item: Any, where: str, indices: dict[str, int], has_phrases: bo
     if not isinstance(is_edited, bool):
         raise ValueError(f"{where}: 'edit' must be true or false, got {short_repr(is_edited)}")
     own_phrase = phrase or (label if label not in indices else "")
-    return _Object(label, _read_box(item["bbox"], where), own_phrase, _read_scale(item.get("scale", 1), where), is_edited)
+    return _Object(label, read_box(item["bbox"], where), own_phrase, _read_scale(item.get("scale", 1), where), is_edited)
 
 
 def _read_scale(value: Any, where: str) -> float:
@@ -227,7 +227,8 @@ def _read_scale(value: Any, where: str) -> float:
     return float(value)
 
 
-def _read_box(box: Any, where: str) -> list[float]:
+def read_box(box: Any, where: str) -> list[float]:
+    """x0, y0, x1, y1 in [0, 1] as float32 has them. Raises ValueError that begins with `where`."""
     if not isinstance(box, list) or len(box) != 4:
         raise ValueError(f"{where}: 'bbox' must be four numbers [x0, y0, x1, y1], got {short_repr(box)}")
     for name, value in zip(("x0", "y0", "x1", "y1"), box, strict=True):

@@ -2,7 +2,8 @@
 
 The hole is filled with the mean colour of what stays, and the picture is encoded. A token stays known unless the hole,
 grown by one token's cell on all sides, touches its cell: what is encoded near the hole has seen the filling. The others
-are drawn under the new caption and boxes. At the end the pixels outside the hole are put back as they were.
+are drawn under the new caption and boxes. At the end the pixels outside the hole are put back as they were, blended
+over so many pixels around the hole as its owner says.
 
 Shape letters: n images, L tokens (what is hidden and drawn on its own), C token channels, H x W pixels.
 """
@@ -12,33 +13,34 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from engine.data.scenes import Scene
-from engine.sample.generate import ImageConditions, grid_of_scenes
+from engine.sample.generate import ImageConditions, num_iterations, rows_by_size
+from engine.sample.holes import drawn_share, known_cells
 from models.config import StructMARConfig
 from models.frozen.base import ImageCodec
+from models.sampling.config import SamplingConfig
 from models.sampling.sampler import KnownTokens
 from models.structmar import StructMAR
 from util.buckets import size_name
 from util.images import Picture, load_image, to_model_range
 from util.read import short_path
 
-MASK_LEVEL = 128  # a mask's pixels from this grey level on are the hole
-
 
 @dataclass(frozen=True)
 class Edit:
-    """picture: uint8 [H, W, 3] RGB. hole: bool [H, W], True where it is drawn anew. Raises ValueError for other sizes,
-    and for a hole that is empty or leaves nothing."""
+    """picture: uint8 [H, W, 3] RGB. hole: bool [H, W], True where it is drawn anew. feather: pixels around the hole
+    over which the picture passes into what is drawn. keep_pixels: False shows all as the tokens say it.
+    Raises ValueError for other sizes, and for a hole that is empty or leaves nothing."""
 
     picture: Picture
     hole: np.ndarray
+    feather: int = 0
+    keep_pixels: bool = True
 
     def __post_init__(self) -> None:
         if self.hole.shape != self.picture.shape[:2]:
@@ -55,112 +57,85 @@ class Edit:
         return torch.where(stays, pixels, mean[:, None, None])  # [3, H, W]
 
     def put_back(self, pixels: Tensor) -> Tensor:
-        """Drawn pixels [n, 3, H, W] in [-1, 1] with those outside the hole as they were."""
+        """Drawn pixels [..., 3, H, W] in [-1, 1] with those outside the hole as they were, if these are kept."""
+        if not self.keep_pixels:
+            return pixels
         own = to_model_range(self.picture).to(pixels)  # [3, H, W]
-        return torch.where(torch.from_numpy(self.hole).to(pixels.device), pixels, own)  # [n, 3, H, W]
+        return own.lerp(pixels, torch.from_numpy(drawn_share(self.hole, self.feather)).to(pixels))  # [..., 3, H, W]
 
 
 @dataclass(frozen=True)
 class Start:
-    """What all images of a run start from. known: tokens of one image, [1, L, C]. grid: (rows, columns) of the trunk's
-    tokens. edit: whose pixels are put back, None: no one's."""
+    """What an image starts from. known: its tokens, [1, L, C]. grid: (rows, columns) of the trunk's tokens. edit: whose
+    pixels are put back, None: no one's."""
 
     known: KnownTokens
     grid: tuple[int, int]
     edit: Edit | None = None
 
+    @property
+    def num_unknown(self) -> int:
+        """Tokens that are still to be drawn."""
+        return int((~self.known.known).sum())
+
     def finish(self, pixels: Tensor) -> Tensor:
-        """What is shown of drawn pixels [n, 3, H, W]."""
+        """What is shown of drawn pixels [3, H, W]."""
         return pixels if self.edit is None else self.edit.put_back(pixels)
 
 
-def hole_of_boxes(boxes: Sequence[float], size: tuple[int, int], is_kept: bool) -> np.ndarray:
-    """The inside of boxes, or what is outside of all: bool [H, W]. size: (H, W).
-
-    boxes: x0, y0, x1, y1 of each in turn, as fractions of the picture. Raises ValueError naming a box without a pixel.
-    """
-    if len(boxes) % 4:
-        raise ValueError(f"boxes are four numbers each, x0 y0 x1 y1, got {len(boxes)} numbers")
-    height, width = size
-    inside = np.zeros(size, dtype=bool)
-    for start in range(0, len(boxes), 4):
-        x0, y0, x1, y1 = boxes[start : start + 4]
-        left, top, right, bottom = (round(end) for end in (x0 * width, y0 * height, x1 * width, y1 * height))
-        if not (left < right and top < bottom):
-            raise ValueError(f"box {x0:g} {y0:g} {x1:g} {y1:g} has no pixel in an image of {width}x{height} px")
-        inside[top:bottom, left:right] = True
-    return ~inside if is_kept else inside
-
-
-def hole_of_mask(mask: Picture) -> np.ndarray:
-    """bool [H, W]: the light pixels of a picture [H, W, 3]."""
-    return mask.mean(axis=2) >= MASK_LEVEL
-
-
-def read_edit(image: str, mask: str, keep_boxes: Sequence[float], edit_boxes: Sequence[float]) -> Edit:
-    """From files, or boxes instead of a mask; "" and () stand for what is not given. Raises FileNotFoundError or
-    ValueError naming the file and what is wrong."""
-    picture = np.asarray(load_image(image))
-    if mask:
-        hole = hole_of_mask(np.asarray(load_image(mask)))
-    else:
-        hole = hole_of_boxes(keep_boxes or edit_boxes, picture.shape[:2], is_kept=bool(keep_boxes))
-    try:
-        return Edit(picture, hole)
-    except ValueError as error:
-        raise ValueError(f"{short_path(image)}, {short_path(mask) if mask else 'its boxes'}: {error}") from error
-
-
-def read_edit_arguments(image: Any, mask: Any) -> Edit | None:
-    """Of a pipeline's call: pictures of PIL, or arrays. None without both. Raises ValueError for one without the other,
-    and for arrays of other kinds."""
-    if image is None and mask is None:
-        return None
-    if image is None or mask is None:
-        raise ValueError(f"image and mask belong together, got only {'mask' if image is None else 'image'}")
-    picture = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    hole = np.asarray(mask.convert("RGB") if isinstance(mask, Image.Image) else mask)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"image must be uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
-    if hole.dtype == np.uint8 and hole.ndim == 3:
-        hole = hole_of_mask(hole)
-    if hole.dtype != np.bool_ or hole.ndim != 2:
-        raise ValueError(f"mask must be a picture, or bool [H, W], got {hole.dtype} {list(hole.shape)}")
-    return Edit(picture, hole)
+Starts = Sequence[Start]
+"""What each of some images starts from; the grids of images that share a batch are alike."""
 
 
 def starting_from(
-    start: Start | None, conditions_of: Callable[[slice], ImageConditions]
+    starts: Starts | None, conditions_of: Callable[[slice], ImageConditions]
 ) -> Callable[[slice], ImageConditions]:
-    """Conditions of a batch's rows, with what all images start from."""
-    if start is None:
+    """Conditions of a batch's rows, with what these images start from."""
+    if starts is None:
         return conditions_of
-    return lambda rows: replace(conditions_of(rows), known=start.known, grid=start.grid)
+
+    def with_known(rows: slice) -> ImageConditions:
+        own = starts[rows]
+        tokens = torch.cat([start.known.tokens for start in own])  # [B, L, C]
+        known = torch.cat([start.known.known for start in own])  # [B, L]
+        return replace(conditions_of(rows), known=KnownTokens(tokens, known), grid=own[0].grid)
+
+    return with_known
 
 
-def grid_of_images(start: Start | None, config: StructMARConfig, scenes: Sequence[Scene]) -> tuple[int, int]:
-    """(rows, columns) of the tokens of scenes of one size, or of what they start from. Raises ValueError where a scene
-    has another size than that, or one that the model cannot draw."""
-    grid = grid_of_scenes(config, scenes)
-    if start is None:
-        return grid
-    if scenes[0].size is not None and grid != start.grid:
-        own = " x ".join(map(str, start.grid))
-        raise ValueError(f"size {size_name(scenes[0].size)}: what the images start from has {own} tokens")
-    return start.grid
+def finishing(starts: Starts | None) -> Callable[[Tensor], Tensor]:
+    """What is shown of drawn pixels [n, 3, H, W], in the order of what they started from."""
+    if starts is None:
+        return lambda pixels: pixels
+    return lambda pixels: torch.stack([start.finish(own) for start, own in zip(starts, pixels, strict=True)])
 
 
-def finishing(start: Start | None) -> Callable[[Tensor], Tensor]:
-    """What is shown of drawn pixels [n, 3, H, W]."""
-    return (lambda pixels: pixels) if start is None else start.finish
+def require_one_size(config: StructMARConfig, scenes: Sequence[Scene], starts: Starts) -> None:
+    """Raises ValueError where a scene has another size than what it starts from."""
+    for scene, start in zip(scenes, starts, strict=True):
+        if scene.size is not None and config.grid_of(scene.size) != start.grid:
+            own = " x ".join(map(str, start.grid))
+            raise ValueError(f"size {size_name(scene.size)}: what the images start from has {own} tokens")
 
 
-def known_cells(hole: np.ndarray, cell: int) -> Tensor:
-    """Which cells of `cell` x `cell` px the hole does not touch when it is grown by one cell: [rows * columns] bool."""
-    rows, columns = hole.shape[0] // cell, hole.shape[1] // cell
-    touched = torch.from_numpy(hole).view(rows, cell, columns, cell).any(3).any(1)  # [rows, columns]
-    grown = torch.nn.functional.max_pool2d(touched[None].float(), 3, stride=1, padding=1)[0] > 0  # [rows, columns]
-    return ~grown.flatten()
+def rows_alike(config: StructMARConfig, scenes: Sequence[Scene], starts: Starts | None) -> list[list[int]]:
+    """The positions of images that are drawn in one go: of one size, with as many tokens to draw. Raises ValueError
+    where a scene has another size than what it starts from."""
+    if starts is None:
+        return rows_by_size(scenes)
+    require_one_size(config, scenes, starts)
+    groups: dict[tuple[tuple[int, int], int], list[int]] = {}
+    for row, start in enumerate(starts):
+        groups.setdefault((start.grid, start.num_unknown), []).append(row)
+    return list(groups.values())
+
+
+def iterations_from(starts: Starts | None, total: int, batch_size: int, config: SamplingConfig) -> int:
+    """Iterations of the sampler over all batches of a run of `total` images, in their order."""
+    if starts is None:
+        return num_iterations(total, batch_size, config)
+    parts = [starts[first : first + batch_size] for first in range(0, total, batch_size)]
+    return sum(min(config.num_iter, count) for part in parts for count in {start.num_unknown for start in part} - {0})
 
 
 def cell_of(config: StructMARConfig) -> int:
@@ -194,6 +169,12 @@ def start_of_edit(model: StructMAR, codec: ImageCodec, edit: Edit, where: str = 
     grid = require_fitting_picture(model.config, edit.picture, where)
     tokens = encoded_tokens(model, codec, edit.filled()[None])  # [1, L, C]
     return Start(KnownTokens(tokens, known_cells(edit.hole, cell_of(model.config))[None]), grid, edit)
+
+
+def starts_of_edits(model: StructMAR, codec: ImageCodec, edits: Sequence[Edit]) -> list[Start]:
+    """One for each; what several images share is encoded once. Raises as `start_of_edit`."""
+    once = {id(edit): start_of_edit(model, codec, edit) for edit in {id(edit): edit for edit in edits}.values()}
+    return [once[id(edit)] for edit in edits]
 
 
 def start_of_prefix(model: StructMAR, codec: ImageCodec, source: str, num_known: int) -> Start:

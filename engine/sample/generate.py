@@ -32,7 +32,7 @@ from util.types import LayoutBatch, TextContext
 @dataclass(frozen=True)
 class ImageConditions:
     """What a batch of images is drawn from, [B, ...] each: captions and boxes, or MAR's class labels. grid: (rows,
-    columns) of tokens; None: the model's own. known: tokens of one image that all start from. phrase_weights: which of
+    columns) of tokens; None: the model's own. known: tokens that they start from. phrase_weights: which of
     a caption's tokens name which box, where that is asked for (`naming.py`)."""
 
     text: TextContext | None = None
@@ -88,7 +88,7 @@ def draw_batch(
             layout=conditions.layout,
             labels=conditions.labels,
             grid=conditions.grid,
-            known=None if conditions.known is None else conditions.known.repeated(len(generators)),
+            known=conditions.known,
             phrase_weights=conditions.phrase_weights,
             on_iteration=hooks.on_iteration,
             should_stop=hooks.should_stop,

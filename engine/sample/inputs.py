@@ -94,10 +94,10 @@ def sized(scenes: Sequence[Scene], height: Any, width: Any, own: int) -> list[Sc
 
 def _per_prompt(name: str, value: Any, prompts: Sequence[Any], is_single: bool) -> list[list[Any]]:
     """The entries of each prompt, as lists."""
-    entries = [value] if is_single else [None] * len(prompts) if value is None else _listed(value)
+    entries = [value] if is_single else [None] * len(prompts) if value is None else listed(value)
     if not isinstance(entries, list) or len(entries) != len(prompts):
         raise ValueError(f"{name} must hold one list for each of the {len(prompts)} prompts, got {value!r}")
-    own = [[] if entry is None else _listed(entry) for entry in entries]
+    own = [[] if entry is None else listed(entry) for entry in entries]
     for number, entry in enumerate(own):
         if not isinstance(entry, list):
             raise ValueError(f"prompt {number}: {name} must be a list, got {entry!r}")
@@ -111,13 +111,13 @@ def _read_scene(
         raise ValueError(f"{where}: every box needs its phrase, got {len(boxes)} boxes and {len(phrases)} phrases")
     if scales and len(scales) != len(boxes):
         raise ValueError(f"{where}: {len(boxes)} boxes need as many subject_scales, got {len(scales)}")
-    objects = [{"label": phrase, "bbox": _listed(box)} for phrase, box in zip(phrases, boxes, strict=True)]
+    objects = [{"label": phrase, "bbox": listed(box)} for phrase, box in zip(phrases, boxes, strict=True)]
     for item, scale in zip(objects, scales, strict=False):
         item["scale"] = scale
     return read_entry({"prompt": prompt, "objects": objects}, where, known)
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """Tuples, arrays and tensors as lists; anything else as it is, for the checks to name."""
     if isinstance(value, tuple):
         return list(value)

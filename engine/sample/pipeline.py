@@ -10,7 +10,7 @@ folders (model_index.json): it has to stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Unpack
@@ -21,30 +21,30 @@ from torch import Tensor
 
 from engine.data.scenes import KnownLabels, Scene
 from engine.sample.components import PipelineComponents
+from engine.sample.edit_arguments import CallArguments, edit_options, read_edits
 from engine.sample.editing import (
-    Start,
+    Starts,
     finishing,
-    grid_of_images,
-    read_edit_arguments,
-    start_of_edit,
+    iterations_from,
+    require_one_size,
+    rows_alike,
     starting_from,
+    starts_of_edits,
 )
 from engine.sample.generate import (
     Hooks,
     ImageConditions,
+    batches,
     conditions_of_classes,
     draw_batch,
     draw_latents,
     grid_of_scenes,
     image_generator,
-    num_iterations,
     output_of,
     require_drawable,
-    rows_by_size,
     scene_conditions,
 )
 from engine.sample.inputs import (
-    CallOptions,
     call_hooks,
     check_call,
     one_of,
@@ -91,14 +91,13 @@ class StructMARPipeline(PipelineComponents):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
         *,
         image: Any = None,
-        mask: Any = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 8,
         gligen_boxes: Any = None,
         gligen_phrases: Any = None,
         subject_scales: Any = None,
-        **options: Unpack[CallOptions],
+        **options: Unpack[CallArguments],
     ) -> Any:
         """Images of captions with objects at given places. Everything is checked before anything is drawn.
 
@@ -108,8 +107,11 @@ class StructMARPipeline(PipelineComponents):
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
         num_diffusion_steps: reverse steps per token. These and `options`, which have the names of the command line's
         flags: None means the weights' own (`own_sampling`), "none" takes away a bound that these name.
-        image: a picture (PIL or uint8 [H, W, 3]) of which all images keep what `mask`, a picture of its size or bool
-        [H, W], leaves dark or False.
+        image: a picture (PIL or uint8 [H, W, 3]), or one for each prompt, of which a part stays. What is drawn anew,
+        one of these says: `mask`, a picture of its size or bool [H, W], light or True; `edit`, True or False for each
+        box, or nothing for all boxes; `edit_boxes`, `keep_boxes`; `move`, {"dog:1": [x0, y0, x1, y1]}, and `remove`,
+        ["dog:1"], of the boxes as they are in the picture; `outpaint`, cells left, above, right and below of it.
+        `keep_pixels`: False shows what stays as its tokens say it.
         seed: image i of the call is the image that scripts.sample draws with seed + i. generator: instead, one that all
         images draw from, or one for each. Without either, images differ from call to call.
         height, width: in pixels, the model's own by default; others need a model without learned positions.
@@ -126,25 +128,25 @@ class StructMARPipeline(PipelineComponents):
         scenes = read_scenes(prompt, boxes, phrases, known, num_images_per_prompt, subject_scales)
         scenes = sized(scenes, height, width, self.model.config.img_size)
         generators = read_generators(seed, generator, len(scenes))
+        of_edit, others = edit_options(options)
         given = {
             "num_inference_steps": num_inference_steps,
             "num_diffusion_steps": num_diffusion_steps,
             "guidance_scale": guidance_scale,
             "layout_guidance_scale": layout_guidance_scale,
-            **options,
+            **others,
         }
         grid = grid_of_scenes(self.model.config, scenes)
         config = read_options(self.own_sampling, given, math.prod(self.model.config.unit_grid(grid)))
-        edit = read_edit_arguments(image, mask)
-        start = None if edit is None else start_of_edit(self.model, self.codec, edit)
-        grid = grid_of_images(start, self.model.config, scenes)
+        scenes, starts = self._read_starts(scenes, num_images_per_prompt, image, of_edit, isinstance(prompt, str))
+        grid = grid if starts is None else starts[0].grid
         self.interrupt = False
-        with self.progress_bar(total=num_iterations(len(scenes), batch_size, config)) as bar:
+        with self.progress_bar(total=iterations_from(starts, len(scenes), batch_size, config)) as bar:
             callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
             hooks = call_hooks(config, bar.update, callback, callback_on_step_end_tensor_inputs, lambda: self.interrupt)
-            way = (self.model, starting_from(start, self._of_scenes(scenes, config)), grid, config, generators)
+            way = (self.model, starting_from(starts, self._of_scenes(scenes, config)), grid, config, generators)
             drawn = list(draw_latents(*way, batch_size, self.precision, hooks))
-            images = output_of(self.codec, drawn, output_type, finishing(start))
+            images = output_of(self.codec, drawn, output_type, finishing(starts))
         return StructMARPipelineOutput(images=images) if return_dict else (images,)
 
     def draw(
@@ -155,26 +157,27 @@ class StructMARPipeline(PipelineComponents):
         batch_size: int = 8,
         precision: str = "fp32",
         progress: Callable[[], None] | None = None,
-        start: Start | None = None,
+        starts: Starts | None = None,
         hooks: Hooks | None = None,
     ) -> list[Picture]:
         """One picture per scene and seed. An empty prompt means no text, a scene without boxes means no layout.
 
         Scenes of one size share batches. progress: called after every iteration of every batch; hooks: what is called
-        instead. start: what all begin from. Raises ValueError if scenes and seeds differ in number, or the model cannot
-        draw a scene's boxes or size.
+        instead. starts: what each begins from; those with as many tokens to draw share batches. Raises ValueError if
+        scenes and seeds differ in number, or the model cannot draw a scene's boxes or size.
         """
         if len(scenes) != len(seeds):
             raise ValueError(f"every scene needs its seed, got {len(scenes)} scenes and {len(seeds)} seeds")
-        if start is None:
+        if starts is None:
             require_drawable(self.model.config, config, scenes)
         pictures: dict[int, Picture] = {}
-        for rows in rows_by_size(scenes):
+        for rows in rows_alike(self.model.config, scenes, starts):
             part = [scenes[row] for row in rows]
-            grid = grid_of_images(start, self.model.config, part)
+            own = None if starts is None else [starts[row] for row in rows]
+            grid = grid_of_scenes(self.model.config, part) if own is None else own[0].grid
             way = (self._of_scenes(part, config), grid, config, [seeds[row] for row in rows])
             called = hooks or Hooks.counting(progress)
-            pictures.update(zip(rows, self._pictures(*way, batch_size, precision, called, start), strict=True))
+            pictures.update(zip(rows, self._pictures(*way, batch_size, precision, called, own), strict=True))
         return [pictures[row] for row in range(len(scenes))]
 
     def draw_classes(
@@ -185,15 +188,15 @@ class StructMARPipeline(PipelineComponents):
         batch_size: int = 8,
         precision: str = "fp32",
         progress: Callable[[], None] | None = None,
-        start: Start | None = None,
+        starts: Starts | None = None,
     ) -> list[Picture]:
         """Class-conditional pictures, as MAR generates them: one per label and seed, without text and layout."""
         if len(labels) != len(seeds):
             raise ValueError(f"every label needs its seed, got {len(labels)} labels and {len(seeds)} seeds")
 
-        grid = self.model.config.grid if start is None else start.grid
+        grid = self.model.config.grid if starts is None else starts[0].grid
         way = (conditions_of_classes(self.model, labels), grid, config, seeds)
-        return self._pictures(*way, batch_size, precision, Hooks.counting(progress), start)
+        return self._pictures(*way, batch_size, precision, Hooks.counting(progress), starts)
 
     def sample(
         self,
@@ -207,9 +210,22 @@ class StructMARPipeline(PipelineComponents):
         """One batch as the sampler gives it: tokens, latents, orders and, if recorded, the trace."""
         return draw_batch(self.model, conditions, config, generators, precision, hooks, record)
 
-    def pictures(self, latents: Tensor, start: Start | None = None) -> list[Picture]:
-        """Scaled latents [B, C, h, w] -> B decoded pictures, with what stays of a picture that they started from."""
-        return [to_picture(pixels) for pixels in finishing(start)(self.codec.decode(latents.float()))]
+    def pictures(self, latents: Tensor, starts: Starts | None = None) -> list[Picture]:
+        """Scaled latents [B, C, h, w] -> B decoded pictures, with what stays of the pictures that they started from."""
+        return [to_picture(pixels) for pixels in finishing(starts)(self.codec.decode(latents.float()))]
+
+    def _read_starts(
+        self, scenes: list[Scene], num_images: int, image: Any, options: Mapping[str, Any], is_single: bool
+    ) -> tuple[list[Scene], Starts | None]:
+        """The scenes that are drawn and what they start from; `num_images` of each in a row."""
+        drawn, edits = read_edits(self.model.config, scenes[::num_images], image, options, is_single)
+        if edits is None:
+            return scenes, None
+        starts = starts_of_edits(self.model, self.codec, edits)
+        require_one_size(self.model.config, drawn, starts)
+        if len({start.grid for start in starts}) > 1:
+            raise ValueError("the images of one call must have one size")
+        return [each for each in drawn for _ in range(num_images)], [each for each in starts for _ in range(num_images)]
 
     def _of_scenes(self, scenes: Sequence[Scene], config: SamplingConfig) -> ConditionsOf:
         encoder = self.caption_encoder
@@ -224,9 +240,10 @@ class StructMARPipeline(PipelineComponents):
         batch_size: int,
         precision: str,
         hooks: Hooks,
-        start: Start | None,
+        starts: Starts | None,
     ) -> list[Picture]:
-        generators, conditions_of = [image_generator(seed) for seed in seeds], starting_from(start, conditions_of)
+        generators, conditions_of = [image_generator(seed) for seed in seeds], starting_from(starts, conditions_of)
         way = (self.model, conditions_of, grid, config, generators)
         drawn = draw_latents(*way, batch_size, precision, hooks)
-        return [picture for latents in drawn for picture in self.pictures(latents, start)]
+        parts = zip(batches(len(seeds), batch_size), drawn, strict=True)
+        return [each for rows, own in parts for each in self.pictures(own, None if starts is None else starts[rows])]

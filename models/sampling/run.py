@@ -56,10 +56,6 @@ class KnownTokens:
     tokens: Tensor
     known: Tensor
 
-    def repeated(self, count: int) -> KnownTokens:
-        """Those of one image for so many."""
-        return KnownTokens(self.tokens.expand(count, -1, -1), self.known.expand(count, -1))
-
 
 @dataclass(frozen=True)
 class SampleOutput:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import scripts.sample
-from engine.sample.editing import Edit, hole_of_boxes, known_cells, start_of_edit, start_of_prefix
+from engine.sample.editing import Edit, start_of_edit, start_of_prefix
+from engine.sample.holes import drawn_share, hole_of_boxes, hole_of_cells, known_cells
 from engine.sample.pipeline import StructMARPipeline
 from models.frozen.vq import CodeCodec, VqConfig, build_vq
 from tests.helpers.family import family_model
@@ -63,9 +64,46 @@ def test_known_cells_are_those_away_from_the_hole() -> None:
 
 
 def test_boxes_as_holes() -> None:
-    edit, keep = (hole_of_boxes([0.25, 0.5, 0.75, 1.0], (8, 16), is_kept) for is_kept in (False, True))
-    assert np.array_equal(edit, ~keep) and edit.sum() == 4 * 8 and edit[4:, 4:12].all()
-    assert hole_of_boxes([0, 0, 0.5, 0.5, 0.5, 0.5, 1, 1], (8, 16), False).sum() == 64
+    hole = hole_of_boxes([(0.25, 0.5, 0.75, 1.0)], (8, 16))
+    assert hole.sum() == 4 * 8 and hole[4:, 4:12].all()
+    assert hole_of_boxes([(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)], (8, 16)).sum() == 64
+
+
+def test_boxes_as_cells() -> None:
+    """[.25, .25, .5, .5] of 16 x 16 cells touches 4 x 4; with the cell around them that is hidden too, 6 x 6."""
+    hole = hole_of_cells([(0.25, 0.25, 0.5, 0.5)], (64, 64), 4)
+    assert hole.sum() == 16 * 4 * 4 and hole[16:32, 16:32].all()
+    assert int((~known_cells(hole, 4)).sum()) == 36
+    for box, rows, columns in (
+        ((0.26, 0.2, 0.49, 0.51), (4, 20), (8, 16)),  # all that it touches
+        ((0.0, 0.99, 0.01, 1.0), (28, 32), (0, 4)),
+        (tuple(np.float32([0.375, 0.3, 0.625, 0.7]).tolist()), (8, 24), (12, 20)),
+        ((1 - 1e-6, 0.0, 1.0, 1e-6), (0, 4), (28, 32)),  # smaller than the rounding
+    ):
+        found = np.argwhere(hole_of_cells([box], (32, 32), 4))
+        assert (found.min(0).tolist(), (found.max(0) + 1).tolist()) == ([rows[0], columns[0]], [rows[1], columns[1]])
+    tenths = hole_of_cells([(np.float32(0.3), np.float32(0.1), np.float32(0.7), np.float32(0.6))], (40, 40), 4)
+    assert tenths.sum() == 4 * 5 * 16  # rounding touches no cell more
+    with pytest.raises(ValueError, match=r"box 0.5 0 0.5 1 has no inside"):
+        hole_of_cells([(0.5, 0, 0.5, 1)], (32, 32), 4)
+
+
+def test_the_picture_passes_into_what_is_drawn() -> None:
+    """By hand, over four pixels: .8, .6, .4, .2, then as it was."""
+    hole = np.zeros((16, 16), dtype=bool)
+    hole[4:8, 4:8] = True
+    share = drawn_share(hole, 4)
+    np.testing.assert_allclose(share[5, 4:14], [1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0, 0], atol=1e-6)
+    assert share[12, 12] == 0 and share[[11, 0], [11, 5]] == pytest.approx(0.2)
+    assert np.array_equal(drawn_share(hole, 0), hole)
+    own = picture(16, 16)
+    drawn = to_model_range(picture(32, 32)[16:, 16:])
+    shown = Edit(own, hole, feather=4).put_back(drawn[None].repeat(2, 1, 1, 1))
+    assert torch.equal(shown[1][:, hole], drawn[:, hole])
+    assert torch.equal(shown[0][:, share == 0], to_model_range(own)[:, share == 0])
+    edge = torch.lerp(to_model_range(own)[:, 5, 9], drawn[:, 5, 9], 0.6)
+    torch.testing.assert_close(shown[0][:, 5, 9], edge)
+    assert torch.equal(Edit(own, hole, 4, keep_pixels=False).put_back(drawn), drawn)
 
 
 def test_the_filling_is_the_mean_of_what_stays() -> None:
@@ -105,8 +143,9 @@ def test_a_call_keeps_the_pixels_outside_the_hole(pipe: StructMARPipeline) -> No
 
 
 CALLS: list[tuple[dict[str, Any], str]] = [
-    ({"image": picture()}, "image and mask belong together, got only image"),
-    ({"mask": some_hole()}, "image and mask belong together, got only mask"),
+    ({"image": picture()}, "the image: there is no object to draw anew, the layout has no boxes"),
+    ({"mask": some_hole()}, "mask needs image"),
+    ({"keep_pixels": False}, "keep_pixels needs image"),
     ({"image": picture(30, 32), "mask": some_hole(30, 32)}, "is 32x30 px, which are no whole tokens of 4x4 px"),
     ({"image": picture(40, 32), "mask": some_hole(40, 32)}, "is 32x40 px, but this model draws pictures of 32x32 px"),
     ({"image": picture()[..., 0], "mask": some_hole()}, r"image must be uint8 \[H, W, 3\], got uint8 \[32, 32\]"),
@@ -167,8 +206,11 @@ def test_the_command(world: World, tmp_path: Path, way: str) -> None:
     Image.fromarray(own).save(tmp_path / "photo.png")
     Image.fromarray(hole).save(tmp_path / "mask.png")
     box = [0.25, 0.25, 0.75, 0.5]
-    if way != "mask":
-        hole = hole_of_boxes(box, (32, 32), is_kept=way == "keep_boxes")
+    if way == "keep_boxes":
+        hole = ~hole_of_boxes([box], (32, 32))
+    if way == "edit_boxes":  # and a cell around the cells that it touches
+        hole = np.zeros((32, 32), dtype=bool)
+        hole[4:20, 4:28] = True
     value = [str(tmp_path / "mask.png")] if way == "mask" else [str(each) for each in box]
     flags = ["--image", str(tmp_path / "photo.png"), f"--{way}", *value, "--num_iter", "3", "--num_sampling_steps", "3"]
     scripts.sample.main(
@@ -182,10 +224,13 @@ def test_the_command(world: World, tmp_path: Path, way: str) -> None:
 
 
 FLAGS: list[tuple[list[str], str]] = [
-    (["--image", "PHOTO"], "--image needs exactly one of --mask, --edit_boxes and --keep_boxes, .* got --image"),
-    (["--edit_boxes", "0", "0", "1", "1"], "they need it; got --edit_boxes"),
+    (["--image", "PHOTO"], "--image without one of --mask, --edit_boxes, .*--remove needs --layout, the objects of"),
+    (["--image", "PHOTO", "--move", "dog", "0", "0", "1", "1"], "--move needs --layout, the objects of the picture"),
+    (["--edit_boxes", "0", "0", "1", "1"], "--edit_boxes needs --image, the picture that it changes"),
+    (["--no-keep_pixels"], "--no-keep_pixels needs --image"),
+    (["--image", "PHOTO", "--mask", "PHOTO", "--remove", "dog"], "in one way .*, got --mask and --remove"),
     (["--image", "PHOTO", "--edit_boxes", "0", "0", "1"], "--edit_boxes takes four numbers a box, .* got 3 numbers"),
-    (["--image", "PHOTO", "--edit_boxes", "0", "0", "1", "0"], "box 0 0 1 0 has no pixel in an image of 32x32 px"),
+    (["--image", "PHOTO", "--edit_boxes", "0", "0", "1", "0"], "box 0 0 1 0 has no inside"),
     (["--image", "PHOTO", "--mask", "nowhere.png"], "nowhere.png"),
     (["--image", "PHOTO", "--mask", "PHOTO", "--prefix_k", "3"], "--prefix_k 3 does not go with --image"),
     (["--prefix_source", "PHOTO"], "needs --prefix_k, how many tokens of it are taken"),
