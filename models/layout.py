@@ -1,18 +1,20 @@
 """Layout tokens and the layout attention bias.
 
 Token of a box: `E_class[c] + MLP(Fourier(box))`, added to the base condition token in one of the buffer slots
-(Fourier features of the box as GLIGEN's, arXiv:2301.07093). Bias M of `softmax(Q K^T / sqrt(d) + M)`: an image token
-may look at a layout token only from inside its box.
+(Fourier features of the box as GLIGEN's, arXiv:2301.07093). With phrases: `+ W p`, p the phrase's pooled states, and a
+learned row in place of E_class[c] where a box has no class; W and the row start at zero. Bias M of
+`softmax(Q K^T / sqrt(d) + M)`: an image token may look at a layout token only from inside its box.
 
-Shape letters: B batch, N boxes (max), L image tokens, K buffer slots, D width, n image tokens given.
+Shape letters: B batch, N boxes (max), L image tokens, K buffer slots, D width, C text channels, n image tokens given.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from util.types import LayoutBatch
+from util.types import UNKNOWN, LayoutBatch
 
 NUM_FREQUENCIES = 8
 FREQUENCY_BASE = 100.0
@@ -26,9 +28,10 @@ def fourier_features(boxes_xyxy: Tensor) -> Tensor:
 
 
 class LayoutEmbedder(nn.Module):
-    """Boxes to layout tokens. Slots without a box get a learned null, which starts at zero."""
+    """Boxes to layout tokens. Slots without a box get a learned null, which starts at zero. phrase_dim: channels of the
+    boxes' phrases; 0: boxes have none."""
 
-    def __init__(self, num_categories: int, width: int, fourier: bool = True) -> None:
+    def __init__(self, num_categories: int, width: int, fourier: bool = True, phrase_dim: int = 0) -> None:
         super().__init__()
         self.fourier = fourier
         self.class_emb = nn.Embedding(num_categories, width)
@@ -36,15 +39,37 @@ class LayoutEmbedder(nn.Module):
         output = nn.Linear(width, width)
         self.box_mlp = nn.Sequential(nn.Linear(box_dim, width), nn.SiLU(), output)
         self.null = nn.Parameter(torch.zeros(width))
+        self.phrase_dim = phrase_dim
+        if phrase_dim:
+            self.unknown = nn.Parameter(torch.zeros(width))
+            self.phrase = nn.Parameter(torch.zeros(width, phrase_dim))
         nn.init.normal_(self.class_emb.weight, std=0.02)
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
 
     def forward(self, layout: LayoutBatch) -> Tensor:
-        """Returns layout tokens [B, N, D]."""
+        """Returns layout tokens [B, N, D]. Raises ValueError for phrases that the model does not know, or of other
+        channels."""
         features = fourier_features(layout.boxes_xyxy) if self.fourier else layout.boxes_xyxy  # [B, N, 64 or 4]
-        tokens = self.class_emb(layout.categories) + self.box_mlp(features)  # [B, N, D]
+        tokens = self._names(layout) + self.box_mlp(features)  # [B, N, D]
         return torch.where(layout.valid[..., None], tokens, self.null.to(tokens.dtype))  # [B, N, D]
+
+    def _names(self, layout: LayoutBatch) -> Tensor:
+        """What boxes hold, by class, phrase or both: [B, N, D]."""
+        if not self.phrase_dim:
+            if layout.phrases is not None:
+                raise ValueError("boxes with phrases were given, but the model was built with phrases=False")
+            classes: Tensor = self.class_emb(layout.categories)  # [B, N, D]
+            return classes
+        phrases = layout.phrases
+        if phrases is None:  # the same path: processes that train together need the same parameters in every step
+            phrases = self.phrase.new_zeros(*layout.valid.shape, self.phrase_dim)  # [B, N, C]
+        if phrases.shape[-1] != self.phrase_dim:
+            raise ValueError(f"phrases have {phrases.shape[-1]} channels, the model's text_dim is {self.phrase_dim}")
+        is_unknown = layout.categories == UNKNOWN  # [B, N]
+        classes = self.class_emb(layout.categories.clamp(min=0))  # [B, N, D]
+        classes = torch.where(is_unknown[..., None], self.unknown, classes)  # [B, N, D]
+        return classes + functional.linear(phrases.to(self.phrase.dtype), self.phrase)  # [B, N, D]
 
     def null_tokens(self, batch_size: int, num_slots: int) -> Tensor:
         """What a batch without any layout gets: [B, N, D]."""

@@ -52,7 +52,8 @@ class StructMAR(Trunk):
         super().__init__(config)
         width = config.encoder_embed_dim
         if config.num_categories:
-            self.layout_embed = LayoutEmbedder(config.num_categories, width, config.layout_fourier)
+            phrase_dim = config.text_dim if config.phrases else 0
+            self.layout_embed = LayoutEmbedder(config.num_categories, width, config.layout_fourier, phrase_dim)
         if config.text_dim:
             if config.has_cross_attention(0):
                 self.text_null = nn.Parameter(torch.zeros(1, 1, config.text_dim))

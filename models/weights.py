@@ -19,6 +19,7 @@ from util.weights import tensor_problem
 
 TEXT_PARTS = ("text_null", "text_pool_proj.", ".cross.")
 LAYOUT_PARTS = ("layout_embed.",)
+PHRASE_PARTS = ("layout_embed.unknown", "layout_embed.phrase")  # of the layout parts
 ROPE_PARTS = (".rope_strength",)
 SIZE_PARTS = ("size_embed.",)
 NEW_PARTS = (*TEXT_PARTS, *LAYOUT_PARTS, *ROPE_PARTS, *SIZE_PARTS)
@@ -126,9 +127,12 @@ def load_mar_weights(model: StructMAR, state: Mapping[str, Tensor], source: str)
     return _load(model, state, source, new_parts=new_parts, ignorable=tuple(ignorable))
 
 
-def load_structmar_weights(model: StructMAR, state: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Fills the whole model. Raises ValueError on any difference."""
-    return _load(model, state, source, new_parts=(), ignorable=())
+def load_structmar_weights(
+    model: StructMAR, state: Mapping[str, Tensor], source: str, new_parts: tuple[str, ...] = ()
+) -> LoadReport:
+    """Fills the whole model; `new_parts` that the file lacks keep their initial values. Raises ValueError on any other
+    difference."""
+    return _load(model, state, source, new_parts, ignorable=())
 
 
 def require_own_sizes(config: StructMARConfig, state: Mapping[str, Tensor], source: str) -> None:

@@ -36,7 +36,7 @@ from engine.cli.arguments import (
 from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.cli.validate import require_path
-from engine.eval.names import require_own_name
+from engine.eval.names import BOXES_BY, require_own_name
 from engine.eval.profiles import IMAGE_SIZES, available_profiles, load_profile
 from models.config import PRECISIONS
 from util.failures import first_process_speaks, one_line_errors
@@ -85,6 +85,8 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--without_layout", action=SWITCH, was="no_layout_run", was_negative=False, default=False,
                        help="also generate without any boxes")  # fmt: skip
+    group.add_argument("--boxes_by", default="class", choices=BOXES_BY,
+                       help="what the model is told of a box: its class, its annotation's phrase, or both")  # fmt: skip
     group.add_argument("--real_bound", action=SWITCH, default=True, help="score the real images (they must be there)")
     group.add_argument("--vae_bound", action=SWITCH, default=None,
                        help="score the VAE round trip; default: with --resume, or when --vae_path exists")  # fmt: skip
@@ -138,6 +140,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("without_layout", "rescore"):
         if args.images and vars(args)[name]:
             raise ValueError(f"--{name} is for generated images (--resume), got --images {args.images}")
+    if args.images and args.boxes_by != "class":
+        raise ValueError(f"--boxes_by {args.boxes_by} is for generated images (--resume), got --images {args.images}")
     if args.resume and args.image_size != "profile":
         raise ValueError(f"--image_size {args.image_size} is for --images, got --resume {args.resume}")
     require_output_dir("--output_dir", args.output_dir)

@@ -98,7 +98,8 @@ def filter_boxes(unclipped: np.ndarray, filters: BoxFilters) -> FittedBoxes:
 class CocoImage:
     """One image. boxes_px: [n, 4] float64 xyxy, inside it. categories: [n] int64, contiguous. crowd: [n] bool.
 
-    captions: by caption id; may be none.
+    captions: by caption id; may be none. phrases: what each box holds in words, "" where the json does not say; ()
+    where no box has one.
     """
 
     id: int
@@ -110,6 +111,7 @@ class CocoImage:
     caption_ids: tuple[int, ...]
     captions: tuple[str, ...]
     crowd: np.ndarray
+    phrases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,10 @@ def read_split(root: str | Path, split: str, keep_crowd: bool = False, captions_
     images = []
     for image_id in sorted(entries):
         entry, own = entries[image_id], caption_of.get(image_id, [])
-        boxes = _placed(boxes_of.get(image_id, []), entry, position_of, keep_crowd, removed)
+        boxes_px, indices, crowd, phrases = _placed(boxes_of.get(image_id, []), entry, position_of, keep_crowd, removed)
         ids, texts = tuple(each.id for each in own), tuple(each.text for each in own)
-        images.append(CocoImage(image_id, entry.file_name, entry.width, entry.height, *boxes[:2], ids, texts, boxes[2]))
+        size = (entry.width, entry.height)
+        images.append(CocoImage(image_id, entry.file_name, *size, boxes_px, indices, ids, texts, crowd, phrases))
     return CocoSplit(instances_path, instances.categories, tuple(images), removed)
 
 
@@ -278,8 +281,8 @@ def _placed(
     position_of: Mapping[int, int],
     keep_crowd: bool,
     removed: Counter[str],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> boxes_px [n, 4], contiguous categories [n], crowd [n]; no crowds (unless kept), none degenerate."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    """-> boxes_px [n, 4], contiguous categories [n], crowd [n], phrases; no crowds (unless kept), none degenerate."""
     kept = [box for box in boxes if keep_crowd or not box.is_crowd]
     removed["boxes: crowd"] += len(boxes) - len(kept)
     boxes_xywh = np.array([box.bbox for box in kept], dtype=np.float64).reshape(-1, 4)
@@ -289,7 +292,8 @@ def _placed(
     removed["boxes: degenerate"] += int((~solid).sum())
     indices = np.array([position_of[box.category_id] for box in kept], dtype=np.int64)
     crowd = np.array([box.is_crowd for box in kept], dtype=bool)
-    return boxes_px[solid], indices[solid], crowd[solid]
+    phrases = tuple(box.phrase for box, is_solid in zip(kept, solid, strict=True) if is_solid)
+    return boxes_px[solid], indices[solid], crowd[solid], phrases if any(phrases) else ()
 
 
 def _log_summary(path: Path, images: Sequence[CocoImage], removed: Mapping[str, int]) -> None:

@@ -6,7 +6,7 @@
     bbox         four finite numbers: x, y, width, height
     iscrowd      0 or 1 (or false, true); 0 where it is missing
     file_name    a relative path that stays below the split's folder
-    name, caption  text that can be written as UTF-8
+    name, caption, phrase  text that can be written as UTF-8. phrase: what a box holds in words; "" where it is missing
     categories   one name each. A second one of a name is left out if only one of them has boxes: exports write such
                  roots; else it is refused
 
@@ -41,13 +41,15 @@ class ImageEntry(NamedTuple):
 
 
 class BoxEntry(NamedTuple):
-    """bbox: x, y, width, height in pixels; may be degenerate or reach out of the image."""
+    """bbox: x, y, width, height in pixels; may be degenerate or reach out of the image. phrase: with single spaces,
+    none around it."""
 
     id: int
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
     is_crowd: bool
+    phrase: str = ""
 
 
 class CaptionEntry(NamedTuple):
@@ -136,7 +138,7 @@ def _box(entry: dict[str, Any]) -> BoxEntry:
     if not isinstance(crowd, int | float) or crowd not in (0, 1):
         raise ValueError(f"iscrowd must be 0 or 1, got {short_repr(crowd)}")
     ids = _whole(entry, "id"), _whole(entry, "image_id"), _whole(entry, "category_id")
-    return BoxEntry(*ids, _bbox(_field(entry, "bbox")), bool(crowd))
+    return BoxEntry(*ids, _bbox(_field(entry, "bbox")), bool(crowd), _text(entry.get("phrase", ""), "phrase"))
 
 
 def _category(entry: dict[str, Any]) -> Category:
@@ -147,8 +149,13 @@ def _category(entry: dict[str, Any]) -> Category:
 
 
 def _caption(entry: dict[str, Any]) -> CaptionEntry:
-    text = " ".join(require_text(_field(entry, "caption"), "caption").split())
+    text = _text(_field(entry, "caption"), "caption")
     return CaptionEntry(_whole(entry, "id"), _whole(entry, "image_id"), text)
+
+
+def _text(value: Any, field: str) -> str:
+    """With single spaces, none around it."""
+    return " ".join(require_text(value, field).split())
 
 
 def _field(entry: dict[str, Any], name: str) -> Any:

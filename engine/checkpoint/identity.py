@@ -180,12 +180,17 @@ def _class_names(entries: Any) -> tuple[str, ...]:
     return tuple(entries)
 
 
-def require_same_identity(found: Identity, expected: Identity, source: str | Path | None, is_backbone: bool) -> None:
+def require_same_identity(
+    found: Identity, expected: Identity, source: str | Path | None, is_backbone: bool, is_start: bool = False
+) -> None:
     """Raises ValueError naming the file, the field and both values if the weights were made for something else.
 
-    is_backbone: the weights have no text or layout parts, hence know no captions and no categories.
+    is_backbone: the weights have no text or layout parts, hence know no captions and no categories. is_start: a run
+    begins with them, and may add the parts for phrases of boxes.
     """
     skipped = {*TRAINING_FIELDS, *(NOT_OF_BACKBONES if is_backbone else ())}
+    if is_start and expected.config.phrases:
+        skipped |= {"phrases"}
     if found.config.rope_mode != "off":  # weights that were trained with rotations need them
         skipped -= {"rope_mode"}
     require_same_config(found.config, expected.config, source, skipped)

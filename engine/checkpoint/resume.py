@@ -31,7 +31,7 @@ from engine.data.coco import ResumableSampler
 from engine.train.parallel import gathered
 from engine.train.state import Course, Position, TrainState
 from models.structmar import StructMAR
-from models.weights import LoadReport, is_mar_state, load_mar_weights, load_structmar_weights
+from models.weights import PHRASE_PARTS, LoadReport, is_mar_state, load_mar_weights, load_structmar_weights
 from util.checkpoint import resolve_checkpoint
 from util.names import BEST_NAME, LAST_NAME
 from util.weights import tensor_problem
@@ -106,7 +106,7 @@ def check_identity(source: Source, expected: Identity) -> None:
     found = source.identity
     if found is not None:
         is_start = source.kind == "start"
-        require_same_identity(found, expected, source.path, is_backbone=is_start and is_backbone(source))
+        require_same_identity(found, expected, source.path, is_start and is_backbone(source), is_start)
         if not is_start:
             require_same_classes(found, expected, source.path)
 
@@ -140,8 +140,10 @@ def load_weights(model: StructMAR, source: Source, stage: str) -> LoadReport | N
     state = source.state
     averaged: dict[str, Tensor] = {} if source.kind == "continue" else state["model_ema"]
     weights = {**state["model"], **averaged}
-    load = load_mar_weights if source.kind == "start" and is_backbone(source) else load_structmar_weights
-    report = load(model, weights, str(source.path))
+    if source.kind == "start" and is_backbone(source):
+        report = load_mar_weights(model, weights, str(source.path))
+    else:
+        report = load_structmar_weights(model, weights, str(source.path), _parts_to_add(model, source))
     kinds = "EMA weights" if averaged else "weights"
     if source.kind == "continue":
         position = source.position
@@ -152,6 +154,13 @@ def load_weights(model: StructMAR, source: Source, stage: str) -> LoadReport | N
                     stage, kinds, source.path, _describe(state))  # fmt: skip
     report.log(logger)
     return report
+
+
+def _parts_to_add(model: StructMAR, source: Source) -> tuple[str, ...]:
+    """Those that a run may begin with although its weights were made without them."""
+    found = source.identity
+    is_without = source.kind == "start" and found is not None and not found.config.phrases
+    return PHRASE_PARTS if is_without else ()
 
 
 def _describe(state: Mapping[str, Any]) -> str:

@@ -129,6 +129,9 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
                        help="pictures of aspect ratios up to 4, about as large as --img_size's squares")  # fmt: skip
     group.add_argument("--sizes", type=picture_size, nargs="+", default=None,
                        help="HEIGHTxWIDTH of the pictures, the nearest for each image; none: --img_size")  # fmt: skip
+    group.add_argument("--phrase_prob", type=fraction, default=None,
+                       help="probability of a box being given by its phrase, half of these without their class; None: "
+                            "0.5 with --phrases, else 0")  # fmt: skip
     add_length_args(group)
     group.add_argument(
         "--max_steps", type=positive_int, default=None, help="stop after this many optimizer steps of this stage"

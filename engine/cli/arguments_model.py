@@ -89,6 +89,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--layout_fourier", action=SWITCH, default=True, help="boxes enter as Fourier features, else as four numbers"
     )
+    group.add_argument("--phrases", action=SWITCH, default=False,
+                       help="boxes may have a phrase beside or instead of their class")  # fmt: skip
     group.add_argument("--cross_attn_every", type=nonnegative_int, default=1,
                        help="every k-th block attends to the caption; 0: none, the pooled text is left")  # fmt: skip
     add_family_args(parser)

@@ -47,6 +47,7 @@ from engine.data.classes import ClassBatch, ClassDataset
 from engine.data.coco import CocoLayoutDataset, DataConfig, ResumableSampler, collate
 from engine.data.inputs import CocoInputs, DropRates
 from engine.data.loader import TrainingDataset, load_batches, sampler_of
+from engine.data.phrases import PhraseEncoder
 from engine.eval.judge import Judge
 from engine.eval.online import OnlineEvaluation
 from engine.eval.profiles import load_profile
@@ -299,7 +300,9 @@ def place_model(args: argparse.Namespace, model: StructMAR, dist: DistInfo) -> N
 
 def coco_inputs(args: argparse.Namespace, parts: Parts) -> CocoInputs:
     rates = DropRates(args.label_drop_prob, args.text_drop_prob, args.layout_drop_prob)
-    return CocoInputs(parts.frozen.codec, parts.frozen.text_encoder, rates, args.seed, parts.dist.device)
+    frozen = parts.frozen
+    phrases = PhraseEncoder(frozen.text_encoder) if parts.config.phrases else None
+    return CocoInputs(frozen.codec, frozen.text_encoder, rates, args.seed, parts.dist.device, phrases)
 
 
 def build_pipeline(parts: Parts, state: TrainState) -> StructMARPipeline:
@@ -308,9 +311,7 @@ def build_pipeline(parts: Parts, state: TrainState) -> StructMARPipeline:
 
 
 def build_best_keeper(args: argparse.Namespace, parts: Parts, state: TrainState) -> BestKeeper:
-    keeper = BestKeeper(
-        args.keep_best, state, Path(args.output_dir), parts.stage.name, parts.identity, parts.dist
-    )  # fmt: skip
+    keeper = BestKeeper(args.keep_best, state, Path(args.output_dir), parts.stage.name, parts.identity, parts.dist)
     keeper.restore(parts.source)
     return keeper
 

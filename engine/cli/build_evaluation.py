@@ -100,7 +100,8 @@ def prepare(args: argparse.Namespace, dist: DistInfo) -> EvaluationRun:
 def read_targets(args: argparse.Namespace, profile: Profile, detector: BoxDetector) -> tuple[EvalSet, Judge, list[str]]:
     """The targets, the detector fitted to their categories, and the categories left out."""
     needs_captions = bool(args.resume or args.clip_score)
-    options = {"split": args.coco_split, "max_images": args.max_images, "captions_required": needs_captions}
+    options = {"split": args.coco_split, "max_images": args.max_images, "captions_required": needs_captions,
+               "boxes_by": args.boxes_by}  # fmt: skip
     eval_set = load_eval_set(args.coco_root, profile, **options)
     skipped = unknown_categories(detector, eval_set.categories) if args.skip_unknown else []
     if skipped:
@@ -139,6 +140,8 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
     elif profile.resolution != size:
         asked = f"pictures of {profile.resolution} px" if profile.resolution else "photographs at their own sizes"
         raise ValueError(f"profile {profile.name} asks for {asked}, the checkpoint makes {size} px")
+    if args.boxes_by != "class" and not identity.config.phrases:
+        raise ValueError(f"--boxes_by {args.boxes_by}: {args.resume} was trained without phrases")
     if profile.max_objects > identity.config.max_objects:
         raise ValueError(
             f"profile {profile.name} places up to {profile.max_objects} objects, "

@@ -29,6 +29,8 @@ from engine.train.loop import SupervisedStep, TrainConfig
 from models.structmar import StructMARConfig
 from util.distributed import DistInfo
 
+DEFAULT_PHRASE_PROB = 0.5  # of models that know phrases
+
 
 def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     """Everything stages 1 and 2 train with. Raises ValueError or FileNotFoundError, naming what does not fit."""
@@ -78,7 +80,15 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 def build_images(args: argparse.Namespace, sizes: StructMARConfig, frozen: Frozen) -> CocoLayoutDataset:
     """All images of the split, with their captions and boxes."""
     data = data_config(args, sizes.img_size, sizes.max_objects, picture_sizes(args, sizes))
+    data = replace(data, phrase_prob=phrase_prob(args))
     return build_dataset(args, data, data.load_index(), frozen)
+
+
+def phrase_prob(args: argparse.Namespace) -> float:
+    """--phrase_prob, or the one that goes with the model."""
+    if args.phrase_prob is None:
+        return DEFAULT_PHRASE_PROB if args.phrases else 0.0
+    return float(args.phrase_prob)
 
 
 def build_scenes(args: argparse.Namespace, training: CocoLayoutDataset) -> Sequence[Scene]:

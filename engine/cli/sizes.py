@@ -17,7 +17,9 @@ PRESET_FIELDS = ("img_size", "vae_embed_dim", "vae_stride", "patch_size", "class
 
 @told_as_flags(PRESET_FIELDS)
 def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -> StructMARConfig:
-    """The preset with what the flags replace. Raises ValueError for an unknown preset or sizes that do not fit."""
+    """The preset with what the flags replace. Raises ValueError for an unknown preset or sizes that do not fit.
+
+    num_categories, text_dim: 0 before they are known; the model then has no parts for phrases either."""
     values = vars(args)
     chosen = {name: values[name] for name in PRESET_FIELDS if values[name] is not None}
     return preset_config(
@@ -31,6 +33,7 @@ def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -
         layout_bias_decoder=args.layout_bias_decoder,
         layout_fourier=args.layout_fourier,
         cross_attn_every=args.cross_attn_every,
+        phrases=args.phrases and num_categories > 0 and text_dim > 0,
         **chosen,
     )
 

@@ -29,6 +29,8 @@ def validate_train_args(args: argparse.Namespace) -> None:
         )
     if is_class:
         _refuse_captions(args)
+    if args.phrase_prob and not args.phrases:
+        raise ValueError(f"--phrase_prob {args.phrase_prob} is for models with --phrases")
     _check_run(args)
     picture_sizes(args, model_config(args, num_categories=0, text_dim=0))
     needed = ("class_root", "vae_path") if is_class else ("coco_root", "vae_path", "clip_path")
@@ -37,7 +39,8 @@ def validate_train_args(args: argparse.Namespace) -> None:
 
 def _refuse_captions(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that mean captions, boxes, their scores or sizes beside --train_mode class."""
-    for flag in ("text_drop_prob", "layout_drop_prob", "online_eval", "buckets", "sizes", "size_condition"):
+    for flag in ("text_drop_prob", "layout_drop_prob", "online_eval", "buckets", "sizes", "size_condition",
+                 "phrases"):  # fmt: skip
         if vars(args)[flag]:
             raise ValueError(
                 f"--{flag} {vars(args)[flag]} does not go with --train_mode class, which reads squares and their "

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from engine.data.cache import LatentCache, TextCache
+from engine.data.phrases import draw_phrases, own_phrases
 from util.boxes import CROP_MODES, Crop, CropMode, flip_boxes, plan_center_crop, plan_random_crop
 from util.buckets import Size, nearest_size
 from util.coco import BoxFilters, CocoImage, CocoIndex, fit_boxes
@@ -50,7 +51,8 @@ class DataConfig:
     """Which images, how they are cropped and flipped, which boxes stay (see `BoxFilters` for units).
 
     caption_mode: "random" draws one caption per image and epoch; "all" makes each caption an item of its own.
-    sizes: (height, width) that pictures may have, each the nearest one; none: squares of `img_size`.
+    sizes: (height, width) that pictures may have, each the nearest one; none: squares of `img_size`. phrase_prob: of a box
+    being given by its phrase (`phrases.py`).
     """
 
     coco_root: str
@@ -66,14 +68,16 @@ class DataConfig:
     drop_empty: bool = False
     seed: int = 0
     sizes: tuple[Size, ...] = ()
+    phrase_prob: float = 0.0
 
     def __post_init__(self) -> None:
         if self.crop not in CROP_MODES:
             raise ValueError(f"crop must be one of {CROP_MODES}, got {self.crop!r}")
         if self.caption_mode not in CAPTION_MODES:
             raise ValueError(f"caption_mode must be one of {CAPTION_MODES}, got {self.caption_mode!r}")
-        if not 0 <= self.hflip_prob <= 1:
-            raise ValueError(f"hflip_prob must lie in [0, 1], got {self.hflip_prob}")
+        for name in ("hflip_prob", "phrase_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.img_size < 1:
             raise ValueError(f"img_size must be positive, got {self.img_size}")
 
@@ -116,7 +120,8 @@ class Sample:
 @dataclass(frozen=True)
 class Batch:
     """pixels: [B, 3, H, W] in [-1, 1], or moments: [B, 2C, h, w], or neither (captions and layouts alone). sizes: of
-    the images and what was cut out of them. text: None where captions are still to be encoded."""
+    the images and what was cut out of them. text: None where captions are still to be encoded. phrases: those of the
+    layout's boxes, per image, still to be encoded; () for an image without any."""
 
     image_ids: list[int]
     captions: list[str]
@@ -125,6 +130,7 @@ class Batch:
     pixels: Tensor | None = None
     moments: Tensor | None = None
     text: TextContext | None = None
+    phrases: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """Copies in the background where the batch is pinned and the device is a GPU."""
@@ -145,6 +151,7 @@ class Batch:
             pixels=None if self.pixels is None else change(self.pixels),
             moments=None if self.moments is None else change(self.moments),
             text=None if text is None else TextContext(change(text.tokens), change(text.valid), change(text.pooled)),
+            phrases=self.phrases,
         )
 
     def __len__(self) -> int:
@@ -166,6 +173,7 @@ def _collate(max_objects: int, samples: Sequence[Sample]) -> Batch:
         pixels=_stack([sample.pixels for sample in samples]),
         moments=_stack([sample.moments for sample in samples]),
         text=TextContext.collate(states) if states else None,
+        phrases=tuple(sample.layout.phrases for sample in samples),
     )
 
 
@@ -252,7 +260,7 @@ class CocoLayoutDataset(Dataset[Sample]):
         pixels = self._pixels(position, crop, is_flipped) if self.has_images and self.latents is None else None
         moments = self.latents.moments(image.id, is_flipped) if self.latents is not None else None
         states = self.texts.states(caption_id, caption) if self.texts is not None else None
-        layout = make_layout(image, crop, is_flipped, self.index.filters)
+        layout = self._layout(image, caption_id, crop, is_flipped)
         return Sample(image.id, caption, caption_id, crop, is_flipped, layout, pixels, moments, states)
 
     def _draw(self, purpose: str, *ids: int) -> torch.Generator:
@@ -271,9 +279,16 @@ class CocoLayoutDataset(Dataset[Sample]):
         return plan_random_crop(image.width, image.height, size, self._draw("crop", image.id, caption_id))
 
     def _is_flipped(self, image: CocoImage, caption: str, caption_id: int) -> bool:
-        if names_a_side(caption):
+        said = (caption, *image.phrases) if self.config.phrase_prob else (caption,)
+        if any(names_a_side(text) for text in said):
             return False
         return torch.rand((), generator=self._draw("flip", image.id, caption_id)).item() < self.config.hflip_prob
+
+    def _layout(self, image: CocoImage, caption_id: int, crop: Crop, is_flipped: bool) -> Layout:
+        prob = self.config.phrase_prob
+        phrases = own_phrases(image, self.index.categories) if prob else ()
+        layout = make_layout(image, crop, is_flipped, self.index.filters, phrases)
+        return draw_phrases(layout, prob, self._draw("phrase", image.id, caption_id)) if prob else layout
 
     def _pixels(self, position: int, crop: Crop, is_flipped: bool) -> Tensor:
         return to_model_range(read_crop(self.index, position, crop, is_flipped))
@@ -288,11 +303,16 @@ def read_crop(index: CocoIndex, position: int, crop: Crop, is_flipped: bool = Fa
     return picture[:, ::-1] if is_flipped else picture
 
 
-def make_layout(image: CocoImage, crop: Crop, is_flipped: bool, filters: BoxFilters) -> Layout:
-    """The boxes that the model is given with this crop of the image, largest first."""
+def make_layout(
+    image: CocoImage, crop: Crop, is_flipped: bool, filters: BoxFilters, phrases: Sequence[str] = ()
+) -> Layout:
+    """The boxes that the model is given with this crop of the image, largest first. phrases: of the image's boxes; ()
+    leaves them out."""
     fitted = fit_boxes(image.boxes_px, crop, filters)
     boxes_xyxy = flip_boxes(fitted.boxes_xyxy) if is_flipped else fitted.boxes_xyxy
-    return Layout(torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(image.categories[fitted.kept]))
+    kept_phrases = tuple(phrases[place] for place in fitted.kept) if phrases else ()
+    categories = torch.from_numpy(image.categories[fitted.kept])
+    return Layout(torch.from_numpy(boxes_xyxy).float(), categories, kept_phrases)
 
 
 def _check_latents(latents: LatentCache, index: CocoIndex, config: DataConfig) -> None:

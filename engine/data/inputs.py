@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.data.classes import ClassBatch
 from engine.data.coco import Batch
+from engine.data.phrases import PhraseEncoder
 from models.conditioning import drop_conditions, drop_labels
 from models.frozen.base import ImageCodec, TextEncoder
 from util.rng import generator
@@ -52,13 +53,15 @@ class DropRates:
 
 @dataclass(frozen=True)
 class CocoInputs:
-    """A `MakeInputs` for COCO batches: pixels or cached moments, captions or cached text states."""
+    """A `MakeInputs` for COCO batches: pixels or cached moments, captions or cached text states. phrases: None for a
+    model that knows boxes by their classes alone."""
 
     codec: ImageCodec
     text_encoder: TextEncoder
     rates: DropRates
     seed: int
     device: torch.device
+    phrases: PhraseEncoder | None = None
 
     def __call__(self, batch: Batch, epoch: int, rng: torch.Generator) -> StepInputs:
         latents = encode_latents(
@@ -66,7 +69,8 @@ class CocoInputs:
         )
         text = self.text_encoder.context(batch.captions) if batch.text is None else batch.text
         rates = self.rates
-        kept_text, kept_layout = drop_conditions(text, batch.layout, rates.both, rates.text, rates.layout, rng)
+        layout = batch.layout if self.phrases is None else self.phrases.fill(batch.layout, batch.phrases)
+        kept_text, kept_layout = drop_conditions(text, layout, rates.both, rates.text, rates.layout, rng)
         return StepInputs(
             latents,
             text=kept_text.to(self.device),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
+BoxesBy = Literal["class", "phrase", "both"]
+BOXES_BY: tuple[BoxesBy, ...] = get_args(BoxesBy)  # what a model is told of a box
 RESERVED_NAMES = REAL, VAE, NO_LAYOUT, SHUFFLED = "real images", "VAE round trip", "no layout", "shuffled layouts"
 RESULTS_FILE, PER_IMAGE_FILE = "results.json", "per_image.jsonl"
 MAX_NAME_BYTES = 150  # of a row's name: "_seed_<number>.json" follows it in a file name of at most 255

@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from engine.data.phrases import own_phrases
 from engine.data.scenes import Scene
+from engine.eval.names import BoxesBy
 from engine.eval.profiles import GEOMETRIES, Profile
 from util.boxes import Crop, areas, clip_boxes, crop_boxes, plan_center_crop, plan_squash, xyxy_to_xywh
 from util.coco import CocoImage, filter_boxes, is_visible, read_split
 from util.images import Picture, crop_image, load_image
 from util.picture_files import require_size
-from util.types import Category, Layout
+from util.types import UNKNOWN, Category, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -137,12 +139,14 @@ def load_eval_set(
     skip_categories: frozenset[str] = frozenset(),
     max_images: int | None = None,
     captions_required: bool = True,
+    boxes_by: BoxesBy = "class",
 ) -> EvalSet:
     """The targets of `profile` on the split (default: the profile's own). Needs the jsons, not the photos.
 
     skip_categories: names whose boxes vanish first of all, before any rule counts them. max_images: only the first
     ids of what the profile selects. Images without captions stay, with an empty prompt, and are counted in `removed`
     under "images used without captions"; with captions_required=False so do all of a split without a captions file.
+    boxes_by: what the model is told of a box: its class, its phrase (its class's name where it has none), or both.
     Raises ValueError for unknown names and where no image is left, and whatever `read_split` raises.
     """
     if max_images is not None and max_images < 1:
@@ -166,7 +170,7 @@ def load_eval_set(
             removed["images: beyond the first"] += 1
         else:
             removed.update(selection.removed)
-            targets.append(_target(selection, whole.categories))
+            targets.append(_target(selection, whole.categories, boxes_by))
     if not targets:
         raise ValueError(f"profile {profile.name} leaves no image of {whole.path}: {_summary(removed)}")
     file_names = {image.id: image.file_name for image in whole.images}
@@ -214,13 +218,19 @@ def _select(image: CocoImage, categories: tuple[Category, ...], profile: Profile
     return _Selection(image, size, unclipped, candidates[fitted.kept], refused_by, removed)
 
 
-def _target(selection: _Selection, categories: tuple[Category, ...]) -> Target:
+def _target(selection: _Selection, categories: tuple[Category, ...], boxes_by: BoxesBy) -> Target:
     image, kept = selection.image, selection.kept
     clipped = clip_boxes(selection.unclipped)
     largest_first = np.argsort(-areas(clipped), kind="stable")
     shown = largest_first[is_visible(clipped)[largest_first]]
     layout = Layout(torch.from_numpy(clipped[kept]).float(), torch.from_numpy(image.categories[kept]))
     names = [categories[position].name for position in image.categories[kept]]
+    if boxes_by != "class":
+        phrases = own_phrases(image, categories)
+        layout = replace(layout, phrases=tuple(phrases[place] for place in kept))
+    if boxes_by == "phrase":
+        layout = replace(layout, categories=torch.full_like(layout.categories, UNKNOWN))
+        names = list(layout.phrases)
     ids = np.array([categories[position].id for position in image.categories[shown]], dtype=np.int64)
     return Target(
         image.id,
@@ -241,7 +251,9 @@ def _without(image: CocoImage, skipped: np.ndarray, removed: Counter[str]) -> Co
     if stays.all():
         return image
     removed["boxes: skipped category"] += int((~stays).sum())
-    return replace(image, boxes_px=image.boxes_px[stays], categories=image.categories[stays], crowd=image.crowd[stays])
+    phrases = tuple(phrase for phrase, is_kept in zip(image.phrases, stays, strict=False) if is_kept)
+    boxes, categories, crowd = image.boxes_px[stays], image.categories[stays], image.crowd[stays]
+    return replace(image, boxes_px=boxes, categories=categories, crowd=crowd, phrases=phrases if any(phrases) else ())
 
 
 def _annotations(target: Target, ignored: np.ndarray, first_id: int) -> list[dict[str, Any]]:

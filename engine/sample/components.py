@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.checkpoint.identity import Identity, require_same_config
 from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
+from engine.data.phrases import PhraseEncoder
 from engine.sample.folder import FolderRecord, align_memory, caption_encoder_of, contents_of
 from engine.sample.inputs import precision_of
 from engine.sample.transformer import StructMARTransformer
@@ -29,7 +30,8 @@ class PipelineComponents(DiffusionPipeline):
 
     model, codec, caption_encoder: the components as the rest of the code uses them.
     identity: what the weights were made for, None around a model in training. source: where they come from.
-    precision: of calls. interrupt: set by a callback, ends the call after the iteration.
+    phrases: of boxes, each encoded once. precision: of calls. interrupt: set by a callback, ends the call after the
+    iteration.
     """
 
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 - diffusers reads both from the class
@@ -54,6 +56,7 @@ class PipelineComponents(DiffusionPipeline):
             caption_encoder = caption_encoder_of(text_encoder, tokenizer, identity.text_encoder_id)
         self.codec, self.identity = codec, identity
         self._caption_encoder = caption_encoder
+        self.phrases = None if caption_encoder is None else PhraseEncoder(caption_encoder)
         self.source = ""
         self.precision = "fp32"
         self.interrupt = False

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.data.phrases import PhraseEncoder
 from engine.data.scenes import Scene
 from engine.sample.naming import phrase_weights
 from models.config import PRECISIONS, StructMARConfig
@@ -25,6 +26,7 @@ from models.sampling.sampler import KnownTokens, SampleOutput, sample
 from models.structmar import StructMAR
 from util.buckets import Size
 from util.images import to_picture
+from util.read import short_repr
 from util.rng import generator
 from util.types import LayoutBatch, TextContext
 
@@ -98,13 +100,22 @@ def draw_batch(
 
 
 def scene_conditions(
-    model: StructMAR, text_encoder: TextEncoder, scenes: Sequence[Scene], config: SamplingConfig
+    model: StructMAR,
+    text_encoder: TextEncoder,
+    scenes: Sequence[Scene],
+    config: SamplingConfig,
+    phrases: PhraseEncoder | None = None,
 ) -> ImageConditions:
     """Of scenes of one size, with what these options need. An empty prompt means no text, a scene without boxes no
-    layout. Raises ValueError for too many boxes."""
+    layout. phrases: where phrases of boxes are encoded and kept, so that none is encoded twice. Raises ValueError for
+    too many boxes, and for phrases that the model does not know."""
     device, max_objects = model.fake_latent.device, model.config.max_objects
+    require_known_boxes(model.config, scenes)
     text = encode_prompts(text_encoder, [scene.prompt for scene in scenes]).to(device)
     layout = LayoutBatch.collate([scene.layout for scene in scenes], max_objects).to(device)
+    if model.config.phrases:
+        phrases = phrases or PhraseEncoder(text_encoder)
+        layout = phrases.fill(layout, [scene.layout.phrases for scene in scenes])
     weights = None
     if config.mask_threshold is not None:
         weights = phrase_weights(text_encoder, scenes, text.valid.shape[1], max_objects).to(device)  # [B, T, N]
@@ -131,10 +142,19 @@ def rows_by_size(scenes: Sequence[Scene]) -> list[list[int]]:
 
 
 def require_drawable(config: StructMARConfig, sampling: SamplingConfig, scenes: Sequence[Scene]) -> None:
-    """Raises ValueError for a size that the model cannot draw, or not in so many iterations."""
+    """Raises ValueError for a size that the model cannot draw, or not in so many iterations, and for boxes with phrases
+    that it does not know."""
+    require_known_boxes(config, scenes)
     for rows in rows_by_size(scenes):
         grid = grid_of_scenes(config, [scenes[rows[0]]])
         sampling.require_fitting(math.prod(config.unit_grid(grid)))
+
+
+def require_known_boxes(config: StructMARConfig, scenes: Sequence[Scene]) -> None:
+    """Raises ValueError naming the first phrase of a box, if the model knows boxes by their classes alone."""
+    named = [phrase for scene in scenes for phrase in scene.layout.phrases if phrase]
+    if named and not config.phrases:
+        raise ValueError(f"a box has the phrase {short_repr(named[0])}, but these weights were trained without phrases")
 
 
 def class_conditions(model: StructMAR, labels: Sequence[int]) -> ImageConditions:

@@ -57,12 +57,19 @@ class CallOptions(TypedDict, total=False):
 
 
 def read_scenes(
-    prompt: Any, boxes: Any, phrases: Any, known: KnownLabels, num_images: Any, scales: Any = None
+    prompt: Any,
+    boxes: Any,
+    phrases: Any,
+    known: KnownLabels,
+    num_images: Any,
+    scales: Any = None,
+    classes: Any = None,
 ) -> list[Scene]:
     """One scene per image: every prompt with its boxes `num_images` times.
 
     prompt: a string, or a list of them. boxes, phrases: the boxes and their labels; of a list of prompts, a list for
-    each (or None where one has none). scales: how strongly each box counts, or None.
+    each (or None where one has none). scales: how strongly each box counts, or None. classes: the label of each box
+    whose phrase stands beside a label, None where it stands alone.
     """
     _require_count("num_images_per_prompt", num_images)
     is_single = isinstance(prompt, str)
@@ -75,7 +82,8 @@ def read_scenes(
     boxes_of = _per_prompt("boxes", boxes, prompts, is_single)
     phrases_of = _per_prompt("phrases", phrases, prompts, is_single)
     scales_of = _per_prompt("subject_scales", scales, prompts, is_single)
-    rows = zip(prompts, boxes_of, phrases_of, scales_of, strict=True)
+    classes_of = _per_prompt("classes", classes, prompts, is_single)
+    rows = zip(prompts, boxes_of, phrases_of, scales_of, classes_of, strict=True)
     scenes = [_read_scene(*row, f"prompt {number}", known) for number, row in enumerate(rows)]
     return [scene for scene in scenes for _ in range(num_images)]
 
@@ -105,15 +113,26 @@ def _per_prompt(name: str, value: Any, prompts: Sequence[Any], is_single: bool) 
 
 
 def _read_scene(
-    prompt: Any, boxes: list[Any], phrases: list[Any], scales: list[Any], where: str, known: KnownLabels
+    prompt: Any,
+    boxes: list[Any],
+    phrases: list[Any],
+    scales: list[Any],
+    classes: list[Any],
+    where: str,
+    known: KnownLabels,
 ) -> Scene:
     if len(boxes) != len(phrases):
         raise ValueError(f"{where}: every box needs its phrase, got {len(boxes)} boxes and {len(phrases)} phrases")
     if scales and len(scales) != len(boxes):
         raise ValueError(f"{where}: {len(boxes)} boxes need as many subject_scales, got {len(scales)}")
+    if classes and len(classes) != len(boxes):
+        raise ValueError(f"{where}: {len(boxes)} boxes need as many classes, got {len(classes)}")
     objects = [{"label": phrase, "bbox": listed(box)} for phrase, box in zip(phrases, boxes, strict=True)]
     for item, scale in zip(objects, scales, strict=False):
         item["scale"] = scale
+    for item, label in zip(objects, classes, strict=False):
+        if label is not None:
+            item |= {"label": label, "phrase": item["label"]}
     return read_entry({"prompt": prompt, "objects": objects}, where, known)
 
 

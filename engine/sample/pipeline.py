@@ -96,6 +96,7 @@ class StructMARPipeline(PipelineComponents):
         batch_size: int = 8,
         gligen_boxes: Any = None,
         gligen_phrases: Any = None,
+        classes: Any = None,
         subject_scales: Any = None,
         **options: Unpack[CallArguments],
     ) -> Any:
@@ -103,7 +104,8 @@ class StructMARPipeline(PipelineComponents):
 
         prompt: a caption, or a list of them; "" is none. boxes: [x0, y0, x1, y1] as fractions of the image, one list
         per prompt; phrases: what each box holds, of `labels`, or in words for weights that were trained with phrases.
-        gligen_boxes and gligen_phrases mean the same. subject_scales: how strongly each box counts, 1 as trained.
+        gligen_boxes and gligen_phrases mean the same. classes: the label of each box beside its phrase, None where the
+        phrase stands alone. subject_scales: how strongly each box counts, 1 as trained.
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
         num_diffusion_steps: reverse steps per token. These and `options`, which have the names of the command line's
         flags: None means the weights' own (`own_sampling`), "none" takes away a bound that these name.
@@ -125,7 +127,7 @@ class StructMARPipeline(PipelineComponents):
         boxes = one_of("boxes", boxes, "gligen_boxes", gligen_boxes)
         phrases = one_of("phrases", phrases, "gligen_phrases", gligen_phrases)
         known = KnownLabels.of(self.model.config, () if self.identity is None else self.identity.categories)
-        scenes = read_scenes(prompt, boxes, phrases, known, num_images_per_prompt, subject_scales)
+        scenes = read_scenes(prompt, boxes, phrases, known, num_images_per_prompt, subject_scales, classes)
         scenes = sized(scenes, height, width, self.model.config.img_size)
         generators = read_generators(seed, generator, len(scenes))
         of_edit, others = edit_options(options)
@@ -229,7 +231,7 @@ class StructMARPipeline(PipelineComponents):
 
     def _of_scenes(self, scenes: Sequence[Scene], config: SamplingConfig) -> ConditionsOf:
         encoder = self.caption_encoder
-        return lambda rows: scene_conditions(self.model, encoder, scenes[rows], config)
+        return lambda rows: scene_conditions(self.model, encoder, scenes[rows], config, self.phrases)
 
     def _pictures(
         self,

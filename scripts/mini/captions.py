@@ -10,6 +10,7 @@ import numpy as np
 
 _NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 _CLEAR_GAP = 0.15  # centres closer than this (relative to the image) are not called left, right, above or below
+_SMALL, _LARGE = 0.28, 0.5  # lengths, relative to the image
 NUM_CAPTIONS = 5
 
 
@@ -25,6 +26,12 @@ class Named:
     @property
     def words(self) -> str:
         return self.noun if self.colour is None else f"{self.colour} {self.noun}"
+
+    @property
+    def phrase(self) -> str:
+        """With its size, where it has one: "large red umbrella"."""
+        size = "small " if self.length < _SMALL else "large " if self.length > _LARGE else ""
+        return size + self.words
 
 
 def with_article(words: str) -> str:
@@ -42,8 +49,7 @@ def count_phrases(objects: Sequence[Named]) -> list[str]:
 
 def sized_phrases(objects: Sequence[Named]) -> list[str]:
     """The same with sizes: ["a large red kite", "two small oranges"]."""
-    sizes = ["small " if item.length < 0.28 else "large " if item.length > 0.5 else "" for item in objects]
-    return _count([size + item.words for size, item in zip(sizes, objects, strict=True)])
+    return _count([item.phrase for item in objects])
 
 
 def _count(names: Sequence[str]) -> list[str]:

@@ -11,7 +11,8 @@ votes name the colour, no vote names none, which is wrong. A missing object is w
 to fit. These settings were chosen on the real drawings alone.
 
 Where an image has objects of one class in several colours ("a red apple and a green apple"), no caption says which box
-has which: such objects count in the second number only, the first is of those whose colour the caption decides.
+has which (phrases of boxes do): such objects count in the second number and the third, which is of them alone. The
+first is of those whose colour the caption decides.
 
 Objects that a nearer one covers by more than 30 % of their box (annotations are stored back to front) are left out and
 counted. The same on the real drawings is the bound, on pictures shifted by one image the control for chance. Intervals:

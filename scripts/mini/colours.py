@@ -241,6 +241,7 @@ def result_row(
         "num_seeds": len(runs),
         "accuracy": asdict(accuracy(right, index, weights)),
         "accuracy_determined": asdict(accuracy(right[determined], index[determined], weights)),
+        "accuracy_several": asdict(accuracy(right[~determined], index[~determined], weights)),
         "per_class": shares([CLASS_BY_ID[item.category_id].name for item in items], right),
         "per_colour": shares(colours, right),
         "confusion": {wanted: confusion[wanted] for wanted in COLOURS if wanted in confusion},
@@ -272,11 +273,11 @@ def evaluate(colour_set: ColourSet, folders: Sequence[Path], num_resamples: int)
 def format_table(results: Mapping[str, Any]) -> str:
     """A Markdown table, one line per row: the accuracy with its interval, then each class, in percent."""
     classes = list(results["rows"][0]["per_class"])
-    head = "| | right where the caption decides [95 %] | all [95 %]"
-    lines = [f"{head} | {' | '.join(classes)} |", "|---" * (len(classes) + 3) + "|"]
+    head = "| | right where the caption decides [95 %] | all [95 %] | one class in several colours [95 %]"
+    lines = [f"{head} | {' | '.join(classes)} |", "|---" * (len(classes) + 4) + "|"]
     for row in results["rows"]:
         shown = []
-        for part in ("accuracy_determined", "accuracy"):
+        for part in ("accuracy_determined", "accuracy", "accuracy_several"):
             value, low, high = (f"{100 * row[part][key]:.1f}" for key in ("value", "low", "high"))
             shown.append(f"{value} [{low}, {high}]")
         cells = [f"{100 * row['per_class'][name]['accuracy']:.1f}" for name in classes]

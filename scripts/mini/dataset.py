@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,14 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from scripts.mini.captions import Named
 from scripts.mini.drawing import CLASSES
 from scripts.mini.scenes import Scene, render_scene
 from util.buckets import Size, read_size
 from util.logging import progress
 
-FORMAT_VERSION = 1  # raise it when the drawing changes: an older dataset in the folder is then an error
+FORMAT_VERSION = 2  # raise it when the drawing changes: an older dataset in the folder is then an error
+BEFORE_PHRASES = 1  # the version that lacks them, and is the same otherwise
 SETTINGS_FILE = "settings.json"
 _SPLITS = ("train2017", "val2017")
 _JPEG_QUALITY = 95
@@ -28,7 +31,8 @@ _JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """All that the dataset's content depends on. sizes: HEIGHTxWIDTH of the scenes in turn; none: squares of `size`."""
+    """All that the dataset's content depends on. sizes: HEIGHTxWIDTH of the scenes in turn; none: squares of `size`.
+    colour_words: whether captions name colours."""
 
     num_train: int = 6000
     num_val: int = 500
@@ -36,6 +40,7 @@ class DatasetSettings:
     seed: int = 0
     format_version: int = FORMAT_VERSION
     sizes: tuple[str, ...] = ()
+    colour_words: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_val", "size"):
@@ -49,9 +54,11 @@ class DatasetSettings:
         return read_size(self.sizes[index % len(self.sizes)]) if self.sizes else (self.size, self.size)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the files: without sizes where there are none, as older ones."""
+        """As in the files: without sizes where there are none, and without colour words only where these are left out,
+        as older ones."""
         values = asdict(self) | {"sizes": list(self.sizes)}
-        return {name: value for name, value in values.items() if name != "sizes" or value}
+        unsaid = {"sizes": [], "colour_words": True}
+        return {name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]}
 
 
 def scene_generator(seed: int, split: str, index: int) -> np.random.Generator:
@@ -65,21 +72,29 @@ def categories() -> list[dict[str, Any]]:
 
 
 def instance_records(scene: Scene) -> list[dict[str, Any]]:
-    """COCO annotations of a scene, without ids; the segmentation is an RLE of the visible pixels."""
+    """COCO annotations of a scene, without ids; the segmentation is an RLE of the visible pixels. phrase: what the box
+    holds in words."""
     records = []
     for item in scene.objects:
         rle = coco_mask.encode(np.asfortranarray(item.mask.astype(np.uint8)))
         segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
         record = {"category_id": item.category_id, "bbox": list(item.bbox), "area": item.area, "iscrowd": 0}
         colour = {} if item.colour is None else {"colour": item.colour}
-        records.append({**record, "segmentation": segmentation, **colour})
+        phrase = phrase_of(item.name, item.colour, item.bbox, scene.image.shape[:2])
+        records.append({**record, "segmentation": segmentation, **colour, "phrase": phrase})
     return records
+
+
+def phrase_of(name: str, colour: str | None, bbox: Sequence[float], size: Sequence[int]) -> str:
+    """What a caption with sizes would call the object. bbox: xywh in pixels; size: (height, width)."""
+    return Named(name, colour, (0.5, 0.5), max(bbox[2:]) / min(size)).phrase
 
 
 def _write_scene(
     index: int, folder: Path, split: str, settings: DatasetSettings
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    scene = render_scene(scene_generator(settings.seed, split, index), settings.size_of(index))
+    rng = scene_generator(settings.seed, split, index)
+    scene = render_scene(rng, settings.size_of(index), colour_words=settings.colour_words)
     path = folder / f"{index + 1:012d}.jpg"
     options = [
         cv2.IMWRITE_JPEG_QUALITY,
@@ -126,17 +141,34 @@ def _write_split(folder: Path, split: str, count: int, settings: DatasetSettings
 
 
 def is_finished(folder: Path, settings: DatasetSettings) -> bool:
-    """Whether `folder` holds this dataset already. Another one there is a ValueError that names both."""
+    """Whether `folder` holds this dataset already; one of before there were phrases gets them. Another one there is a
+    ValueError that names both."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return False
     found, wanted = json.loads(path.read_text(encoding="utf-8")), settings.to_dict()
-    if found != wanted:
+    if found == wanted | {"format_version": BEFORE_PHRASES}:
+        _add_phrases(folder, settings)
+    elif found != wanted:
         raise ValueError(
             f"{path} describes another dataset: found {found}, asked for {wanted}; "
             "choose another --output_dir or remove it"
         )
     return True
+
+
+def _add_phrases(folder: Path, settings: DatasetSettings) -> None:
+    """To a dataset that was finished before annotations had phrases; its pictures stay."""
+    names = {entry.id: entry.name for entry in CLASSES}
+    for split in _SPLITS:
+        path = folder / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        size_of = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        for item in content["annotations"]:
+            place = item["bbox"], size_of[item["image_id"]]
+            item["phrase"] = phrase_of(names[item["category_id"]], item.get("colour"), *place)
+        _write_json({**content, "info": {**content["info"], **settings.to_dict()}}, path)
+    _write_json(settings.to_dict(), folder / SETTINGS_FILE)
 
 
 def make_dataset(folder: Path, settings: DatasetSettings, num_workers: int = 1) -> bool:
@@ -152,6 +184,9 @@ def make_dataset(folder: Path, settings: DatasetSettings, num_workers: int = 1) 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the dataset unless it is there. Raises ValueError where another one is."""
-    settings = DatasetSettings(args.num_train, args.num_val, args.size, args.seed, sizes=tuple(args.sizes or ()))
+    sizes = tuple(args.sizes or ())
+    settings = DatasetSettings(
+        args.num_train, args.num_val, args.size, args.seed, sizes=sizes, colour_words=args.colour_words
+    )  # fmt: skip
     written = make_dataset(args.output_dir, settings, args.num_workers)
     print(f"{args.output_dir}: {'written' if written else 'already there, nothing to do'}")

@@ -2,8 +2,9 @@
 
 python -m scripts.mini.make_dataset --output_dir data/mini_coco --num_train 6000 --num_val 500 --size 64 --seed 0
 
-Image k of a split depends on (seed, split, k) alone. A finished dataset with the same settings is left as it is; other
-settings in the same folder are an error; an interrupted run is written anew.
+Image k of a split depends on (seed, split, k) alone. A finished dataset with the same settings is left as it is (one
+that lacks phrases gets them); other settings in the same folder are an error; an interrupted run is written anew.
+Annotations have a "colour", where the class has several, and a "phrase" ("large red umbrella").
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import script_parser
+from engine.cli.arguments import SWITCH, script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
 from util.ranges import picture_size, seed_int, whole
@@ -26,6 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=whole(16, 1024), default=64, help="side of the images in pixels")
     parser.add_argument("--sizes", type=picture_size, nargs="+", default=None,
                         help="HEIGHTxWIDTH of the images in turn, e.g. 64x64 96x64 64x96; none: --size")  # fmt: skip
+    parser.add_argument("--colour_words", action=SWITCH, default=True, help="captions name colours")
     parser.add_argument("--seed", type=seed_int, default=0, help="seed of the whole dataset")
     parser.add_argument("--num_workers", type=whole(1, 256), default=2, help="processes that draw")
     return parse_checked(parser, argv)

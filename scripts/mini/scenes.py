@@ -222,18 +222,25 @@ def _visible_objects(plan: ScenePlan, alphas: Sequence[Array], size: Size) -> tu
     return tuple(reversed(objects))
 
 
-def _captions(plan: ScenePlan, objects: Sequence[SceneObject], size: Size, rng: np.random.Generator) -> tuple[str, ...]:
+def _captions(
+    plan: ScenePlan, objects: Sequence[SceneObject], size: Size, rng: np.random.Generator, colour_words: bool = True
+) -> tuple[str, ...]:
     named = []
     for item in objects:
         x, y, width, height = (value / side for value, side in zip(item.bbox, 2 * size[::-1], strict=True))
         length = max(item.bbox[2:]) / min(size)
-        named.append(Named(item.name, item.colour, (x + width / 2, y + height / 2), length))
+        named.append(Named(item.name, item.colour if colour_words else None, (x + width / 2, y + height / 2), length))
     return tuple(write_captions(named, BACKGROUNDS[plan.background].phrase, rng))
 
 
-def render_scene(rng: np.random.Generator, size: int | Size = 64, num_objects: tuple[int, int] = (1, 5)) -> Scene:
+def render_scene(
+    rng: np.random.Generator,
+    size: int | Size = 64,
+    num_objects: tuple[int, int] = (1, 5),
+    colour_words: bool = True,
+) -> Scene:
     """A random scene of `num_objects` (least, most) objects, each at least 0.6 visible. size: (height, width) in
-    pixels, or a square's side."""
+    pixels, or a square's side. colour_words: False leaves colours out of the captions, and nothing else changes."""
     if not 1 <= num_objects[0] <= num_objects[1] <= MAX_OBJECTS:
         raise ValueError(f"num_objects (least, most) must be within 1 and {MAX_OBJECTS}, got {num_objects}")
     size = as_size(size)
@@ -245,7 +252,8 @@ def render_scene(rng: np.random.Generator, size: int | Size = 64, num_objects: t
         caption_seed = int(rng.integers(2**62))
         image, objects = draw_scene(plan, size)
         if all(item.visible_fraction >= MIN_VISIBLE for item in objects):
-            return Scene(image, objects, _captions(plan, objects, size, np.random.default_rng(caption_seed)))
+            caption_rng = np.random.default_rng(caption_seed)
+            return Scene(image, objects, _captions(plan, objects, size, caption_rng, colour_words))
     raise AssertionError("unreachable")
 
 

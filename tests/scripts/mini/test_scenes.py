@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -275,6 +276,48 @@ def test_interrupted_dataset_is_written_anew(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
     assert small_dataset(tmp_path)
     assert json.loads((tmp_path / "annotations" / "instances_val2017.json").read_text())["images"]
+
+
+def instances(folder: Path, split: str = "train2017") -> dict:
+    return json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+
+
+def test_phrases_say_size_colour_and_class(dataset: Path) -> None:
+    for entry in instances(dataset)["annotations"]:
+        length = max(entry["bbox"][2:]) / 32
+        size = ["small"] * (length < 0.28) + ["large"] * (length > 0.5)
+        colour = [entry["colour"]] if "colour" in entry else []
+        assert entry["phrase"] == " ".join([*size, *colour, COCO_NAMES[entry["category_id"]]])
+
+
+def test_a_dataset_of_before_phrases_gets_them(dataset: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "older")
+    settings = json.loads((folder / "settings.json").read_text()) | {"format_version": 1}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    for split in ("train2017", "val2017"):
+        content = instances(folder, split)
+        for entry in content["annotations"]:
+            del entry["phrase"]
+        content["info"]["format_version"] = 1
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    pictures = {path: path.stat().st_mtime_ns for path in folder.rglob("*.jpg")}
+    assert not small_dataset(folder)
+    assert all(instances(folder, split) == instances(dataset, split) for split in ("train2017", "val2017"))
+    assert (folder / "settings.json").read_bytes() == (dataset / "settings.json").read_bytes()
+    assert all(path.stat().st_mtime_ns == time for path, time in pictures.items())
+
+
+def test_captions_without_colour_words_describe_the_same_scenes(dataset: Path, tmp_path: Path) -> None:
+    silent = DatasetSettings(num_train=6, num_val=3, size=32, seed=3, colour_words=False)
+    assert make_dataset(tmp_path, silent) and silent.to_dict()["colour_words"] is False
+    assert "colour_words" not in DatasetSettings().to_dict()
+    assert instances(tmp_path)["annotations"] == instances(dataset)["annotations"]
+    for path in dataset.rglob("*.jpg"):
+        assert (tmp_path / path.relative_to(dataset)).read_bytes() == path.read_bytes()
+    words = (tmp_path / "annotations" / "captions_train2017.json").read_text().split()
+    assert not {"red", "green", "blue", "yellow", "purple", "white"} & set(words)
+    with pytest.raises(ValueError, match="'colour_words': False"):
+        small_dataset(tmp_path)
 
 
 def test_impossible_settings_are_refused() -> None:
