@@ -24,7 +24,16 @@ from tests.conftest import ROOT
 from tests.helpers.paper_commands import STAGE_1, STAGE_2, STAGE_3, words
 from util.ranges import check_ranges
 
-ROOMS = ("configs", "engine/data", "engine/eval", "engine/rl", "engine/sample", "engine/train", "models/sampling")
+ROOMS = (
+    "configs",
+    "engine/data",
+    "engine/eval",
+    "engine/page",
+    "engine/rl",
+    "engine/sample",
+    "engine/train",
+    "models/sampling",
+)
 ROOMS += ("scripts/benchmark", "scripts/mini")
 PAGES = ("README.md", ".github/CONTRIBUTING.md", *(f"{room}/README.md" for room in ROOMS))
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

@@ -119,6 +119,7 @@ def test_test_script_runs_all_and_fails_if_one_does(tmp_path: Path, failing: str
 def test_ci_runs_the_tests_script(tmp_path: Path) -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     executable(tmp_path / "scripts" / "test.sh", 'pwd; echo "tests ran"; exit 3')
+    executable(tmp_path / "scripts" / "setup_browser.sh", "exit 1")  # as where there is none to be had
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
     result = run(tmp_path / ".ci" / "run", path=os.environ["PATH"])

@@ -82,22 +82,43 @@ def read_entries(
     the .txt beside a .bbox file is not looked for. on_bad: gets the error of an entry of another format that is wrong,
     which is left out then. Raises FileNotFoundError or ValueError.
     """
+    said, where = said or FileFormat(), f"layout file {short_path(path)}"
+    text = read_text(path, "layout file")
+    if Path(path).suffix == SIDECAR_SUFFIX and not text.strip():
+        return [_sidecar_entry(Path(path), where, [], names, is_prompt_given)]
+
+    def beside_caption(content: list[Any]) -> FoundEntry:
+        return _sidecar_entry(Path(path), where, content, names, is_prompt_given)
+
+    return parse_entries(text, where, said, names, on_bad, beside_caption)
+
+
+def parse_entries(
+    text: str,
+    where: str,
+    said: FileFormat | None = None,
+    names: Collection[str] = (),
+    on_bad: Callable[[ValueError], None] | None = None,
+    sidecar: Callable[[list[Any]], FoundEntry] | None = None,
+) -> list[FoundEntry]:
+    """`read_entries` of a text that is there already; errors begin with `where`. sidecar: makes the one entry of a .bbox
+    file's content; by default it has an empty prompt."""
     said = said or FileFormat()
-    text, where = read_text(path, "layout file"), f"layout file {short_path(path)}"
     if said.name == TEXT or (said.name is None and _is_text(text)):
         return _each(
             _text_entries(text, where, said.canvas), lambda each: _text_entry(each, said.canvas, names), on_bad
         )
     if said.canvas is not None:
         raise ValueError(f"{where} is JSON, where boxes have no canvas: --layout_canvas is for LayoutGPT's text")
-    is_blank_sidecar = Path(path).suffix == SIDECAR_SUFFIX and not text.strip()
-    content = [] if is_blank_sidecar else _parse(text, where)
-    if not content and not is_blank_sidecar:
+    content = _parse(text, where)
+    if not content:
         raise ValueError(f"{where} holds an empty list: there is nothing to generate")
     found = [FoundEntry(each, f"{where}, entry {i}") for i, each in enumerate(content)]
-    form = SIDECAR if is_blank_sidecar else _format_of(found, said.name)
+    form = _format_of(found, said.name)
+    if form is SIDECAR and sidecar is not None:
+        return [sidecar(content)]
     if form is SIDECAR:
-        return [_sidecar_entry(Path(path), where, content, names, is_prompt_given)]
+        return [FoundEntry({"prompt": "", "objects": from_sidecar(content, where, names)}, where)]
     if form is OURS:
         return found
     _log_unread(content, form, where)

@@ -1,0 +1,154 @@
+"""From a request to pictures: the sampler's, growing, one user's beside another's, and again from their files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import scripts.sample
+from engine.page.server import PageServer
+from tests.helpers.page_world import QUICK, SCENE, Caller, pictures_of, pixels_of
+
+HOLE = [[0.5, 0.5, 1.0, 1.0]]
+
+
+@pytest.fixture(scope="module")
+def drawn(page: PageServer) -> list[dict[str, Any]]:
+    """Two pictures of one scene."""
+    return Caller(page).draw({"scene": SCENE, "seed": 5, "num_images": 2})
+
+
+def edit_of(drawn: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return {"scene": SCENE, "seed": 9, "edit": {"picture": pictures_of(drawn)[0]["png"], "boxes": HOLE}, **more}
+
+
+def test_the_facts_say_what_the_weights_place_and_begin_with(caller: Caller) -> None:
+    status, content = caller.get("/facts")
+    facts = json.loads(content)
+    assert status == 200 and facts["labels"] == ["person", "dog", "sports ball"] and facts["max_objects"] == 4
+    assert facts["options"] == QUICK.to_dict() and facts["size"] == [32, 32] and not facts["has_detector"]
+    assert [scene["prompt"] for scene in facts["examples"]] == ["a dog and a ball", "a red dog"]
+
+
+def test_pictures_are_those_of_the_pipeline(page: PageServer, drawn: list[dict[str, Any]]) -> None:
+    studio = page.studio
+    wish = studio.read({"scene": SCENE, "seed": 5})
+    for seed, event in zip((5, 6), pictures_of(drawn), strict=True):
+        (picture,) = studio.pipeline.draw([wish.scene], QUICK, [seed])
+        assert event["seed"] == seed and np.array_equal(pixels_of(event["png"]), picture)
+    assert drawn[-1]["scene"] == SCENE
+
+
+def test_every_iteration_is_told_and_the_picture_grows(drawn: list[dict[str, Any]]) -> None:
+    steps = [event for event in drawn if event["event"] == "step" and event["image"] == 0]
+    assert [(step["iteration"], step["iterations"]) for step in steps] == [(number, 4) for number in (1, 2, 3, 4)]
+    shown = [pixels_of(step["picture"])[..., 3] for step in steps if step["picture"]]
+    shares = [(opacity == 255).mean() for opacity in shown]
+    assert shares == sorted(shares) and shares[0] > 0 and set(np.unique(shown[0])) <= {0, 255}
+
+
+def test_an_empty_prompt_and_no_boxes_are_drawn_too(caller: Caller) -> None:
+    for scene in ({"prompt": "a red dog", "objects": []}, {**SCENE, "prompt": ""}):
+        assert len(pictures_of(caller.draw({"scene": scene}))) == 1
+
+
+def test_options_count(caller: Caller, drawn: list[dict[str, Any]]) -> None:
+    (other,) = pictures_of(caller.draw({"scene": SCENE, "seed": 5, "options": {"cfg_text": 4.0, "num_iter": 2}}))
+    assert not np.array_equal(pixels_of(other["png"]), pixels_of(pictures_of(drawn)[0]["png"]))
+
+
+def test_two_users_at_once_get_their_own_pictures(caller: Caller) -> None:
+    wishes = [{"scene": {**SCENE, "prompt": f"a dog {n}"}, "seed": 10 * n, "num_images": 2} for n in range(3)]
+    alone = [[event["png"] for event in pictures_of(caller.draw(wish))] for wish in wishes]
+    together: dict[int, list[dict[str, Any]]] = {}
+    threads = [
+        threading.Thread(target=lambda n=n, wish=wish: together.update({n: caller.draw(wish)}))
+        for n, wish in enumerate(wishes)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[event["png"] for event in pictures_of(together[n])] for n in range(3)] == alone
+    assert {wish["scene"]["prompt"] for wish in wishes} == {
+        events[-1]["scene"]["prompt"] for events in together.values()
+    }
+    assert any(event["event"] == "waiting" for events in together.values() for event in events)
+
+
+def test_a_browser_that_goes_stops_its_job(caller: Caller, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "engine.page.studio"):
+        events = caller.stream({"scene": SCENE, "num_images": 16, "options": {"num_iter": 64}})
+        assert next(events)["event"] == "step"
+        events.close()  # type: ignore[attr-defined]
+        deadline = time.monotonic() + 20
+        while "stopped after" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "stopped after" in caplog.text and "of 16 pictures" in caplog.text
+    assert len(pictures_of(caller.draw({"scene": SCENE}))) == 1
+
+
+def test_a_picture_s_file_restores_all_that_it_was_drawn_with(caller: Caller) -> None:
+    wish = {"scene": SCENE, "seed": 7, "options": {**QUICK.to_dict(), "cfg_layout": 2.5}, "precision": "bf16"}
+    (made,) = pictures_of(caller.draw(wish))
+    status, found = caller.post("/open", {"content": made["png"]})
+    assert status == 200 and np.array_equal(pixels_of(found.pop("picture")), pixels_of(made["png"]))
+    assert found == {"scenes": [SCENE], **{name: wish[name] for name in ("seed", "options", "precision")}}
+    (again,) = pictures_of(caller.draw({"scene": found.pop("scenes")[0], **found}))
+    assert again["png"] == made["png"]
+
+
+def test_a_layout_file_opens_with_all_its_scenes(caller: Caller) -> None:
+    entries = [SCENE, {"prompt": "two", "objects": []}]
+    assert caller.open(json.dumps(entries).encode()) == (200, {"scenes": entries})
+    assert caller.open(json.dumps(SCENE).encode()) == (200, {"scenes": [SCENE]})
+
+
+def test_any_other_picture_opens_cut_to_the_model_s_size(caller: Caller, tmp_path: Path) -> None:
+    Image.effect_noise((90, 50), 40).convert("RGB").save(tmp_path / "a.jpg")
+    status, found = caller.open((tmp_path / "a.jpg").read_bytes())
+    assert status == 200 and found.keys() == {"picture"} and pixels_of(found["picture"]).shape == (32, 32, 3)
+
+
+def test_editing_keeps_what_is_outside_and_opens_again(caller: Caller, drawn: list[dict[str, Any]]) -> None:
+    wish = edit_of(drawn)
+    (edited,) = pictures_of(caller.draw(wish))
+    before, after = pixels_of(wish["edit"]["picture"]), pixels_of(edited["png"])
+    assert np.array_equal(before[:12], after[:12]) and not np.array_equal(before[16:, 16:], after[16:, 16:])
+    _, found = caller.post("/open", {"content": edited["png"]})
+    assert np.array_equal(pixels_of(found["edit"]["picture"]), before) and found["edit"]["boxes"] == HOLE
+    again = {"scene": found["scenes"][0], **{name: found[name] for name in ("seed", "options", "precision", "edit")}}
+    assert pictures_of(caller.draw(again))[0]["png"] == edited["png"]
+
+
+def test_the_command_line_draws_the_same_pictures(
+    caller: Caller, drawn: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a scene, of a caption alone with other options, and of a picture that is edited."""
+    monkeypatch.chdir(tmp_path)
+    cases = [
+        {"scene": SCENE, "seed": 5, "num_images": 2},
+        {"scene": {"prompt": "it's a 'dog'", "objects": []}, "seed": 3, "options": {"cfg_text": 3.0, "t_max": 900}},
+        edit_of(drawn),
+    ]
+    for wish in cases:
+        events = caller.draw(wish)
+        (tmp_path / "layout.json").write_text(json.dumps(wish["scene"]))
+        if "edit" in wish:
+            Image.fromarray(pixels_of(wish["edit"]["picture"])).save(tmp_path / "before.png")
+        words = shlex.split(events[-1]["command"])
+        assert words[:3] == ["python", "-m", "scripts.sample"]
+        scripts.sample.main([*words[3:], "--device", "cpu", "--output_dir", "out"])
+        for number, made in enumerate(pictures_of(events)):
+            assert np.array_equal(
+                pixels_of((tmp_path / "out" / f"{number:04d}.png").read_bytes()), pixels_of(made["png"])
+            )
