@@ -93,10 +93,23 @@ class Attention(nn.Module):
         return q, k, v
 
     def attend(
-        self, x: Tensor, rotation: Rotation | None, bias: Tensor | None, query_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        bias: Tensor | None,
+        query_ids: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> Tensor:
-        """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
+        """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D].
+
+        value_scale: [B, N], factors on the probabilities towards the first N tokens, behind the softmax: the others
+        keep theirs. They are put on the values, which comes to the same.
+        """
         q, k, v = self.project(x, rotation)  # each [B, H, n, d]
+        if value_scale is not None:
+            num_scaled = value_scale.shape[1]
+            scaled = v[:, :, :num_scaled] * value_scale[:, None, :, None].to(v.dtype)  # [B, H, N, d]
+            v = torch.cat([scaled, v[:, :, num_scaled:]], dim=2)  # [B, H, n, d]
         if query_ids is not None:
             rows = query_ids[:, None, :, None]  # [B, 1, p, 1]
             q = q.gather(2, rows.expand(-1, q.shape[1], -1, q.shape[3]))  # [B, H, p, d]
@@ -191,13 +204,14 @@ class Block(nn.Module):
         text: Tensor | None,
         text_valid: Tensor | None,
         query_ids: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> Tensor:
         """x: [B, n, D]; angles: [B or 1, n, d/2]; text: [B, T, C]; the rest and what it gives: see `run`."""
         rotation = None if angles is None else self.attn.rotation(angles)
         text_kv = None
         if self.cross is not None and text is not None and text_valid is not None:
             text_kv = self.cross.keys_values(text, text_valid)
-        return self.run(x, rotation, bias, text_kv, query_ids)  # [B, p, D]
+        return self.run(x, rotation, bias, text_kv, query_ids, value_scale)  # [B, p, D]
 
     def run(
         self,
@@ -206,12 +220,14 @@ class Block(nn.Module):
         bias: Tensor | None,
         text_kv: TextKV | None,
         query_ids: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> Tensor:
-        """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); gives [B, p, D]."""
+        """x: [B, n, D]; bias: [B, 1, n, n]; query_ids: [B, p], the tokens to compute (None: all); value_scale: [B, N],
+        see `Attention.attend`; gives [B, p, D]."""
         if self.is_post:
-            update = self.norm1(self.attn.attend(x, rotation, bias, query_ids))  # [B, p, D]
+            update = self.norm1(self.attn.attend(x, rotation, bias, query_ids, value_scale))  # [B, p, D]
         else:
-            update = self.attn.attend(self.norm1(x), rotation, bias, query_ids)  # [B, p, D]
+            update = self.attn.attend(self.norm1(x), rotation, bias, query_ids, value_scale)  # [B, p, D]
         x = update + (x if query_ids is None else gather_tokens(x, query_ids))  # [B, p, D]
         if self.cross is not None and text_kv is not None:
             x = x + self.cross.attend(x, text_kv)  # [B, p, D]

@@ -59,7 +59,8 @@ class ConditionEmbedder(nn.Module):
             base = base + self._embed_sizes(batch_size, grid, sizes) * named  # [B, D]
         context, valid = self._text_with_null(batch_size, text)  # [B, T, C], [B, T]
         tokens, bias = self._layout_parts(batch_size, layout, grid)  # [B, N, D], [B, L, N]
-        return Conditions(base, tokens, bias, context, valid, 0 if text is None else batch_size, grid)
+        scales = None if layout is None else layout.own_scales()  # [B, N]
+        return Conditions(base, tokens, bias, context, valid, 0 if text is None else batch_size, grid, scales)
 
     def _embed_sizes(self, batch_size: int, grid: tuple[int, int], sizes: SizeBatch | None) -> Tensor:
         """What sizes add to the base condition: [B, D]. An image without any other condition has none: without sizes

@@ -23,7 +23,8 @@ class Conditions:
     base: [B, D], the token that fills the buffer. layout_tokens: [B, N, D] or None (a model without layout parts).
     layout_bias: [B, L, N] or None (no layout anywhere). text: [B, T, C] or None (a model without cross-attention), with
     text_valid: [B, T] bool, at least one per row. num_with_text: rows that were given captions; they come first, the
-    others have the null token alone. grid: (rows, columns) of the image tokens, L in all.
+    others have the null token alone. grid: (rows, columns) of the image tokens, L in all. layout_scales: [B, N], how
+    strongly each layout token is heard, 1 as trained; None: 1 throughout.
     """
 
     base: Tensor
@@ -33,6 +34,12 @@ class Conditions:
     text_valid: Tensor | None
     num_with_text: int
     grid: tuple[int, int]
+    layout_scales: Tensor | None = None
+
+    def has_text_of(self, other: Conditions) -> bool:
+        """Whether both hold the very same states of captions."""
+        same = self.text is other.text and self.text_valid is other.text_valid
+        return same and self.num_with_text == other.num_with_text
 
     def first(self, num_images: int) -> Conditions:
         """Those of the first images alone."""
@@ -41,19 +48,17 @@ class Conditions:
     def rows(self, rows: Sequence[int]) -> Conditions:
         """Those of some images, in ascending order."""
         chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)  # a slice copies nothing
-        optional = (self.layout_tokens, self.layout_bias, self.text, self.text_valid)
-        tokens, bias, text, text_valid = (None if part is None else part[chosen] for part in optional)
+        optional = (self.layout_tokens, self.layout_bias, self.text, self.text_valid, self.layout_scales)
+        tokens, bias, text, text_valid, scales = (None if part is None else part[chosen] for part in optional)
         num_with_text = sum(row < self.num_with_text for row in rows)
-        return Conditions(self.base[chosen], tokens, bias, text, text_valid, num_with_text, self.grid)
+        return Conditions(self.base[chosen], tokens, bias, text, text_valid, num_with_text, self.grid, scales)
 
 
 def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
-    """Concatenates along the batch; shorter texts are padded, missing biases are zero."""
+    """Concatenates along the batch; shorter texts are padded, missing biases are zero, missing scales one."""
     first = parts[0]
-    bias = None
-    if any(part.layout_bias is not None for part in parts):
-        known = next(part.layout_bias for part in parts if part.layout_bias is not None)
-        bias = torch.cat([torch.zeros_like(known) if p.layout_bias is None else p.layout_bias for p in parts])
+    bias = _filled([part.layout_bias for part in parts], 0.0)  # [B, L, N]
+    scales = _filled([part.layout_scales for part in parts], 1.0)  # [B, N]
     text = text_valid = None
     if first.text is not None and first.text_valid is not None:
         length = max(part.text.shape[1] for part in parts if part.text is not None)
@@ -67,7 +72,15 @@ def stack_conditions(parts: Sequence[Conditions]) -> Conditions:
     ends = [part.num_with_text == len(part.base) for part in parts]  # whether a part is all captions
     if any(later.num_with_text and not all_before for later, all_before in zip(parts[1:], ends, strict=False)):
         num_with_text = len(base)  # captions do not come first: every row reads its own tokens, the null token too
-    return Conditions(base, tokens, bias, text, text_valid, num_with_text, first.grid)
+    return Conditions(base, tokens, bias, text, text_valid, num_with_text, first.grid, scales)
+
+
+def _filled(parts: Sequence[Tensor | None], value: float) -> Tensor | None:
+    """Tensors of one shape along the batch, `value` for missing ones; None where all are missing."""
+    known = next((part for part in parts if part is not None), None)
+    if known is None:
+        return None
+    return torch.cat([torch.full_like(known, value) if part is None else part for part in parts])
 
 
 def _pad_rows(x: Tensor, length: int) -> Tensor:

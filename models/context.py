@@ -45,16 +45,21 @@ class Layer(Protocol):
     def first(self, num_images: int) -> Layer:
         """The same for the first images alone."""
 
+    def scaled(self, value_scale: Tensor | None) -> Layer:
+        """The same with other factors [B, N] on the values of the first slots."""
+
 
 @dataclass(frozen=True)
 class TrainingLayer:
-    """Everything is computed in the block's own call. angles: [K + L, d/2], None without RoPE."""
+    """Everything is computed in the block's own call. angles: [K + L, d/2], None without RoPE. value_scale: [B, N], of
+    the first slots, None: 1 throughout."""
 
     block: Block
     angles: Tensor | None
     text: Tensor | None
     text_valid: Tensor | None
     is_checkpointed: bool
+    value_scale: Tensor | None
 
     def __call__(
         self, x: Tensor, positions: Tensor | None, bias: Tensor | None, query_ids: Tensor | None = None
@@ -62,34 +67,45 @@ class TrainingLayer:
         angles = self.angles
         if angles is not None:
             angles = angles[None] if positions is None else angles[positions]  # [1 or B, m, d/2]
-        inputs = (x, angles, bias, self.text, self.text_valid, query_ids)
+        inputs = (x, angles, bias, self.text, self.text_valid, query_ids, self.value_scale)
         if self.is_checkpointed and torch.is_grad_enabled():
             return checkpoint(self.block, *inputs, use_reentrant=False)  # [B, p, D]
         return self.block(*inputs)  # [B, p, D]
 
     def first(self, num_images: int) -> TrainingLayer:
-        text, text_valid = (None if part is None else part[:num_images] for part in (self.text, self.text_valid))
-        return replace(self, text=text, text_valid=text_valid)
+        parts = (self.text, self.text_valid, self.value_scale)
+        text, text_valid, value_scale = (None if part is None else part[:num_images] for part in parts)
+        return replace(self, text=text, text_valid=text_valid, value_scale=value_scale)
+
+    def scaled(self, value_scale: Tensor | None) -> TrainingLayer:
+        return replace(self, value_scale=value_scale)
 
 
 @dataclass(frozen=True)
 class SamplingLayer:
-    """rotation: of all positions, [1, K + L, d/2]; None without RoPE. text_kv: None without cross-attention."""
+    """rotation: of all positions, [1, K + L, d/2]; None without RoPE. text_kv: None without cross-attention.
+    value_scale: [B, N], of the first slots, None: 1 throughout."""
 
     block: Block
     rotation: Rotation | None
     text_kv: TextKV | None
     is_compiled: bool
+    value_scale: Tensor | None
 
     def __call__(
         self, x: Tensor, positions: Tensor | None, bias: Tensor | None, query_ids: Tensor | None = None
     ) -> Tensor:
         rotation = self.rotation if self.rotation is None or positions is None else self.rotation.at(positions)
         run = compiled(Block.run, "default") if self.is_compiled else Block.run
-        return run(self.block, x, rotation, bias, self.text_kv, query_ids)  # [B, p, D]
+        return run(self.block, x, rotation, bias, self.text_kv, query_ids, self.value_scale)  # [B, p, D]
 
     def first(self, num_images: int) -> SamplingLayer:
-        return replace(self, text_kv=None if self.text_kv is None else self.text_kv.first(num_images))
+        value_scale = None if self.value_scale is None else self.value_scale[:num_images]
+        text_kv = None if self.text_kv is None else self.text_kv.first(num_images)
+        return replace(self, text_kv=text_kv, value_scale=value_scale)
+
+    def scaled(self, value_scale: Tensor | None) -> SamplingLayer:
+        return replace(self, value_scale=value_scale)
 
     def watched(self, watch: AttentionWatch) -> SamplingLayer:
         """The same, with its cross-attention seen by `watch`. A compiled block shows none."""
@@ -130,8 +146,8 @@ def training_layers(
 ) -> tuple[Layer, ...]:
     """angles: [K + L, d/2] of all positions, None without RoPE."""
     modules = cast(Iterable[Block], blocks)
-    text, text_valid = conditions.text, conditions.text_valid
-    return tuple(TrainingLayer(block, angles, text, text_valid, is_checkpointed) for block in modules)
+    text, text_valid, scales = conditions.text, conditions.text_valid, conditions.layout_scales
+    return tuple(TrainingLayer(block, angles, text, text_valid, is_checkpointed, scales) for block in modules)
 
 
 def sampling_layers(
@@ -150,6 +166,7 @@ def sampling_layers(
             None if angles is None else block.attn.rotation(angles[None]),  # [1, K + L, d/2]
             _text_kv(block.cross, conditions, dtype),
             is_compiled,
+            conditions.layout_scales,
         )
         for block, cast_block in pairs
     )

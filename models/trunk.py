@@ -153,10 +153,21 @@ class Trunk(ConditionEmbedder):
         options = (conditions, dtype, self.compile_mode is not None)
         encoder = sampling_layers(self.encoder_blocks, network.encoder_blocks, angles[0], *options)
         decoder = sampling_layers(self.decoder_blocks, network.decoder_blocks, angles[1], *options)
+        head = self.head.sampler(network.head, self.compile_mode) if before is None else before.head
+        context = Context(network, conditions, encoder, decoder, None, head)
+        return self.prepare_layout(conditions, dtype, context)
+
+    def prepare_layout(self, conditions: Conditions, dtype: torch.dtype, before: Context) -> Context:
+        """The same as `prepare` with a dtype, where these conditions have the text of the context before, row by row:
+        its keys and values are used again."""
         if conditions.layout_bias is not None:
             conditions = replace(conditions, layout_bias=conditions.layout_bias.to(dtype))
-        head = self.head.sampler(network.head, self.compile_mode) if before is None else before.head
-        return Context(network, conditions, encoder, decoder, self.decoder_bias(conditions), head)
+        encoder, decoder = (
+            tuple(layer.scaled(conditions.layout_scales) for layer in layers)
+            for layers in (before.encoder, before.decoder)
+        )
+        bias = self.decoder_bias(conditions)  # [B, 1, K + L, K + L]
+        return replace(before, conditions=conditions, encoder=encoder, decoder=decoder, decoder_bias=bias)
 
     def _rope_angles(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Of buffer and image tokens in encoder and decoder: [K + L, d/2] each, None without RoPE."""

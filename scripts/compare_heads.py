@@ -26,7 +26,8 @@ from engine.cli.arguments import (
     script_parser,
 )
 from engine.cli.arguments_sampling import add_sampling_args, steps_int
-from engine.cli.sampling import parse_sampling_args, sampling_config
+from engine.cli.sampling import FLAGS, parse_sampling_args, sampling_config
+from util.config import told_as_flags
 from util.failures import one_line_errors
 from util.ranges import positive_int, threads_int, whole
 
@@ -107,6 +108,8 @@ def check_args(args: argparse.Namespace) -> None:
     for text in args.steps:
         first, last = read_steps(text)
         replace(sampling_config(args), num_sampling_steps=first, num_sampling_steps_last=last)
+    with told_as_flags(FLAGS):
+        sampling_config(args).require_uncontrolled("scripts.compare_heads, which repeats single iterations")
     num_iter = sampling_config(args).num_iter
     if args.num_iterations > num_iter:
         raise ValueError(f"--num_iterations {args.num_iterations} is more than --num_iter {num_iter}")

@@ -37,7 +37,7 @@ from engine.cli.arguments import (
 )
 from engine.cli.arguments_edit import add_start_args, check_start
 from engine.cli.arguments_layout import add_layout_format_args
-from engine.cli.arguments_sampling import add_sampling_args
+from engine.cli.arguments_sampling import add_sampling_args, scale_float
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from models.config import PRECISIONS, ROPE_SCALES, backbone_config
 from util.failures import one_line_errors
@@ -90,6 +90,8 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
                             "normalised to [0, 1], or a list of these, or another project's file "
                             "(engine/data/README.md); empty: none, also over --config")  # fmt: skip
     add_layout_format_args(group)
+    group.add_argument("--subject_scales", type=scale_float, nargs="+", default=None,
+                       help="strength of each box of --layout, in its order, instead of the file's own")  # fmt: skip
     group.add_argument("--coco_root", default=None,
                        help="take captions and boxes from this dataset (only its annotations/ is read)")  # fmt: skip
     group.add_argument("--coco_split", default="val2014",
@@ -178,6 +180,8 @@ def check_args(args: argparse.Namespace) -> None:
     for flag in ("layout_format", "layout_canvas"):
         if vars(args)[flag] is not None and not args.layout:
             raise ValueError(f"--{flag} {vars(args)[flag]} needs --layout, the file that it is about")
+    if args.subject_scales is not None and not args.layout:
+        raise ValueError(f"--subject_scales {args.subject_scales} are of the boxes of a --layout, which is not given")
     if args.layout:
         read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
     check_start(args)

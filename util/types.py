@@ -44,14 +44,14 @@ class Layout:
 
     boxes_xyxy: [n, 4] float32, normalised to [0, 1], x0 < x1 and y0 < y1. categories: [n] int64, contiguous index, or
     `UNKNOWN` where a phrase says what the box holds. phrases: one per box, "" for none; () where no box has one.
-    scales: how strongly each box counts, 1 as trained; () for 1 throughout.
+    scales: how strongly each box counts, 1 as trained, None for a box without a strength of its own; () where none has.
     Raises ValueError on any other shape, dtype or range.
     """
 
     boxes_xyxy: Tensor
     categories: Tensor
     phrases: tuple[str, ...] = ()
-    scales: tuple[float, ...] = ()
+    scales: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         boxes, categories = self.boxes_xyxy, self.categories
@@ -64,7 +64,7 @@ class Layout:
         for name, values in (("phrases", self.phrases), ("scales", self.scales)):
             if values and len(values) != len(boxes):
                 raise ValueError(f"{name} must be one for each of the {len(boxes)} boxes, got {len(values)}")
-        if not all(math.isfinite(scale) and scale >= 0 for scale in self.scales):
+        if not all(scale is None or (math.isfinite(scale) and scale >= 0) for scale in self.scales):
             raise ValueError(f"scales must be finite and not negative, got {list(self.scales)}")
         if boxes.numel() == 0:
             return
@@ -87,8 +87,8 @@ class LayoutBatch:
     """The boxes of a batch, padded to N slots; valid slots come first.
 
     boxes_xyxy: [B, N, 4] float32 in [0, 1]. categories: [B, N] int64, 0 in padding. valid: [B, N] bool.
-    scales: [B, N] float32, 1 in padding; None: 1 throughout. phrases: [B, N, C], the pooled states of the boxes'
-    phrases, zeros where a box has none; None: no box has one.
+    scales: [B, N] float32, NaN where a box has no strength of its own, and in padding; None: no box has one. phrases:
+    [B, N, C], the pooled states of the boxes' phrases, zeros where a box has none; None: no box has one.
     An image without any valid slot has no layout at all (dropped, or nothing to place).
     """
 
@@ -105,7 +105,7 @@ class LayoutBatch:
         boxes = torch.zeros(len(layouts), max_objects, 4)
         categories = torch.zeros(len(layouts), max_objects, dtype=torch.int64)
         valid = torch.zeros(len(layouts), max_objects, dtype=torch.bool)
-        scales = torch.ones(len(layouts), max_objects)
+        scales = torch.full((len(layouts), max_objects), math.nan)
         for row, layout in enumerate(layouts):
             count = len(layout)
             if count > max_objects:
@@ -114,7 +114,7 @@ class LayoutBatch:
             categories[row, :count] = layout.categories
             valid[row, :count] = True
             if layout.scales:
-                scales[row, :count] = torch.tensor(layout.scales)
+                scales[row, :count] = torch.tensor([math.nan if each is None else each for each in layout.scales])
         has_scales = any(layout.scales for layout in layouts)
         return LayoutBatch(boxes, categories, valid, scales if has_scales else None)
 
@@ -132,6 +132,17 @@ class LayoutBatch:
     def dropped(self, drop: Tensor) -> LayoutBatch:
         """drop: [B] bool. The rows that are True lose their layout."""
         return replace(self, valid=self.valid & ~drop[:, None])
+
+    def with_scale(self, scale: float) -> LayoutBatch:
+        """The same where boxes without a strength of their own have this one."""
+        if scale == 1:
+            return self
+        own = torch.full_like(self.boxes_xyxy[..., 0], math.nan) if self.scales is None else self.scales  # [B, N]
+        return replace(self, scales=own.nan_to_num(scale))
+
+    def own_scales(self) -> Tensor | None:
+        """How strongly each slot counts, 1 in padding and where nothing is said: [B, N], None for 1 throughout."""
+        return None if self.scales is None else self.scales.nan_to_num(1.0).masked_fill(~self.valid, 1.0)
 
     def repeated(self, times: int) -> LayoutBatch:
         """Every row `times` times in a row: [B * times, ...]."""

@@ -20,7 +20,7 @@ from engine.checkpoint.files import read_identity
 from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
 from engine.cli.arguments_edit import boxes_of, moves_of
-from engine.cli.sampling import sampling_config
+from engine.cli.sampling import FLAGS, sampling_config
 from engine.data.layout_formats import FileFormat
 from engine.data.scenes import KnownLabels, Scene, read_layout_file, scenes_from_dataset, text_scene
 from engine.sample.changes import Changes, Move
@@ -48,7 +48,7 @@ from models.sampling.auto_layout import require_maps
 from models.sampling.config import SamplingConfig
 from util.buckets import read_size
 from util.coco import BoxFilters, CocoIndex
-from util.config import resolved_dict
+from util.config import resolved_dict, told_as_flags
 from util.distributed import init_distributed
 from util.images import Picture, load_image, save_png
 from util.logging import progress, setup_logging
@@ -154,6 +154,8 @@ def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
         if not 0 <= label < architecture.class_num:
             raise ValueError(f"--class_label {label} is outside 0 ... {architecture.class_num - 1}")
     config = sampling_config(args)
+    with told_as_flags(FLAGS):
+        config.require_uncontrolled("--class_label: classes have neither captions nor boxes")
     config.require_fitting(math.prod(architecture.unit_grid()))
     labels = [label for label in args.class_label for _ in range(args.num_images)]
     scenes, edits = read_edits(args, architecture, [text_scene(f"class {label}") for label in labels])
@@ -238,6 +240,9 @@ def read_scenes(args: argparse.Namespace, identity: Identity, prompt: str | None
     if args.layout:
         said = FileFormat(args.layout_format, None if args.layout_canvas is None else read_size(args.layout_canvas))
         scenes = read_layout_file(args.layout, KnownLabels.of(config, categories), prompt, said)
+        if args.subject_scales is not None:
+            where = f"--subject_scales, layout file {short_path(args.layout)}"
+            scenes = [scene.with_scales(args.subject_scales, f"{where}, entry {i}") for i, scene in enumerate(scenes)]
     else:
         assert prompt is not None, "the flags were checked: there is a layout file, a dataset or a caption"
         scenes = [text_scene(prompt)]

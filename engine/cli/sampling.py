@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.sampling.config import OPTIONS_OF_HEAD, SamplingConfig, default_sampling, require_options_of
 from util.config import given_options, parse_args, told_as_flags
+from util.read import require_text
 
 if TYPE_CHECKING:
     from engine.checkpoint.identity import Identity
@@ -29,6 +30,8 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
 
     Raises ValueError for a value out of range, and for flags of different heads.
     """
+    if args.negative_prompt is not None:
+        require_text(args.negative_prompt, "--negative_prompt")
     values: dict[str, Any] = {name: vars(args)[name] for name in FLAGS if vars(args)[name] is not None}
     values |= {name: args.cfg for name in SCALES if name not in values}
     values |= {name: tuple(vars(args)[name]) for name in PAIRS}

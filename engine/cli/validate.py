@@ -9,11 +9,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.sampling import sampling_config
+from engine.cli.sampling import FLAGS, sampling_config
 from engine.cli.sizes import head_of, model_config, picture_sizes, rl_estimator
 from engine.rl.settings import ESTIMATOR_HEADS
 from engine.train.profile import profiled_steps
 from models.config import TRAIN_MODES
+from models.sampling.config import OF_STAGE_3
+from util.config import told_as_flags
 from util.names import BEST_NAME, LAST_NAME
 from util.output import require_output_dir
 
@@ -62,6 +64,8 @@ def validate_rl_args(args: argparse.Namespace) -> None:
             f"--w_quality and --quality_clip_path belong together, got {args.w_quality} and '{args.quality_clip_path}'"
         )
     _choose_estimator(args)
+    with told_as_flags(FLAGS):
+        sampling_config(args).require_uncontrolled(OF_STAGE_3)
     _require_paths(
         args,
         needed=("coco_root", "vae_path", "clip_path", "detector_path"),

@@ -69,12 +69,21 @@ class Scene:
         for index, item in enumerate(objects):
             if self.layout.phrases and self._says_more(index):
                 item["phrase"] = self.layout.phrases[index]
-            if self.layout.scales and self.layout.scales[index] != 1:
+            if self.layout.scales and self.layout.scales[index] is not None:
                 item["scale"] = self.layout.scales[index]
             if index in self.edited:
                 item["edit"] = True
         size = {} if self.size is None else {"height": self.size[0], "width": self.size[1]}
         return {"prompt": self.prompt, "objects": objects, **size}
+
+
+    def with_scales(self, scales: Sequence[float], where: str) -> Scene:
+        """The same with other strengths of its boxes. Raises ValueError, which names `where` the scene and the scales
+        come from, unless there is one for each."""
+        if len(scales) != len(self.layout):
+            listed = " ".join(f"{scale:g}" for scale in scales)
+            raise ValueError(f"{where}: {len(self.layout)} boxes need as many strengths, got {len(scales)} ({listed})")
+        return replace(self, layout=replace(self.layout, scales=tuple(scales)))
 
 
 def empty_layout() -> Layout:
@@ -164,7 +173,7 @@ def read_entry(entry: Any, where: str, known: KnownLabels, prompt: str | None = 
         torch.tensor([item.box for item in parsed], dtype=torch.float32),
         torch.tensor([indices.get(item.label, UNKNOWN) for item in parsed]),
         phrases if any(phrases) else (),
-        scales if any(scale != 1 for scale in scales) else (),
+        scales if any(scale is not None for scale in scales) else (),
     )
     edited = tuple(index for index, item in enumerate(parsed) if item.is_edited)
     return Scene(prompt, layout, [item.label for item in parsed], size, edited)
@@ -189,7 +198,7 @@ class _Object:
     label: str
     box: list[float]
     phrase: str
-    scale: float
+    scale: float | None
     is_edited: bool
 
 
@@ -218,10 +227,14 @@ def _read_object(item: Any, where: str, indices: dict[str, int], has_phrases: bo
     if not isinstance(is_edited, bool):
         raise ValueError(f"{where}: 'edit' must be true or false, got {short_repr(is_edited)}")
     own_phrase = phrase or (label if label not in indices else "")
-    return _Object(label, read_box(item["bbox"], where), own_phrase, _read_scale(item.get("scale", 1), where), is_edited)
+    return _Object(label, read_box(item["bbox"], where), own_phrase, _read_scale(item, where), is_edited)
 
 
-def _read_scale(value: Any, where: str) -> float:
+def _read_scale(item: dict[str, Any], where: str) -> float | None:
+    """None where the object has no strength of its own."""
+    if "scale" not in item:
+        return None
+    value = item["scale"]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SCALE:
         raise ValueError(f"{where}: 'scale' must be a number in [0, {MAX_SCALE:g}], got {short_repr(value)}")
     return float(value)

@@ -34,8 +34,8 @@ from util.types import LayoutBatch, TextContext
 @dataclass(frozen=True)
 class ImageConditions:
     """What a batch of images is drawn from, [B, ...] each: captions and boxes, or MAR's class labels. grid: (rows,
-    columns) of tokens; None: the model's own. known: tokens that they start from. phrase_weights: which of
-    a caption's tokens name which box, where that is asked for (`naming.py`)."""
+    columns) of tokens; None: the model's own. known: tokens that they start from. phrase_weights: which of a caption's
+    tokens name which box, where that is asked for (`naming.py`). negative: what all are guided away from, one row."""
 
     text: TextContext | None = None
     layout: LayoutBatch | None = None
@@ -43,6 +43,7 @@ class ImageConditions:
     grid: tuple[int, int] | None = None
     known: KnownTokens | None = None
     phrase_weights: Tensor | None = None
+    negative: TextContext | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def draw_batch(
             text=conditions.text,
             layout=conditions.layout,
             labels=conditions.labels,
+            negative=conditions.negative,
             grid=conditions.grid,
             known=conditions.known,
             phrase_weights=conditions.phrase_weights,
@@ -119,7 +121,9 @@ def scene_conditions(
     weights = None
     if config.mask_threshold is not None:
         weights = phrase_weights(text_encoder, scenes, text.valid.shape[1], max_objects).to(device)  # [B, T, N]
-    return ImageConditions(text, layout, grid=grid_of_scenes(model.config, scenes), phrase_weights=weights)
+    negative = encode_prompts(text_encoder, [config.negative_prompt]).to(device) if config.negative_prompt else None
+    grid = grid_of_scenes(model.config, scenes)
+    return ImageConditions(text, layout, grid=grid, phrase_weights=weights, negative=negative)
 
 
 def grid_of_scenes(config: StructMARConfig, scenes: Sequence[Scene]) -> tuple[int, int]:

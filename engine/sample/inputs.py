@@ -68,8 +68,8 @@ def read_scenes(
     """One scene per image: every prompt with its boxes `num_images` times.
 
     prompt: a string, or a list of them. boxes, phrases: the boxes and their labels; of a list of prompts, a list for
-    each (or None where one has none). scales: how strongly each box counts, or None. classes: the label of each box
-    whose phrase stands beside a label, None where it stands alone.
+    each (or None where one has none). scales: how strongly each box counts, None: as the options say. classes: the
+    label of each box whose phrase stands beside a label, None where it stands alone.
     """
     _require_count("num_images_per_prompt", num_images)
     is_single = isinstance(prompt, str)
@@ -129,7 +129,8 @@ def _read_scene(
         raise ValueError(f"{where}: {len(boxes)} boxes need as many classes, got {len(classes)}")
     objects = [{"label": phrase, "bbox": listed(box)} for phrase, box in zip(phrases, boxes, strict=True)]
     for item, scale in zip(objects, scales, strict=False):
-        item["scale"] = scale
+        if scale is not None:
+            item["scale"] = scale
     for item, label in zip(objects, classes, strict=False):
         if label is not None:
             item |= {"label": label, "phrase": item["label"]}

@@ -105,7 +105,7 @@ class StructMARPipeline(PipelineComponents):
         prompt: a caption, or a list of them; "" is none. boxes: [x0, y0, x1, y1] as fractions of the image, one list
         per prompt; phrases: what each box holds, of `labels`, or in words for weights that were trained with phrases.
         gligen_boxes and gligen_phrases mean the same. classes: the label of each box beside its phrase, None where the
-        phrase stands alone. subject_scales: how strongly each box counts, 1 as trained.
+        phrase stands alone. subject_scales: how strongly each box counts, 1 as trained, None: layout_scale.
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
         num_diffusion_steps: reverse steps per token. These and `options`, which have the names of the command line's
         flags: None means the weights' own (`own_sampling`), "none" takes away a bound that these name.

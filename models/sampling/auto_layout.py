@@ -58,6 +58,9 @@ class AutoLayout:
         self.after: Conditions | None = None
         self.mean: Tensor | None = None
 
+    def changes(self, visible: Sequence[float]) -> frozenset[int]:
+        return frozenset(range(self.start_step, len(visible) if self.updates else self.start_step + 1))
+
     def observes(self, iteration: int) -> bool:
         return self.updates or iteration < self.start_step
 

@@ -16,7 +16,7 @@ Command lines name what stands here, so this file imports PyTorch only where it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +37,9 @@ HEAD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "diffusion": {},
     "discrete": {"num_iter": 8, "order": "confidence", "schedule": "arccos"},
 }
+CONTROL_OPTIONS = ("layout_schedule", "layout_scale", "drop_grounding_tokens", "mask_threshold", "start_step",
+                   "auto_update", "negative_prompt")  # fmt: skip
+OF_STAGE_3 = "stage 3, whose log-probabilities are of captions and boxes as they were given"
 ANNEALED_T_MAX = 950  # few steps from t = 999 multiply errors of eps by thousands (models/heads/diffusion.py)
 MAX_GUIDANCE, MAX_TEMPERATURE, MAX_CLIP_X0 = 100.0, 10.0, 1e6  # beyond, pictures are noise
 MAX_CHOICE_TEMPERATURE = 1000.0
@@ -135,6 +138,13 @@ class SamplingConfig:
             raise ValueError(f"layout_schedule must be two numbers in [0, 1], got {on} and {decay}")
         if not 0 <= self.layout_scale <= MAX_SCALE:
             raise ValueError(f"layout_scale must lie in [0, {MAX_SCALE:g}], got {self.layout_scale}")
+        if self.negative_prompt and not self.negative_prompt.strip():
+            raise ValueError(f"negative_prompt is blank, got {self.negative_prompt!r}")
+        if self.negative_prompt and self.cfg_text == 1:
+            raise ValueError(
+                f"negative_prompt {self.negative_prompt!r} is what guidance by the caption leads away from: it needs "
+                "cfg_text other than 1"
+            )
         if self.mask_threshold is None:
             for name, default in (("start_step", None), ("auto_update", False)):
                 if getattr(self, name) != default:
@@ -251,9 +261,10 @@ class SamplingConfig:
 
         return masked_counts(self.schedule, num_tokens, self.num_iter)
 
-    def branch_uses(self, num_branches: int) -> list[BranchUse]:
+    def branch_uses(self, num_branches: int, changes: Collection[int] = ()) -> list[BranchUse]:
         """What becomes of guidance's branches in each iteration: only the full one counts, all run, or the other ones'
-        difference to the full one is reused."""
+        difference to the full one is reused. changes: iterations whose conditions are others than those before, so that
+        an earlier difference says nothing."""
         if num_branches == 1:
             return ["run"] * self.num_iter
         low, high = (share * self.num_iter for share in self.guidance_interval)
@@ -263,21 +274,37 @@ class SamplingConfig:
             if not low <= iteration < high:
                 uses.append("full only")
                 continue
-            runs = num_guided < FIRST_RUNS or (num_guided - FIRST_RUNS + 1) % self.uncond_refresh == 0
-            uses.append("run" if runs else "reuse")
+            is_due = num_guided < FIRST_RUNS or (num_guided - FIRST_RUNS + 1) % self.uncond_refresh == 0
+            uses.append("run" if is_due or iteration in changes else "reuse")
             num_guided += 1
         return uses
 
     def for_rollouts(self) -> SamplingConfig:
-        """The same without a prefix, and but for options of codes that `require_exact` refuses: their defaults, and a
-        random order."""
+        """The same without a prefix and what steers the layout, and but for options of codes that `require_exact`
+        refuses: their defaults, and a random order."""
+        defaults: dict[str, Any] = {each.name: each.default for each in fields(self)}
+        plain = replace(self.of_rest, **{name: defaults[name] for name in CONTROL_OPTIONS})
         if self.head != "discrete":
-            return self.of_rest
+            return plain
         order = self.order if self.is_blind else "random"
-        return replace(self.of_rest, order=order, top_k=None, top_p=None, uncond_refresh=1)
+        return replace(plain, order=order, top_k=None, top_p=None, uncond_refresh=1)
+
+    @property
+    def controls(self) -> dict[str, Any]:
+        """What steers the layout or the captions, without what is left at its default."""
+        defaults = {each.name: each.default for each in fields(self)}
+        given = {name: getattr(self, name) for name in CONTROL_OPTIONS}
+        return {name: value for name, value in given.items() if value != defaults[name]}
+
+    def require_uncontrolled(self, reason: str) -> None:
+        """Raises ValueError that names the first of `controls`, and the reason why there may be none."""
+        for name, value in self.controls.items():
+            said = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"{name} {said} does not go with {reason}")
 
     def require_exact(self) -> None:
         """Raises ValueError naming the option if what is drawn of codes has no exact log-probabilities."""
+        self.require_uncontrolled(OF_STAGE_3)
         for name, is_exact, reason in (
             ("order", self.is_blind, "the choice of tokens would have a probability too: take random or halton"),
             ("top_k", self.top_k is None, "other weights may not be able to draw what was drawn"),
@@ -289,6 +316,7 @@ class SamplingConfig:
 
     def require_traceable(self) -> None:
         """Raises ValueError if the reverse processes cannot be scored by their log-probabilities."""
+        self.require_uncontrolled(OF_STAGE_3)
         if self.temperature == 0:
             raise ValueError("recording needs draws, which have no density at temperature 0")
         if self.prefix_k:

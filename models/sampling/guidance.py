@@ -77,10 +77,14 @@ def embed_branches(
     layout: LayoutBatch | None,
     labels: Tensor | None,
     grid: tuple[int, int] | None = None,
+    negative: TextContext | None = None,
 ) -> tuple[Branches, SamplingConfig]:
-    """Embeds the branches of `choose_branches`, and gives its config. grid: the model's own by default."""
+    """Embeds the branches of `choose_branches`, and gives its config. grid: the model's own by default. negative: what
+    the null branch reads, one row for all images or one for each."""
     has_text = text is not None or labels is not None
     names, config = choose_branches(config, has_text, layout is not None)
-    given = {"full": (labels, text, layout), "text": (labels, text, None), "null": (None, None, None)}
+    if negative is not None and len(negative) == 1:
+        negative = negative.repeated(batch_size)
+    given = {"full": (labels, text, layout), "text": (labels, text, None), "null": (None, negative, None)}
     parts = tuple(model.embed_conditions(batch_size, *given[name], grid) for name in names)
     return Branches(names, parts), config

@@ -156,7 +156,7 @@ def unmask(
     trace = None
     if run.record:
         trace = head.empty_trace(batch_size, num_tokens, config.head_options(0), state.tokens.device)
-    uses = config.branch_uses(len(run.branches.names))
+    uses = config.branch_uses(len(run.branches.names), run.controls.changes(visible[:-1]))
     plans = plan_iterations(order, uses) if isinstance(order, PlannedOrder) else None
     orders = order.orders if isinstance(order, PlannedOrder) else _empty_orders(state)  # [B, L]
     backbone = GuidedBackbone(len(run.branches.names))
@@ -257,7 +257,8 @@ def keep_drawn(
 
 
 class Contexts:
-    """The context of each iteration; prepared anew only where the controls gave other conditions."""
+    """The context of each iteration; prepared anew only where the controls gave other conditions, and of these only the
+    layout where the captions stayed."""
 
     def __init__(self, run: SamplingRun, before: Context | None = None) -> None:
         """before: a context of this model, whose cast weights are used again."""
@@ -271,8 +272,11 @@ class Contexts:
         run = self.run
         if (iteration, visible) != self.asked:  # the controls are asked once
             conditions = run.controls.at(iteration, visible, run.branches.parts[0])
-            if conditions is not self.conditions:
+            if self.conditions is None or not conditions.has_text_of(self.conditions):
                 self.context = run.model.prepare(run.conditions(conditions), run.dtype, before=self.context)
+            elif conditions is not self.conditions:
+                assert self.context is not None
+                self.context = run.model.prepare_layout(run.conditions(conditions), run.dtype, self.context)
             self.asked, self.conditions = (iteration, visible), conditions
         assert self.context is not None
         return self.context

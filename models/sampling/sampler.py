@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.sampling.auto_layout import build_auto_layout
 from models.sampling.config import SamplingConfig
-from models.sampling.controls import Controls, NoControls
+from models.sampling.controls import Controls, own_controls, starting_layout
 from models.sampling.guidance import embed_branches
 from models.sampling.orders import DecodeState, Order, commit_steps
 from models.sampling.run import Contexts, KnownTokens, NoiseSource, OnIteration, SampleOutput, SamplingRun, unmask
@@ -39,6 +38,7 @@ def sample(
     layout: LayoutBatch | None = None,
     labels: Tensor | None = None,
     *,
+    negative: TextContext | None = None,
     grid: tuple[int, int] | None = None,
     known: KnownTokens | None = None,
     order: Order | None = None,
@@ -51,6 +51,7 @@ def sample(
 ) -> SampleOutput:
     """Samples one image per generator. The model must be in eval mode; conditions lie on its device, [B, ...].
 
+    negative: the encoded `config.negative_prompt`, one row for all images or one for each; it is given where that is.
     grid: (rows, columns) of the trunk's tokens, the config's by default. known: tokens to start from. order: instead of
     `config.order`; not together with `known` or a prefix. controls: of the conditions by iteration, from 0 again behind
     a prefix; by default those of the config. phrase_weights: [B, T, N], for `mask_threshold`: the share of each of the
@@ -75,10 +76,14 @@ def sample(
         raise ValueError(f"{what} sampled in config.order {config.order}, got order {type(order).__name__}")
     num_tokens = math.prod(model.config.unit_grid(grid))
     config.require_fitting(num_tokens)
-    if controls is None and config.mask_threshold is not None:
-        controls = build_auto_layout(model, config, text, layout, phrase_weights, grid, labels)
-    branches, config = embed_branches(model, config, batch_size, text, layout, labels, grid)
-    run = SamplingRun(model, branches, config, generators, controls or NoControls(), dtype, record)
+    if (negative is not None) != bool(config.negative_prompt):
+        said = f"negative_prompt {config.negative_prompt!r}"
+        raise ValueError(f"{said} goes with its encoded states, got {'none' if negative is None else 'some'}")
+    first = starting_layout(config, layout)
+    if controls is None:
+        controls = own_controls(model, config, text, layout, labels, grid, phrase_weights)
+    branches, config = embed_branches(model, config, batch_size, text, first, labels, grid, negative)
+    run = SamplingRun(model, branches, config, generators, controls, dtype, record)
     if config.prefix_k and known is None:
         return _sample_after_prefix(run, on_iteration, should_stop)
     if known is not None:

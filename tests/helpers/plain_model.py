@@ -119,6 +119,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # [B, n, D]
 
 
+def _attend_scaled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scales: Tensor) -> Tensor:
+    """Probabilities towards the first N tokens times scales [B, N], not normalised again."""
+    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [B, H, n, m]
+    weights = (logits if mask is None else logits + mask).softmax(-1)  # [B, H, n, m]
+    factors = F.pad(scales, (0, weights.shape[-1] - scales.shape[1]), value=1.0)  # [B, m]
+    return (weights * factors[:, None, None] @ v).transpose(1, 2).flatten(2)  # [B, n, D]
+
+
 def _block(
     config: StructMARConfig,
     weights: Weights,
@@ -136,7 +144,10 @@ def _block(
     q, k = (
         _rotated(config, weights, f"{name}.attn", each, ids, conditions.grid[1]) for each in (q, k)
     )  # [B, H, K + n, d]
-    x = x + _linear(weights, f"{name}.attn.proj", _attend(q, k, v, bias))  # [B, K + n, D]
+    seen = _attend(q, k, v, bias)  # [B, K + n, D]
+    if conditions.layout_scales is not None:
+        seen = _attend_scaled(q, k, v, bias, conditions.layout_scales)  # [B, K + n, D]
+    x = x + _linear(weights, f"{name}.attn.proj", seen)  # [B, K + n, D]
     if config.has_cross_attention(number):
         assert conditions.text is not None and conditions.text_valid is not None
         q = _heads(_linear(weights, f"{name}.cross.q", _norm(weights, f"{name}.cross.norm", x)), num_heads)

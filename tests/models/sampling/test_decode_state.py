@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -162,6 +163,9 @@ class OtherLayout(NoControls):
     def at(self, iteration: int, visible: float, conditions: Conditions) -> Conditions:
         return self.other if iteration >= self.start else conditions
 
+    def changes(self, visible: Sequence[float]) -> frozenset[int]:
+        return frozenset({self.start})
+
 
 class Asked(NoControls):
     """What a control is asked, written down."""
@@ -172,6 +176,9 @@ class Asked(NoControls):
     def at(self, iteration: int, visible: float, conditions: Conditions) -> Conditions:
         self.seen.append((iteration, visible))
         return conditions
+
+    def changes(self, visible: Sequence[float]) -> frozenset[int]:
+        return frozenset()
 
 
 def test_a_control_is_told_what_share_of_the_image_is_visible() -> None:
