@@ -27,7 +27,7 @@ from models.sampling.config import SamplingConfig, require_options_of
 from util.images import Picture
 from util.picture_files import content_size, decode_image
 from util.plain import from_plain
-from util.read import short_repr
+from util.read import require_text, short_repr
 
 FIELDS = ("scene", "seed", "num_images", "precision", "options", "edit")
 EDIT_FIELDS = ("picture", "boxes")
@@ -67,11 +67,9 @@ def read_wish(body: Any, own: SamplingConfig, known: KnownLabels, config: Struct
 def read_page_scene(entry: Any, known: KnownLabels) -> Scene:
     """An entry of a layout file, of no more text than a page needs."""
     scene = read_entry(entry, "layout", known)
-    if len(scene.prompt) > MAX_TEXT:
-        raise ValueError(f"the prompt has {len(scene.prompt)} characters, at most {MAX_TEXT} are taken")
+    require_short_text(scene.prompt, "the prompt", MAX_TEXT)
     for name in (*scene.names, *scene.layout.phrases):
-        if len(name) > MAX_PHRASE:
-            raise ValueError(f"{short_repr(name)} has {len(name)} characters, at most {MAX_PHRASE} are taken for a box")
+        require_short_text(name, "what a box holds", MAX_PHRASE)
     return scene
 
 
@@ -79,10 +77,12 @@ def read_options(given: Any, own: SamplingConfig) -> SamplingConfig:
     """`own` with the fields that are given. Raises ValueError for those of another head, too."""
     if not isinstance(given, Mapping):
         raise ValueError(f"options must be names and values, got {short_repr(given)}")
-    if "head" in given and given["head"] != own.head:
-        raise ValueError(
-            f"these are options of the {short_repr(given['head'])} head, the model has the {own.head} head"
-        )
+    for name, value in given.items():
+        if isinstance(value, str):
+            require_short_text(value, name, MAX_TEXT)
+    head = given.get("head", own.head)
+    if head != own.head:
+        raise ValueError(f"these are options of the {short_repr(head)} head, the model has the {own.head} head")
     plain = asdict(own)
     require_options_of(own.head, [name for name, value in given.items() if name in plain and value != plain[name]])
     return from_plain(SamplingConfig, plain | dict(given), "options")
@@ -94,7 +94,7 @@ def read_page_edit(value: Any) -> tuple[Picture, tuple[Box, ...]]:
     boxes = value["boxes"]
     if not isinstance(boxes, list) or not 1 <= len(boxes) <= MAX_EDIT_BOXES:
         raise ValueError(f"edit: boxes must be a list of 1 to {MAX_EDIT_BOXES} boxes, got {short_repr(boxes)}")
-    read = tuple(tuple(read_box(box, "edit")) for box in boxes)
+    read = tuple(tuple(float(str(np.float32(end))) for end in read_box(box, "edit")) for box in boxes)  # short decimals
     return decode_picture(decode_base64(value["picture"], "edit: picture"), "edit: picture"), read
 
 
@@ -113,6 +113,13 @@ def decode_picture(content: bytes, name: str) -> Picture:
     if width * height > MAX_PIXELS:
         raise ValueError(f"{name} has {width}x{height} pixels, at most {MAX_PIXELS / 1e6:.0f} million are opened")
     return np.asarray(decode_image(content, name))
+
+
+def require_short_text(text: str, what: str, limit: int) -> None:
+    """Raises ValueError, beginning with `what`, for more characters, and for what is no text."""
+    require_text(text, what)
+    if len(text) > limit:
+        raise ValueError(f"{what} has {len(text)} characters, at most {limit} are taken")
 
 
 def require_whole(name: str, value: Any, low: int, high: int) -> None:

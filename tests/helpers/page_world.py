@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ QUICK = SamplingConfig(num_iter=4, num_sampling_steps=4, clip_x0=3.0)
 SCENE = {"prompt": "a dog", "objects": [{"label": "dog", "bbox": [0.125, 0.25, 0.5, 0.75]}]}
 
 
-def tiny_studio(world: World, config: SamplingConfig = QUICK, **options: Any) -> Studio:
-    pipeline = StructMARPipeline.from_checkpoint(world.checkpoint, world.vae, world.clip)
+def tiny_studio(world: World, config: SamplingConfig = QUICK, checkpoint: Path | None = None, **options: Any) -> Studio:
+    checkpoint = checkpoint or world.checkpoint
+    pipeline = StructMARPipeline.from_checkpoint(checkpoint, world.vae, world.clip)
     examples = read_layout_file(world.layout, KnownLabels.of(CONFIG, CATEGORIES))
-    words = ("python", "-m", "scripts.sample", "--resume", str(world.checkpoint), *world.frozen_flags())
+    words = ("python", "-m", "scripts.sample", "--resume", str(checkpoint), *world.frozen_flags())
     return Studio(pipeline, config, words, {"exact": {"num_iter": 4}}, examples, **options)
 
 

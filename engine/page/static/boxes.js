@@ -130,7 +130,8 @@ export class BoxCanvas {
     if (view.picture) context.drawImage(view.picture, 0, 0, width, height);
     for (const box of view.hole) hatch(context, at(box), scale);
     if (view.boxes) {
-      for (const object of this.hooks.objects()) {
+      const last = (object) => object.id === this.hooks.selected() ? 1 : 0;
+      for (const object of [...this.hooks.objects()].sort((one, other) => last(one) - last(other))) {
         const isSelected = object.id === this.hooks.selected();
         outline(context, at(object.bbox), colourOf(object), scale, isSelected);
         plate(context, at(object.bbox), object.phrase || object.label || "?", colourOf(object), scale);

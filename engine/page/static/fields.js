@@ -18,12 +18,17 @@ export function mainFields(facts) {
 export function moreFields(facts, auto) {
   const isDiffusion = facts.head === "diffusion";
   return [
+    {kind: "text", name: "options.negative_prompt", label: "Rather not", title: "What guidance by the caption leads away from", limit: facts.limits.text},
+    isDiffusion ? whole("options.num_sampling_steps", "Diffusion steps", 1, 1000) : null,
+    range("options.temperature", "Temperature", isDiffusion ? 0 : 0.05, 2, 0.05),
+    range("options.layout_scale", "Strength of boxes", 0, 2, 0.05, {title: "Of those without one of their own; 1 as trained"}),
+    range("options.layout_schedule.0", "Boxes count until", 0, 1, 0.05, {title: "This share of the picture is visible; 1: always"}),
+    range("options.layout_schedule.1", "… and fade over", 0, 1, 0.05, {title: "So much more of it"}),
+    {kind: "check", name: "options.drop_grounding_tokens", label: "Leave boxes out", title: "Only the caption counts; with the next option, boxes that it names come in later"},
     {kind: "check", name: "auto", label: "Boxes follow words", title: "From an iteration on, a box reaches where the caption's attention to its name is high"},
     range("options.mask_threshold", "… above this share", 0, 0.95, 0.05, {when: auto}),
     whole("options.start_step", "… from iteration", 1, facts.num_tokens - 1, {when: auto}),
     {kind: "check", name: "options.auto_update", label: "… anew in each", when: auto},
-    isDiffusion ? whole("options.num_sampling_steps", "Diffusion steps", 1, 1000) : null,
-    range("options.temperature", "Temperature", isDiffusion ? 0 : 0.05, 2, 0.05),
   ].filter(Boolean);
 }
 
@@ -53,6 +58,7 @@ function rowOf(field, get, set) {
 function input(field, type, get, read, set) {
   const element = document.createElement("input");
   element.type = type;
+  if (field.limit) element.maxLength = field.limit;
   for (const name of ["min", "max", "step"]) if (field[name] !== undefined) element[name] = field[name];
   element.addEventListener("input", () => { const value = read(element); if (value !== undefined) set(value); });
   element.addEventListener("change", () => { element.value = get() ?? ""; });

@@ -44,6 +44,14 @@ function holes() {
   return found;
 }
 
+// All cells that a box touches: these are drawn anew.
+function cellsOf(box) {
+  const [rows, columns] = facts.grid, slack = 1e-4;
+  const low = (share, count) => Math.floor(share * count + slack) / count;
+  const high = (share, count) => Math.ceil(share * count - slack) / count;
+  return [low(box[0], columns), low(box[1], rows), high(box[2], columns), high(box[3], rows)];
+}
+
 // Changes of the layout
 
 function begin() {
@@ -345,7 +353,7 @@ function removedRow(object) {
 function thumb(picture) {
   const made = element("button", {title: picture.prompt || "no caption", ariaPressed: picture === current},
     element("img", {src: picture.image.src, alt: picture.prompt}),
-    element("span", {textContent: picture.options ? `seed ${picture.seed}` : "opened"}));
+    element("span", {textContent: picture.options ? `seed ${picture.seed}${picture.source ? ", edited" : ""}` : "opened"}));
   made.addEventListener("click", () => recall(picture));
   return made;
 }
@@ -370,7 +378,7 @@ function refresh() {
   $("stop").hidden = isFree;
   $("progress").hidden = isFree;
   if (isFree) $("progress").value = 0;
-  if (mode === "edit" && !hasHole && isFree) say("Move, add or remove a box, or tick “Repaint it”: only what changes is drawn anew.");
+  $("hint").hidden = hasHole || !isFree;
   $("undo").disabled = undone.length === 0;
   $("show-found-label").hidden = !facts.has_detector;
   $("strip").replaceChildren(...pictures.map(thumb));
@@ -393,7 +401,7 @@ function view() {
   return {
     picture: growing ? growing.image : job && !job.pictures ? (mode === "edit" ? base.image : null) : shown && shown.image,
     boxes: $("show-boxes").checked,
-    hole: job ? [] : holes(),
+    hole: job ? [] : holes().map(cellsOf),
     found: $("show-found").checked && current && !job ? current.found : [],
   };
 }
@@ -402,9 +410,11 @@ function view() {
 
 const isAuto = () => state.options.mask_threshold !== null;
 
+// name: a path into the state, or one of two that stand for several values.
 function valueOf(name) {
+  if (name === "speed") return speedNow();
   if (name === "auto") return isAuto();
-  return name === "speed" ? speedNow() : name.startsWith("options.") ? state.options[name.slice(8)] : state[name];
+  return name.split(".").reduce((value, key) => value[key], state);
 }
 
 function setValue(name, value) {
@@ -415,8 +425,10 @@ function setValue(name, value) {
     }
   } else if (name === "auto") {
     Object.assign(state.options, value ? AUTO : NOT_AUTO);
-  } else if (name.startsWith("options.")) state.options[name.slice(8)] = value;
-  else state[name] = value;
+  } else {
+    const keys = name.split("."), last = keys.pop();
+    keys.reduce((holder, key) => holder[key], state)[last] = value;
+  }
   for (const field of fields) field.refresh();
 }
 

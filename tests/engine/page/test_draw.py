@@ -7,6 +7,7 @@ import logging
 import shlex
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from PIL import Image
 
 import scripts.sample
 from engine.page.server import PageServer
-from tests.helpers.page_world import QUICK, SCENE, Caller, pictures_of, pixels_of
+from tests.helpers.page_world import QUICK, SCENE, Caller, pictures_of, pixels_of, served, tiny_studio
+from tests.helpers.tiny import CONFIG, World, write_checkpoint
 
 HOLE = [[0.5, 0.5, 1.0, 1.0]]
 
@@ -130,6 +132,49 @@ def test_editing_keeps_what_is_outside_and_opens_again(caller: Caller, drawn: li
     assert pictures_of(caller.draw(again))[0]["png"] == edited["png"]
 
 
+def test_boxes_in_words(world: World, tmp_path: Path) -> None:
+    """For weights that know phrases; the others say that they do not."""
+    write_checkpoint(world, tmp_path / "words.pth", replace(CONFIG, phrases=True))
+    boxes = [[0.125, 0.25, 0.5, 0.75], [0.5, 0.0, 1.0, 0.5]]
+    named = {"label": "dog", "phrase": "large red dog", "bbox": boxes[0]}
+    described = {"label": "a blue bird", "bbox": boxes[1]}
+    scene = {"prompt": "", "objects": [named, described]}
+    with served(tiny_studio(world, checkpoint=tmp_path / "words.pth")) as server:
+        caller = Caller(server)
+        assert json.loads(caller.get("/facts")[1])["has_phrases"]
+        (made,) = pictures_of(caller.draw({"scene": scene}))
+        assert caller.post("/open", {"content": made["png"]})[1]["scenes"] == [scene]
+        plain = {**scene, "objects": [{"label": "dog", "bbox": box} for box in boxes]}
+        assert pictures_of(caller.draw({"scene": plain}))[0]["png"] != made["png"]
+        described["label"] = "a" * 201
+        assert "what a box holds has 201 characters" in caller.post("/draw", {"scene": scene})[1]["error"]
+
+
+CONTROLS = {
+    "layout_schedule": [0.3, 0.2],
+    "layout_scale": 0.5,
+    "drop_grounding_tokens": True,
+    "negative_prompt": "a ball",
+    "cfg_text": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_each_control_counts_and_is_kept_in_the_file(caller: Caller, name: str) -> None:
+    options = {**QUICK.to_dict(), "cfg_text": 3.0, "num_iter": 8}
+    (plain,) = pictures_of(caller.draw({"scene": SCENE, "options": options}))
+    (steered,) = pictures_of(caller.draw({"scene": SCENE, "options": {**options, name: CONTROLS[name]}}))
+    assert not np.array_equal(pixels_of(plain["png"]), pixels_of(steered["png"]))
+    assert caller.post("/open", {"content": steered["png"]})[1]["options"] == {**options, name: CONTROLS[name]}
+
+
+def test_a_box_s_strength_counts(caller: Caller) -> None:
+    weak = {**SCENE, "objects": [{**SCENE["objects"][0], "scale": 0.25}]}
+    one, other = (pictures_of(caller.draw({"scene": scene}))[0]["png"] for scene in (SCENE, weak))
+    assert not np.array_equal(pixels_of(one), pixels_of(other))
+    assert caller.post("/open", {"content": other})[1]["scenes"] == [weak]
+
+
 def test_the_command_line_draws_the_same_pictures(
     caller: Caller, drawn: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +183,7 @@ def test_the_command_line_draws_the_same_pictures(
     cases = [
         {"scene": SCENE, "seed": 5, "num_images": 2},
         {"scene": {"prompt": "it's a 'dog'", "objects": []}, "seed": 3, "options": {"cfg_text": 3.0, "t_max": 900}},
+        {"scene": SCENE, "seed": 4, "options": CONTROLS | {"drop_grounding_tokens": False}},
         edit_of(drawn),
     ]
     for wish in cases:

@@ -116,6 +116,8 @@ BAD = {
     "no options": ({"scene": SCENE, "options": [1]}, "options must be names and values"),
     "unknown option": ({"scene": SCENE, "options": {"rm": 1}}, r"unknown fields \['rm'\]"),
     "guidance": ({"scene": SCENE, "options": {"cfg_text": 1000}}, r"cfg_text must lie in \[0, 100\], got 1000"),
+    "half a character": ({"scene": SCENE, "options": {"negative_prompt": "\ud800"}}, "negative_prompt is no text"),
+    "a negative novel": ({"scene": SCENE, "options": {"negative_prompt": "a" * 2001}}, "negative_prompt has 2001"),
     "iterations": ({"scene": SCENE, "options": {"num_iter": 65}}, "num_iter must lie between 1 and"),
     "another head's": ({"scene": SCENE, "options": {"top_k": 3}}, "top_k is an option of the discrete head"),
     "a head": ({"scene": SCENE, "options": {"head": "discrete"}}, "the model has the diffusion head"),
