@@ -27,7 +27,11 @@ def get_parser() -> argparse.ArgumentParser:
     add_config_arg(parser)
     parser.add_argument("--coco_root", default="", help="folder with annotations/ and the image folders")
     parser.add_argument("--class_root", default="", help="instead: folder with train/, a folder of pictures per class")
-    parser.add_argument("--coco_split", default="train2014", help="e.g. train2014, val2017: any split with both jsons")
+    parser.add_argument(
+        "--coco_split",
+        default="train2014",
+        help="e.g. train2014, val2017: any split of jsons or sidecars; a+b joins two",
+    )
     parser.add_argument("--cached_path", required=True, help="where to write latents/ and text/; one folder per split")
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help=VAE_HELP)
     parser.add_argument(

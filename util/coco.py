@@ -1,6 +1,7 @@
 """COCO captions and instances of one split, filtered. What its jsons may hold: util/coco_json.py.
 
-Expects <root>/annotations/instances_<split>.json, captions_<split>.json and the images in <root>/<split>/ under the
+A split is jsons as below, or pictures with sidecars, or several of these joined (util/split_entries.py). Jsons are
+<root>/annotations/instances_<split>.json, captions_<split>.json and the images in <root>/<split>/ under the
 json's own file names, so 2014 (COCO_train2014_000000000009.jpg), 2017 and custom splits all work. Categories come from
 the json. Boxes are kept in pixels of the source image; `fit_boxes` takes them into a crop.
 
@@ -10,7 +11,6 @@ Left out: segmentations, keypoints, "stuff".
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,14 @@ import numpy as np
 
 from util.boxes import Crop, areas, clip_boxes, crop_boxes, plan_center_crop, visibility, xywh_to_xyxy
 from util.buckets import Size, nearest_size
-from util.coco_json import BoxEntry, CaptionEntry, ImageEntry, read_captions, read_instances
-from util.types import Category
+from util.coco_json import BoxEntry, CaptionEntry, ImageEntry
+from util.sidecars import UnknownLabels
+from util.split_entries import COCO_URL, annotation_path, parts_of, read_split_entries
+from util.types import UNKNOWN, Category
 
 logger = logging.getLogger(__name__)
 
 MIN_SIDE = 1e-6  # of the crop; shorter sides would vanish in float32
-COCO_URL = "https://cocodataset.org/#download"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class BoxFilters:
 
     min_visibility: the least share of a box's own area that must lie in the crop. max_objects: the largest are kept.
     drop_empty: also drop images that keep no box in the centre crop (otherwise they stay, with captions only).
+    unknown: what becomes of a sidecar's label that is no category.
     """
 
     min_area: float = 0.0
@@ -42,6 +44,7 @@ class BoxFilters:
     max_objects: int = 16
     keep_crowd: bool = False
     drop_empty: bool = False
+    unknown: UnknownLabels = "refuse"
 
     def __post_init__(self) -> None:
         for name in ("min_area", "min_visibility"):
@@ -112,6 +115,7 @@ class CocoImage:
     captions: tuple[str, ...]
     crowd: np.ndarray
     phrases: tuple[str, ...] = ()
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,31 +128,35 @@ class CocoSplit:
     removed: Mapping[str, int]
 
 
-def read_split(root: str | Path, split: str, keep_crowd: bool = False, captions_required: bool = True) -> CocoSplit:
-    """Reads both jsons. Crowd boxes are removed unless kept; degenerate ones always are.
+def read_split(
+    root: str | Path,
+    split: str,
+    keep_crowd: bool = False,
+    captions_required: bool = True,
+    unknown: UnknownLabels = "refuse",
+) -> CocoSplit:
+    """Reads both jsons, or sidecars, of the split or of those that it joins. Crowd boxes are removed unless kept;
+    degenerate ones always are.
 
-    captions_required: False for who needs boxes alone: without a captions file no image has a caption then.
+    captions_required: False for who needs boxes alone: without a captions file no image has a caption then. unknown:
+    what becomes of a sidecar's label that is no category.
     Raises FileNotFoundError naming a missing json, ValueError naming the file and entry that are malformed.
     """
-    instances_path = _annotation_file(Path(root), "instances", split)
-    captions_path = _annotation_path(Path(root), "captions", split)
-    if captions_required:
-        _annotation_file(Path(root), "captions", split)
-    instances = read_instances(instances_path)
-    entries = {entry.id: entry for entry in instances.images}
-    captions = read_captions(captions_path) if os.path.isfile(captions_path) else []
-    removed: Counter[str] = Counter()
-    caption_of = _captions_by_image(captions, entries, removed)
-    boxes_of = _boxes_by_image(instances.boxes, entries, removed)
-    position_of = {category.id: position for position, category in enumerate(instances.categories)}
+    whole = read_split_entries(Path(root), split, captions_required, unknown)
+    entries = {entry.id: entry for entry in whole.images}
+    removed = Counter(whole.removed)
+    caption_of = _captions_by_image(whole.captions, entries, removed)
+    boxes_of = _boxes_by_image(whole.boxes, entries, removed)
+    position_of: dict[int | None, int] = {each.id: position for position, each in enumerate(whole.categories)}
+    position_of[None] = UNKNOWN
     images = []
     for image_id in sorted(entries):
         entry, own = entries[image_id], caption_of.get(image_id, [])
         boxes_px, indices, crowd, phrases = _placed(boxes_of.get(image_id, []), entry, position_of, keep_crowd, removed)
-        ids, texts = tuple(each.id for each in own), tuple(each.text for each in own)
-        size = (entry.width, entry.height)
-        images.append(CocoImage(image_id, entry.file_name, *size, boxes_px, indices, ids, texts, crowd, phrases))
-    return CocoSplit(instances_path, instances.categories, tuple(images), removed)
+        said = tuple(each.id for each in own), tuple(each.text for each in own)
+        size, folder = (entry.width, entry.height), whole.folders[image_id]
+        images.append(CocoImage(image_id, entry.file_name, *size, boxes_px, indices, *said, crowd, phrases, folder))
+    return CocoSplit(whole.path, whole.categories, tuple(images), removed)
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class CocoIndex:
         Raises FileNotFoundError naming a missing json, ValueError naming the file and entry that are malformed.
         """
         root, filters = Path(root), filters or BoxFilters()
-        whole = read_split(root, split, filters.keep_crowd)
+        whole = read_split(root, split, filters.keep_crowd, unknown=filters.unknown)
         removed = Counter(whole.removed)
         images, num_kept = [], 0
         for image in whole.images:
@@ -217,35 +225,26 @@ class CocoIndex:
         }
 
     def image_path(self, position: int) -> Path:
-        return self.root / self.split / self.images[position].file_name
+        image = self.images[position]
+        return self.root / image.folder / image.file_name
+
+    @property
+    def named_in(self) -> str:
+        """What says how large its images are, for messages: jsons; those with sidecars say it themselves."""
+        jsons = [annotation_path(self.root, "instances", part) for part in parts_of(self.split)]
+        return " or ".join(path.name for path in jsons if path.is_file()) or "their headers"
 
     def require_images(self) -> None:
-        """Raises FileNotFoundError unless the image folder exists and holds the first and the last image."""
-        folder = self.root / self.split
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"image folder not found: {folder}. Images of {self.split} belong there; see {COCO_URL}"
-            )
+        """Raises FileNotFoundError unless the image folders exist and hold the first and the last image."""
+        for part in parts_of(self.split):
+            folder = self.root / part
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"image folder not found: {folder}. Images of {part} belong there; see {COCO_URL}"
+                )
         for position in (0, len(self) - 1):
             if not self.image_path(position).is_file():
-                raise FileNotFoundError(
-                    f"image not found: {self.image_path(position)}, named in instances_{self.split}.json"
-                )
-
-
-def _annotation_path(root: Path, kind: str, split: str) -> Path:
-    return root / "annotations" / f"{kind}_{split}.json"
-
-
-def _annotation_file(root: Path, kind: str, split: str) -> Path:
-    path = _annotation_path(root, kind, split)
-    if not os.path.isfile(path):
-        found = sorted(each.name for each in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        raise FileNotFoundError(
-            f"COCO annotations not found: {path}. In {path.parent}: {', '.join(found) or 'no json files'}. "
-            f"See {COCO_URL}"
-        )
-    return path
+                raise FileNotFoundError(f"image not found: {self.image_path(position)}, named in {self.named_in}")
 
 
 def _captions_by_image(
@@ -278,7 +277,7 @@ def _boxes_by_image(
 def _placed(
     boxes: Sequence[BoxEntry],
     image: ImageEntry,
-    position_of: Mapping[int, int],
+    position_of: Mapping[int | None, int],
     keep_crowd: bool,
     removed: Counter[str],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:

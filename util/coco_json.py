@@ -41,12 +41,12 @@ class ImageEntry(NamedTuple):
 
 
 class BoxEntry(NamedTuple):
-    """bbox: x, y, width, height in pixels; may be degenerate or reach out of the image. phrase: with single spaces,
-    none around it."""
+    """category_id: None where a phrase alone says what the box holds, which no json has. bbox: x, y, width, height in
+    pixels; may be degenerate or reach out of the image. phrase: with single spaces, none around it."""
 
     id: int
     image_id: int
-    category_id: int
+    category_id: int | None
     bbox: tuple[float, float, float, float]
     is_crowd: bool
     phrase: str = ""
@@ -82,6 +82,12 @@ def read_instances(path: Path) -> Instances:
             where = _where(path, "annotations", position, box.id)
             raise ValueError(f"{where}: category_id {box.category_id} is none of the {len(known)} ids in 'categories'")
     return Instances(images, boxes, tuple(sorted(categories, key=lambda each: each.id)))
+
+
+def read_categories(path: Path) -> tuple[Category, ...]:
+    """The categories alone, sorted by id, of any json that lists them. Raises as `read_instances` does."""
+    categories = _entries(path, _read(path, ("categories",)), "categories", _category)
+    return tuple(sorted(_with_distinct_names(categories, (), path), key=lambda each: each.id))
 
 
 def read_captions(path: Path) -> list[CaptionEntry]:
@@ -192,7 +198,7 @@ def _file_name(entry: dict[str, Any]) -> str:
     return name
 
 
-def _with_distinct_names(categories: list[Category], used: Collection[int], path: Path) -> list[Category]:
+def _with_distinct_names(categories: list[Category], used: Collection[int | None], path: Path) -> list[Category]:
     ids_of: dict[str, list[int]] = {}
     for category in categories:
         ids_of.setdefault(category.name, []).append(category.id)

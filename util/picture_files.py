@@ -24,6 +24,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from util.read import read_bytes, require_regular_file, short_path
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

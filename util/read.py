@@ -92,6 +92,21 @@ def parse_json(text: str, name: str) -> Any:
         raise ValueError(f"{name} is not usable JSON: a number is too long ({error})") from error
 
 
+def parse_json_lines(text: str, name: str) -> list[Any]:
+    """JSON lines, or JSON, as the list of what it holds; `name` begins each message. Raises ValueError."""
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if len(lines) > 1 and all(_is_object(line) for _, line in lines):
+        return [parse_json(line, f"{name}, line {number}") for number, line in lines]
+    content = parse_json(text, name)
+    return content if isinstance(content, list) else [content]
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line looks like a JSON object of its own."""
+    line = line.strip()
+    return line.startswith("{") and line.endswith("}")
+
+
 def require_text(value: Any, where: str) -> str:
     """`value` if it is a string that can be encoded. Raises ValueError that begins with `where`."""
     if not isinstance(value, str):

@@ -97,7 +97,11 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     """COCO captions and boxes."""
     group = parser.add_argument_group("data")
     group.add_argument("--coco_root", default="./data/coco", help="folder with annotations/ and the image folders")
-    group.add_argument("--coco_split", default="train2014", help="a split with captions_ and instances_ json files")
+    group.add_argument(
+        "--coco_split", default="train2014",
+        help="a split with captions_ and instances_ json files, or a folder of pictures with .bbox and .txt files; a+b "
+             "joins two"
+    )  # fmt: skip
     group.add_argument("--caption_mode", default="random", choices=["random", "all"],
                        help="random: one caption per image and epoch; all: an epoch visits every caption")  # fmt: skip
     group.add_argument("--crop", default="center", choices=["center", "random"], help="how images become square")

@@ -28,7 +28,9 @@ from util.logging import progress, setup_logging
 from util.output import held_folder
 from util.picture_files import decode_image, read_image_bytes, require_size
 
-ALL_BOXES = BoxFilters(min_visibility=0, keep_crowd=True)  # latents and captions do not depend on them
+ALL_BOXES = BoxFilters(
+    min_visibility=0, keep_crowd=True, unknown="phrase"
+)  # latents and captions do not depend on them
 
 
 def cache_split(args: argparse.Namespace) -> list[str]:
@@ -56,7 +58,7 @@ def _cache_coco(args: argparse.Namespace, dist: DistInfo) -> list[str]:
     encoder = ClipTextEncoder.load(args.clip_path, dist.device) if args.text else None
     if not args.check_data:
         if codec is not None:
-            named_in = f"instances_{index.split}.json"
+            named_in = index.named_in
             cache_latents(args, photographs_of(index), index.split, named_in, codec, dist)
         if encoder is not None:
             cache_text(args, index, encoder, dist)
@@ -80,7 +82,7 @@ def _cache_classes(args: argparse.Namespace, dist: DistInfo) -> list[str]:
 def _check_images(index: CocoIndex, dist: DistInfo) -> str:
     index.require_images()
     with failing_together():
-        return check_pictures(photographs_of(index), f"instances_{index.split}.json") if dist.is_main else ""
+        return check_pictures(photographs_of(index), index.named_in) if dist.is_main else ""
 
 
 class _Crops(Dataset[tuple[Tensor, Tensor, Tensor]]):

@@ -233,7 +233,7 @@ def read_scenes(args: argparse.Namespace, identity: Identity, prompt: str | None
     """
     size, config, categories = None if args.size is None else read_size(args.size), identity.config, identity.categories
     if args.coco_root:
-        filters = BoxFilters(max_objects=config.max_objects)
+        filters = BoxFilters(max_objects=config.max_objects, unknown="phrase" if config.phrases else "refuse")
         index = CocoIndex.load(args.coco_root, args.coco_split, filters, config.img_size)
         require_same_categories(index.categories, categories, f"{args.coco_root} {args.coco_split}")
         return scenes_from_dataset(index, config.img_size, args.num_images, size)

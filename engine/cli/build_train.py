@@ -80,7 +80,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 def build_images(args: argparse.Namespace, sizes: StructMARConfig, frozen: Frozen) -> CocoLayoutDataset:
     """All images of the split, with their captions and boxes."""
     data = data_config(args, sizes.img_size, sizes.max_objects, picture_sizes(args, sizes))
-    data = replace(data, phrase_prob=phrase_prob(args))
+    data = replace(data, phrase_prob=phrase_prob(args), has_phrases=args.phrases)
     return build_dataset(args, data, data.load_index(), frozen)
 
 

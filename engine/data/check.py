@@ -87,7 +87,7 @@ def _check_coco(dataset: CocoLayoutDataset, folder: str | Path) -> DataCheck:
     if dataset.latents is not None:
         found.append(check_sources(dataset.latents, photographs))
     elif photographs:
-        found.append(check_pictures(photographs, f"instances_{index.split}.json"))
+        found.append(check_pictures(photographs, index.named_in))
     return DataCheck((entries, *found), note)
 
 

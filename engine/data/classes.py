@@ -24,14 +24,13 @@ from engine.data.cache import LatentCache
 from engine.data.sources import Photograph
 from util.boxes import CROP_MODES, CropMode, plan_center_crop, plan_random_crop
 from util.images import crop_image, to_model_range
-from util.picture_files import load_image
+from util.picture_files import SUFFIXES, load_image
 from util.read import short_path, short_repr
 from util.rng import generator
 
 logger = logging.getLogger(__name__)
 
 SPLIT = "train"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 @dataclass(frozen=True)

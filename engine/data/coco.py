@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -23,14 +22,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from engine.data.cache import LatentCache, TextCache
-from engine.data.phrases import draw_phrases, own_phrases
+from engine.data.phrases import draw_phrases, names_a_side, own_phrases
 from util.boxes import CROP_MODES, Crop, CropMode, flip_boxes, plan_center_crop, plan_random_crop
 from util.buckets import Size, nearest_size
 from util.coco import BoxFilters, CocoImage, CocoIndex, fit_boxes
 from util.images import crop_image, load_image, to_model_range
 from util.picture_files import require_size
 from util.rng import generator
-from util.types import Layout, LayoutBatch, SizeBatch, TextContext
+from util.types import UNKNOWN, Layout, LayoutBatch, SizeBatch, TextContext
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +37,14 @@ CaptionMode = Literal["random", "all"]
 CAPTION_MODES: tuple[CaptionMode, ...] = get_args(CaptionMode)
 BUCKETS = "buckets"  # an entry of checkpoints, see `engine/data/buckets.py`
 
-_SIDED = re.compile(r"\b(left|right)(s|most|hand|handed|wards?|side)?\b", re.IGNORECASE)
-
-
-def names_a_side(caption: str) -> bool:
-    """Whether a mirrored image would contradict the caption: "left", "Right-hand", "leftmost", not "upright"."""
-    return _SIDED.search(caption) is not None
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, how they are cropped and flipped, which boxes stay (see `BoxFilters` for units).
 
     caption_mode: "random" draws one caption per image and epoch; "all" makes each caption an item of its own.
     sizes: (height, width) that pictures may have, each the nearest one; none: squares of `img_size`. phrase_prob: of a box
-    being given by its phrase (`phrases.py`).
+    being given by its phrase (`phrases.py`). has_phrases: whether the model knows boxes by words, so that a sidecar's
+    label that is no category is a phrase.
     """
 
     coco_root: str
@@ -69,6 +61,7 @@ class DataConfig:
     seed: int = 0
     sizes: tuple[Size, ...] = ()
     phrase_prob: float = 0.0
+    has_phrases: bool = False
 
     def __post_init__(self) -> None:
         if self.crop not in CROP_MODES:
@@ -83,7 +76,8 @@ class DataConfig:
 
     @property
     def filters(self) -> BoxFilters:
-        return BoxFilters(self.min_area, self.min_visibility, self.max_objects, self.keep_crowd, self.drop_empty)
+        rules = (self.min_area, self.min_visibility, self.max_objects, self.keep_crowd, self.drop_empty)
+        return BoxFilters(*rules, unknown="phrase" if self.has_phrases else "refuse")
 
     def load_index(self) -> CocoIndex:
         return CocoIndex.load(self.coco_root, self.split, self.filters, self.img_size, self.sizes)
@@ -279,16 +273,21 @@ class CocoLayoutDataset(Dataset[Sample]):
         return plan_random_crop(image.width, image.height, size, self._draw("crop", image.id, caption_id))
 
     def _is_flipped(self, image: CocoImage, caption: str, caption_id: int) -> bool:
-        said = (caption, *image.phrases) if self.config.phrase_prob else (caption,)
+        said = (caption, *image.phrases) if self._tells_phrases(image) else (caption,)
         if any(names_a_side(text) for text in said):
             return False
         return torch.rand((), generator=self._draw("flip", image.id, caption_id)).item() < self.config.hflip_prob
 
+    def _tells_phrases(self, image: CocoImage) -> bool:
+        """Whether some box of the image may be, or has to be, given by its phrase."""
+        return self.config.phrase_prob > 0 or bool((image.categories == UNKNOWN).any())
+
     def _layout(self, image: CocoImage, caption_id: int, crop: Crop, is_flipped: bool) -> Layout:
-        prob = self.config.phrase_prob
-        phrases = own_phrases(image, self.index.categories) if prob else ()
+        if not self._tells_phrases(image):
+            return make_layout(image, crop, is_flipped, self.index.filters)
+        phrases = own_phrases(image, self.index.categories)
         layout = make_layout(image, crop, is_flipped, self.index.filters, phrases)
-        return draw_phrases(layout, prob, self._draw("phrase", image.id, caption_id)) if prob else layout
+        return draw_phrases(layout, self.config.phrase_prob, self._draw("phrase", image.id, caption_id))
 
     def _pixels(self, position: int, crop: Crop, is_flipped: bool) -> Tensor:
         return to_model_range(read_crop(self.index, position, crop, is_flipped))
@@ -298,7 +297,7 @@ def read_crop(index: CocoIndex, position: int, crop: Crop, is_flipped: bool = Fa
     """uint8 [H, W, 3]. Raises ValueError naming the file if it is unreadable or not of the size the json states."""
     path = index.image_path(position)
     image = load_image(path)
-    require_size(path, image, crop.source, f"instances_{index.split}.json")
+    require_size(path, image, crop.source, index.named_in)
     picture = crop_image(image, crop)
     return picture[:, ::-1] if is_flipped else picture
 
@@ -311,6 +310,8 @@ def make_layout(
     fitted = fit_boxes(image.boxes_px, crop, filters)
     boxes_xyxy = flip_boxes(fitted.boxes_xyxy) if is_flipped else fitted.boxes_xyxy
     kept_phrases = tuple(phrases[place] for place in fitted.kept) if phrases else ()
+    if not any(kept_phrases):
+        kept_phrases = ()
     categories = torch.from_numpy(image.categories[fitted.kept])
     return Layout(torch.from_numpy(boxes_xyxy).float(), categories, kept_phrases)
 

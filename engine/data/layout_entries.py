@@ -15,18 +15,17 @@ Left out: masks, points and scribbles, image prompts, and every key that does no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from engine.data.box_readings import XYWH, XYWH_PX, XYXY, BoxReading, read_box
+from util.box_readings import XYWH, XYWH_PX, XYXY, BoxReading, read_box
 from util.buckets import Size
 from util.read import short_repr
+from util.sidecar_files import BOX_KEYS, category_name
 
 Entry = dict[str, Any]
 Convert = Callable[[Entry, str, Collection[str]], Entry]
-_ARTICLE = re.compile(r"(a|an|the)\s+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,6 @@ class LayoutFormat:
     @property
     def words(self) -> str:
         return f"{self.title}'s (boxes {self.reading.words})"
-
-
-def category_name(label: Any, names: Collection[str]) -> Any:
-    """The category that a label of another format means: "A teddy bear" is "teddy bear"; else the label itself."""
-    if not isinstance(label, str) or label in names:
-        return label
-    bare = _ARTICLE.sub("", label.strip().lower(), count=1)
-    return bare if bare in names else label
 
 
 def listed(entry: Entry, key: str, where: str) -> list[Any]:
@@ -148,19 +139,6 @@ def from_object_list(title: str, reading: BoxReading, twin: str) -> Convert:
     return convert
 
 
-def from_sidecar(entries: list[Entry], where: str, names: Collection[str]) -> list[Entry]:
-    """The objects of a .bbox file, one for each of its lines. phrase, scale and edit mean what they mean in ours."""
-    objects = []
-    for index, line in enumerate(entries):
-        own = f"{where}, object {index}"
-        if not isinstance(line, dict) or "label" not in line or "bbox" not in line:
-            raise ValueError(f"{own}: must be an object with the keys 'label' and 'bbox', got {short_repr(line)}")
-        box = read_box(line["bbox"], _object(where, index, line["label"]), "bbox", XYXY, ("a .bbox file", ""))
-        kept = {key: line[key] for key in ("phrase", "scale", "edit") if key in line}
-        objects.append({"label": category_name(line["label"], names), "bbox": box} | kept)
-    return objects
-
-
 def _object(where: str, index: int, label: Any) -> str:
     return f"{where}, object {index} ({short_repr(label)})"
 
@@ -170,9 +148,7 @@ def _as_it_is(entry: Entry, where: str, names: Collection[str]) -> Entry:
 
 
 OURS = LayoutFormat("structmar", "StructMAR", ("objects",), XYXY, _as_it_is)
-SIDECAR = LayoutFormat(
-    "bbox", "a .bbox file", ("label", "bbox"), XYXY, _as_it_is, ("label", "bbox", "phrase", "scale", "edit")
-)
+SIDECAR = LayoutFormat("bbox", "a .bbox file", ("label", "bbox"), XYXY, _as_it_is, BOX_KEYS)
 GLIGEN = LayoutFormat("gligen", "GLIGEN", ("phrases", "locations"), XYXY, from_gligen,
                       ("prompt", "phrases", "locations", "alpha_type", "text_mask"))  # fmt: skip
 DIFFUSERS = LayoutFormat(

@@ -13,7 +13,6 @@ they mean, it names the readings.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.box_readings import BoxReading, read_box
+from util.box_readings import BoxReading, read_box
 from engine.data.layout_entries import (
     GLIGEN,
     JSON_FORMATS,
@@ -31,15 +30,14 @@ from engine.data.layout_entries import (
     SIDECAR,
     Entry,
     LayoutFormat,
-    category_name,
-    from_sidecar,
 )
 from util.buckets import Size
-from util.read import parse_json, read_text, short_path, short_repr
+from util.read import parse_json_lines, read_text, short_path, short_repr
+from util.sidecar_files import CAPTION_SUFFIX, SIDECAR_SUFFIX, category_name, read_boxes, read_captions
 
 logger = logging.getLogger(__name__)
 
-SIDECAR_SUFFIX = ".bbox"
+OnBad = Callable[[ValueError], None]
 TEXT = "layoutgpt_text"
 LAYOUT_FORMATS = (*(each.name for each in JSON_FORMATS), TEXT)
 ALWAYS_ON = [1, 0, 0]  # GLIGEN's alpha_type: shares of the steps with boxes, with fewer and fewer, without
@@ -74,23 +72,23 @@ def read_entries(
     said: FileFormat | None = None,
     names: Collection[str] = (),
     is_prompt_given: bool = False,
-    on_bad: Callable[[ValueError], None] | None = None,
+    on_bad: OnBad | None = None,
 ) -> list[FoundEntry]:
-    """The entries of a layout file in any of the formats; those of ours are not checked any further.
+    """The entries of a layout file in any of the formats.
 
-    names: of categories, which labels of other formats may mean. is_prompt_given: whoever asks has a prompt, so that
-    the .txt beside a .bbox file is not looked for. on_bad: gets the error of an entry of another format that is wrong,
-    which is left out then. Raises FileNotFoundError or ValueError.
+    is_prompt_given: whoever asks has a prompt, so that the .txt beside a .bbox file is not looked for. The rest is
+    `parse_entries`'s. Raises FileNotFoundError or ValueError.
     """
-    said, where = said or FileFormat(), f"layout file {short_path(path)}"
-    text = read_text(path, "layout file")
-    if Path(path).suffix == SIDECAR_SUFFIX and not text.strip():
-        return [_sidecar_entry(Path(path), where, [], names, is_prompt_given)]
-
-    def beside_caption(content: list[Any]) -> FoundEntry:
-        return _sidecar_entry(Path(path), where, content, names, is_prompt_given)
-
-    return parse_entries(text, where, said, names, on_bad, beside_caption)
+    text, where = read_text(path, "layout file"), f"layout file {short_path(path)}"
+    said, prompt, caption_file = said or FileFormat(), None, Path(path).with_suffix(CAPTION_SUFFIX)
+    if Path(path).suffix == SIDECAR_SUFFIX and said.name is None:
+        said = FileFormat(SIDECAR.name, said.canvas)
+    if said.name == SIDECAR.name and not is_prompt_given and caption_file.is_file():
+        captions = read_captions(caption_file)
+        if not captions:
+            raise ValueError(f"caption file {short_path(caption_file)} is blank: it is to say the prompt of {where}")
+        prompt = captions[0]
+    return parse_entries(text, where, said, names, on_bad, prompt)
 
 
 def parse_entries(
@@ -98,11 +96,15 @@ def parse_entries(
     where: str,
     said: FileFormat | None = None,
     names: Collection[str] = (),
-    on_bad: Callable[[ValueError], None] | None = None,
-    sidecar: Callable[[list[Any]], FoundEntry] | None = None,
+    on_bad: OnBad | None = None,
+    sidecar_prompt: str | None = "",
 ) -> list[FoundEntry]:
-    """`read_entries` of a text that is there already; errors begin with `where`. sidecar: makes the one entry of a .bbox
-    file's content; by default it has an empty prompt."""
+    """The entries of a layout file's text; those of ours are not checked any further. where: errors begin with it.
+
+    names: of categories, which labels of other formats may mean. on_bad: gets the error of an entry of another format
+    that is wrong, which is left out then. sidecar_prompt: of a .bbox file, which says none itself; None: it gets none.
+    Raises ValueError.
+    """
     said = said or FileFormat()
     if said.name == TEXT or (said.name is None and _is_text(text)):
         return _each(
@@ -110,25 +112,24 @@ def parse_entries(
         )
     if said.canvas is not None:
         raise ValueError(f"{where} is JSON, where boxes have no canvas: --layout_canvas is for LayoutGPT's text")
-    content = _parse(text, where)
-    if not content:
+    content = [] if said.name == SIDECAR.name and not text.strip() else parse_json_lines(text, where)
+    if not content and said.name != SIDECAR.name:
         raise ValueError(f"{where} holds an empty list: there is nothing to generate")
     found = [FoundEntry(each, f"{where}, entry {i}") for i, each in enumerate(content)]
     form = _format_of(found, said.name)
-    if form is SIDECAR and sidecar is not None:
-        return [sidecar(content)]
-    if form is SIDECAR:
-        return [FoundEntry({"prompt": "", "objects": from_sidecar(content, where, names)}, where)]
     if form is OURS:
         return found
     _log_unread(content, form, where)
+    if form is SIDECAR:
+        entry: Entry = {"objects": read_boxes(content, where, names)}
+        return [FoundEntry(entry if sidecar_prompt is None else {"prompt": sidecar_prompt} | entry, where)]
     return _each(found, lambda each: _converted(each, form, names), on_bad)
 
 
 def _each(
     found: Iterable[FoundEntry],
     convert: Callable[[FoundEntry], FoundEntry],
-    on_bad: Callable[[ValueError], None] | None,
+    on_bad: OnBad | None,
 ) -> list[FoundEntry]:
     converted = []
     for each in found:
@@ -139,22 +140,6 @@ def _each(
                 raise
             on_bad(error)
     return converted
-
-
-def read_sidecar(path: str | Path, names: Collection[str] = ()) -> list[Entry]:
-    """The objects of a .bbox file: label, bbox and what else ours may have."""
-    where = f"sidecar {short_path(path)}"
-    text = read_text(path, "sidecar")
-    content = _parse(text, where) if text.strip() else []
-    objects = from_sidecar(content, where, names)
-    _log_unread(content, SIDECAR, where, logging.DEBUG)
-    return objects
-
-
-def read_captions(path: str | Path) -> list[str]:
-    """The captions of a .txt file, one a line, with single spaces; blank lines are none."""
-    lines = (" ".join(line.split()) for line in read_text(path, "caption file").splitlines())
-    return [line for line in lines if line]
 
 
 def gligen_entry(entry: Entry, where: str) -> Entry:
@@ -174,28 +159,6 @@ def gligen_entry(entry: Entry, where: str) -> Entry:
         "locations": [item["bbox"] for item in entry["objects"]],
         "alpha_type": ALWAYS_ON,
     }
-
-
-def _parse(text: str, where: str) -> list[Any]:
-    """JSON, or JSON lines, as the list of what it holds."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) > 1 and all(_is_whole(line) for line in lines):
-        return [parse_json(line, f"{where}, line {number}") for number, line in enumerate(lines, start=1)]
-    content = parse_json(text, where)
-    return content if isinstance(content, list) else [content]
-
-
-def _is_whole(line: str) -> bool:
-    """Whether a line is a JSON object of its own."""
-    return line.lstrip().startswith("{") and line.rstrip().endswith("}") and _loads(line)
-
-
-def _loads(line: str) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _format_of(found: Sequence[FoundEntry], name: str | None) -> LayoutFormat:
@@ -253,27 +216,12 @@ def _converted(found: FoundEntry, form: LayoutFormat, names: Collection[str]) ->
         raise ValueError(f"{error}; it was read as {form.words} and has keys of {told[0].words}") from None
 
 
-def _sidecar_entry(
-    path: Path, where: str, content: list[Any], names: Collection[str], is_prompt_given: bool
-) -> FoundEntry:
-    """All objects of a .bbox file, with the first caption of the .txt file beside it."""
-    objects, caption_file = from_sidecar(content, where, names), path.with_suffix(".txt")
-    _log_unread(content, SIDECAR, where)
-    entry: Entry = {"objects": objects}
-    if not is_prompt_given and caption_file.is_file():
-        captions = read_captions(caption_file)
-        if not captions:
-            raise ValueError(f"caption file {short_path(caption_file)} is blank: it is to say the prompt of {where}")
-        entry["prompt"] = captions[0]
-    return FoundEntry(entry, where)
-
-
-def _log_unread(entries: Iterable[Any], form: LayoutFormat, where: str, level: int = logging.INFO) -> None:
+def _log_unread(entries: Iterable[Any], form: LayoutFormat, where: str) -> None:
     """Says once a file which keys were not read, and that a schedule of GLIGEN's is a flag here."""
     entries = [entry for entry in entries if isinstance(entry, dict)]
     unread = sorted({key for entry in entries for key in entry} - set(form.keys))
     if unread:
-        logger.log(level, "%s: not read: %s", where, ", ".join(map(short_repr, unread)))
+        logger.info("%s: not read: %s", where, ", ".join(map(short_repr, unread)))
     alphas = [entry["alpha_type"] for entry in entries if "alpha_type" in entry] if form is GLIGEN else []
     if others := [alpha for alpha in alphas if alpha != ALWAYS_ON]:
         logger.warning(

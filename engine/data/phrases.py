@@ -9,6 +9,7 @@ Shape letters: B batch, N boxes (max), C text channels, P different phrases.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,8 +20,14 @@ from models.frozen.base import TextEncoder
 from util.coco import CocoImage
 from util.types import UNKNOWN, Category, Layout, LayoutBatch
 
+_SIDED = re.compile(r"\b(left|right)(s|most|hand|handed|wards?|side)?\b", re.IGNORECASE)
 CLASSLESS_SHARE = 0.5  # of the boxes that are given by their phrase
 MAX_KEPT = 16384  # encoded phrases
+
+
+def names_a_side(caption: str) -> bool:
+    """Whether a mirrored image would contradict the caption: "left", "Right-hand", "leftmost", not "upright"."""
+    return _SIDED.search(caption) is not None
 
 
 def own_phrases(image: CocoImage, categories: Sequence[Category]) -> tuple[str, ...]:
@@ -29,11 +36,19 @@ def own_phrases(image: CocoImage, categories: Sequence[Category]) -> tuple[str, 
     return tuple(phrase or categories[place].name for phrase, place in zip(named, image.categories, strict=True))
 
 
+def needed_phrases(image: CocoImage) -> tuple[str, ...]:
+    """The phrases of the image's boxes that have no category, "" for the others; () where all have one."""
+    is_unknown = image.categories == UNKNOWN
+    if not is_unknown.any():
+        return ()
+    return tuple(phrase if needed else "" for phrase, needed in zip(image.phrases, is_unknown, strict=True))
+
+
 def draw_phrases(layout: Layout, prob: float, generator: torch.Generator) -> Layout:
     """What a training step sees of a layout whose boxes all have phrases: a box keeps its phrase with probability
-    `prob`, and of these every second one on average loses its class."""
+    `prob`, and of these every second one on average loses its class. One without a class always keeps its phrase."""
     draws = torch.rand(2, len(layout), generator=generator)
-    is_told = draws[0] < prob
+    is_told = (draws[0] < prob) | (layout.categories == UNKNOWN)
     is_classless = is_told & (draws[1] < CLASSLESS_SHARE)
     phrases = tuple(phrase if told else "" for phrase, told in zip(layout.phrases, is_told.tolist(), strict=True))
     categories = layout.categories.masked_fill(is_classless, UNKNOWN)

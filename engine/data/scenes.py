@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from engine.data.box_readings import XYXY, other_order
+from util.box_readings import XYXY, other_order
 from engine.data.coco import make_layout
 from engine.data.layout_formats import FileFormat, read_entries
+from engine.data.phrases import needed_phrases
 from models.config import MAX_SCALE, StructMARConfig
 from util.boxes import plan_center_crop
 from util.buckets import Size
@@ -136,9 +137,11 @@ def scenes_from_dataset(
     scenes: list[Scene] = []
     for image in index.images:
         crop = plan_center_crop(image.width, image.height, img_size if size is None else size)
-        layout = make_layout(image, crop, False, index.filters)
+        layout = make_layout(image, crop, False, index.filters, needed_phrases(image))
         if len(scenes) < num_scenes and len(layout) > 0:
-            names = [index.categories[int(category)].name for category in layout.categories]
+            phrases = layout.phrases or ("",) * len(layout)
+            named = zip(layout.categories.tolist(), phrases, strict=True)
+            names = [phrase if category == UNKNOWN else index.categories[category].name for category, phrase in named]
             scenes.append(Scene(image.captions[0], layout, names, size))
     if len(scenes) < num_scenes:
         raise ValueError(f"{num_scenes} scenes were asked for, but {index.split} has {len(scenes)} images with boxes")

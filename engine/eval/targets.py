@@ -31,6 +31,7 @@ from util.boxes import Crop, areas, clip_boxes, crop_boxes, plan_center_crop, pl
 from util.coco import CocoImage, filter_boxes, is_visible, read_split
 from util.images import Picture, crop_image, load_image
 from util.picture_files import require_size
+from util.split_entries import parts_of
 from util.types import UNKNOWN, Category, Layout
 
 logger = logging.getLogger(__name__)
@@ -147,12 +148,15 @@ def load_eval_set(
     ids of what the profile selects. Images without captions stay, with an empty prompt, and are counted in `removed`
     under "images used without captions"; with captions_required=False so do all of a split without a captions file.
     boxes_by: what the model is told of a box: its class, its phrase (its class's name where it has none), or both.
+    Boxes of sidecars whose labels are no categories are left out and counted: no detector knows them.
     Raises ValueError for unknown names and where no image is left, and whatever `read_split` raises.
     """
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images must be at least 1, got {max_images}")
     root, split = Path(root), split or profile.split
-    whole = read_split(root, split, keep_crowd=True, captions_required=captions_required)
+    if len(parts_of(split)) > 1:
+        raise ValueError(f"an evaluation is of one split, got {split!r}")
+    whole = read_split(root, split, True, captions_required, unknown="leave_out")
     unknown = sorted(skip_categories - {category.name for category in whole.categories})
     if unknown:
         raise ValueError(f"{whole.path} has no categories {', '.join(unknown)}, which were to be skipped")

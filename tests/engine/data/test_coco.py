@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from engine.data.coco import Batch, CocoLayoutDataset, DataConfig, ResumableSampler, collate, names_a_side
+from engine.data.coco import Batch, CocoLayoutDataset, DataConfig, ResumableSampler, collate
+from engine.data.phrases import names_a_side
 from tests.helpers.coco_fixture import COLORS, DEFAULT_IMAGES, FixtureBox, FixtureImage, find_color, write_coco
 from util.coco import CocoIndex
 from util.images import to_picture
