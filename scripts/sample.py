@@ -181,7 +181,8 @@ def check_args(args: argparse.Namespace) -> None:
         if vars(args)[flag] is not None and not args.layout:
             raise ValueError(f"--{flag} {vars(args)[flag]} needs --layout, the file that it is about")
     if args.subject_scales is not None and not args.layout:
-        raise ValueError(f"--subject_scales {args.subject_scales} are of the boxes of a --layout, which is not given")
+        listed = " ".join(f"{scale:g}" for scale in args.subject_scales)
+        raise ValueError(f"--subject_scales {listed} are of the boxes of a --layout, which is not given")
     if args.layout:
         read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
     check_start(args)

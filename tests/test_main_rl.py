@@ -302,6 +302,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"rl_masks": 4}, "num_masks must lie between 1 and num_iter = 3, got 4"),
     ({"num_iter": 17}, "num_iter must lie between 1 and the number of tokens, 16, got 17"),
     ({"temperature": 0}, "--temperature 0 samples the same image for a whole group"),
+    ({"layout_scale": 0.5}, "--layout_scale 0.5 does not go with stage 3, whose log-probabilities are of captions and"),
     ({"crop": "random"}, "--crop random: stage 3 takes centre crops"),
     ({"w_quality": 1.0}, "--w_quality and --quality_clip_path belong together, got 1.0 and ''"),
     ({"reward_full_score": 0}, "--reward_full_score must lie in (0, 1], got 0.0"),

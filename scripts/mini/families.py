@@ -58,7 +58,7 @@ def run_times(args: argparse.Namespace) -> None:
     seconds: dict[tuple[str, int], list[float]] = {each: [] for each in settings}
     for _ in range(1 + args.repeats):
         for name, count in settings:
-            seconds[name, count].append(_seconds(pipelines[name], scenes, configs[name, count], args.precision))
+            seconds[name, count].append(drawing_seconds(pipelines[name], scenes, configs[name, count], args.precision))
     medians = {
         name: {str(count): statistics.median(seconds[name, count][1:]) / len(scenes) for count in args.iterations}
         for name in pipelines
@@ -68,7 +68,10 @@ def run_times(args: argparse.Namespace) -> None:
     write_text_atomic(args.output, json.dumps(content, indent=1) + "\n")
 
 
-def _seconds(pipeline: StructMARPipeline, scenes: Sequence[Scene], config: SamplingConfig, precision: str) -> float:
+def drawing_seconds(
+    pipeline: StructMARPipeline, scenes: Sequence[Scene], config: SamplingConfig, precision: str
+) -> float:
+    """Of one batch of all scenes, with seeds from 0 on."""
     start = time.perf_counter()
     pipeline.draw(scenes, config, range(len(scenes)), batch_size=len(scenes), precision=precision)
     return time.perf_counter() - start
@@ -145,7 +148,7 @@ def _cells(evaluations: Mapping[str, Evaluation], row: str | None = None) -> lis
     cells = []
     for detector, evaluation in evaluations.items():
         numbers = measure(evaluation, row or evaluation.model)
-        cells += [_cell(numbers[name].interval, *UNITS.get(name, (100.0, 1))) for name in MEASURES[detector]]
+        cells += [interval_cell(numbers[name].interval, name) for name in MEASURES[detector]]
     judged = next(iter(evaluations.values()))
     quality = judged.row(row or judged.model)["quality"]
     return [*cells, *(f"{quality[name]:.3f}" if name in quality else "" for name in _distances(evaluations))]
@@ -157,6 +160,9 @@ def _distances(evaluations: Mapping[str, Evaluation]) -> list[str]:
     return list(judged.row(judged.model)["quality"])
 
 
-def _cell(found: Interval, factor: float, digits: int) -> str:
-    value, low, high = (f"{factor * each:.{digits}f}" for each in (found.value, found.low, found.high))
+def interval_cell(found: Interval, measure_name: str, is_signed: bool = False) -> str:
+    """A number and its 95 % interval, in the units of that measure. is_signed: of a difference."""
+    factor, digits = UNITS.get(measure_name, (100.0, 1))
+    sign = "+" if is_signed else ""
+    value, low, high = (f"{factor * each:{sign}.{digits}f}" for each in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"
