@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,9 @@ from util.read import parse_json_lines, read_text, require_text, short_path, sho
 from util.sidecar_files import CAPTION_SUFFIX, SIDECAR_SUFFIX, read_boxes, read_captions
 from util.types import Category
 
+logger = logging.getLogger(__name__)
+
+TRAINED_KEYS = {"label", "bbox", "phrase"}  # of a sidecar's object
 NUM_THREADS = 16  # they wait for a disk, or for a network
 
 UnknownLabels = Literal["refuse", "phrase", "leave_out"]
@@ -51,28 +55,34 @@ def read_sidecars(root: Path, part: str, categories: tuple[Category, ...], unkno
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         sizes = list(pool.map(lambda name: picture_size(folder / name), pictures))
     images: list[ImageEntry] = []
-    boxes: list[BoxEntry] = []
+    boxes: list[BoxEntry | None] = []
     captions: list[CaptionEntry] = []
-    num_left_out = 0
+    unread: set[str] = set()
     for name, (width, height) in zip(pictures, sizes, strict=True):
         image = ImageEntry(_id(part, name), name, width, height)
         images.append(image)
-        own = _boxes(folder / name, image, names, unknown)
-        boxes += [box for box in own if box is not None]
-        num_left_out += own.count(None)
+        where, lines = _lines((folder / name).with_suffix(SIDECAR_SUFFIX))
+        unread |= {key for line in lines if isinstance(line, dict) for key in line} - TRAINED_KEYS
+        items = enumerate(read_boxes(lines, where, names))
+        boxes += [_box(item, index, f"{where}, object {index}", image, names, unknown) for index, item in items]
         caption_file = (folder / name).with_suffix(CAPTION_SUFFIX)
         texts = read_captions(caption_file) if caption_file.is_file() else []
         captions += [CaptionEntry(_id(part, name, "caption", k), image.id, text) for k, text in enumerate(texts)]
-    return SidecarEntries(Instances(images, boxes, categories), captions, num_left_out)
+    if unread:
+        logger.info("sidecars of %s: not read: %s", short_path(folder), ", ".join(map(short_repr, sorted(unread))))
+    kept = [box for box in boxes if box is not None]
+    return SidecarEntries(Instances(images, kept, categories), captions, len(boxes) - len(kept))
 
 
 def _pictures(folder: Path) -> list[str]:
     """Names below the folder, in their order. Raises ValueError for sidecars of no picture, or of two."""
     files = sorted(
-        os.path.relpath(os.path.join(place, name), folder) for place, _, names in os.walk(folder, followlinks=True)
+        os.path.relpath(os.path.join(place, name), folder) for place, _, names in os.walk(folder)
         for name in names if not name.startswith(".")
     )  # fmt: skip
     pictures = [name for name in files if name.lower().endswith(SUFFIXES)]
+    for name in pictures:
+        require_text(name, f"the name of picture {short_path(folder / name)}")
     owner: dict[str, str] = {}
     for name in pictures:
         other = owner.setdefault(os.path.splitext(name)[0], name)
@@ -86,16 +96,11 @@ def _pictures(folder: Path) -> list[str]:
     return pictures
 
 
-def _boxes(picture: Path, image: ImageEntry, names: dict[str, int], unknown: UnknownLabels) -> list[BoxEntry | None]:
-    """Of one picture, in its pixels; None for those that are left out."""
-    path = picture.with_suffix(SIDECAR_SUFFIX)
-    if not path.is_file():
-        return []
+def _lines(path: Path) -> tuple[str, list[Any]]:
+    """What errors of the sidecar begin with, and what it holds; nothing where there is none."""
     where = f"sidecar {short_path(path)}"
-    text = read_text(path, "sidecar")
-    lines = parse_json_lines(text, where) if text.strip() else []
-    items = enumerate(read_boxes(lines, where, names))
-    return [_box(item, index, f"{where}, object {index}", image, names, unknown) for index, item in items]
+    text = read_text(path, "sidecar") if path.is_file() else ""
+    return where, parse_json_lines(text, where) if text.strip() else []
 
 
 def _box(

@@ -94,7 +94,7 @@ def test_either_sidecar_may_be_missing(root: Path) -> None:
     assert len(CocoIndex.load(root, "mine")) == len(images) - 1
 
 
-def test_labels_that_are_no_categories(root: Path) -> None:
+def test_labels_that_are_no_categories(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An error, a phrase, or left out and counted, as the reader wants."""
     lines = [
         {"label": "A  Tomato", "bbox": [0, 0, 0.5, 0.5], "phrase": "ripe  tomato"},
@@ -104,7 +104,9 @@ def test_labels_that_are_no_categories(root: Path) -> None:
     (root / "mine" / "1.bbox").write_text(json.dumps(lines))
     with pytest.raises(ValueError, match=r"1\.bbox, object 1: label 'red umbrella' is none of the 4 .*--phrases"):
         CocoIndex.load(root, "mine")
-    image = by_name(CocoIndex.load(root, "mine", BoxFilters(unknown="phrase")).images)["1"]
+    with caplog.at_level("INFO"):
+        image = by_name(CocoIndex.load(root, "mine", BoxFilters(unknown="phrase")).images)["1"]
+    assert "mine: not read: 'mask'" in caplog.text
     tomato, plum = 0, 2
     assert image.categories.tolist() == [tomato, UNKNOWN, plum]
     assert image.phrases == ("ripe tomato", "red umbrella", "")
