@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SCALES = ("cfg_text", "cfg_layout")
 PAIRS = ("guidance_interval", "layout_schedule")
+LEANS_ON = {"negative_prompt": ("cfg", "cfg_text"), "mask_threshold": ("num_iter",), "start_step": ("num_iter",),
+            "auto_update": ("num_iter",)}  # fmt: skip
 FLAGS = tuple(each.name for each in fields(SamplingConfig) if each.name != "head")
 
 
@@ -58,7 +60,8 @@ def parse_sampling_args(
     that says which the weights name.
 
     check: raises ValueError or FileNotFoundError for arguments that do not go together. It is called before the
-    weights are looked at, which takes seconds as PyTorch is imported, and again with what they name.
+    weights are looked at, which takes seconds as PyTorch is imported, and again with what they name. What goes together
+    or not by what they name (`LEANS_ON`) is checked then.
     head_of: the head of the model that the flags describe, where a command makes one; None: the weights say.
     backbone_head: the head of published weights, which do not say it.
     for_rollouts: where nothing is asked for, what can be scored stands in for what cannot
@@ -68,9 +71,10 @@ def parse_sampling_args(
     args, given = parse_args(parser, argv), given_options(parser, argv)
     said = {name for name in given & set(FLAGS) if vars(args)[name] is not None}
     _forget_foreign(args, said, implied_head(said, args.order))
-    check(args)
     if head_of is None and not _exists(args.resume):
+        check(args)
         return args, None
+    check(_settled(parser, args, given))
     identity = _identity(args.resume)
     if head_of is not None:
         head = head_of(args)
@@ -97,6 +101,12 @@ def parse_sampling_args(
         if is_own[name] and vars(args)[name] == value != standard[name]
     ]
     return args, f"sampling options from the weights: {', '.join(used)}" if used else None
+
+
+def _settled(parser: argparse.ArgumentParser, args: argparse.Namespace, given: Collection[str]) -> argparse.Namespace:
+    """A copy without the flags that only the weights' own options make right or wrong."""
+    open_ones = [name for name, others in LEANS_ON.items() if not set(others) & set(given)]
+    return argparse.Namespace(**vars(args) | {name: parser.get_default(name) for name in open_ones})
 
 
 @told_as_flags(FLAGS)

@@ -102,3 +102,24 @@ def test_given_options(tmp_path):
 def test_weights_that_cannot_be_read_are_left_to_the_loader(tmp_path):
     args, note = parse_sampling_args(scripts.sample.get_parser(), ["--resume", str(tmp_path / "none.pth")])
     assert note is None and args.num_iter is None and sampling_config(args).num_iter == 64
+
+
+def test_flags_that_lean_on_the_weights_options_are_checked_beside_these(weights):
+    """Guidance that the weights name makes a negative prompt right; their 16 iterations end before the 20th."""
+
+    def asked(kind: str, *flags: str) -> SamplingConfig:
+        words = ["--resume", str(weights[kind]), "--prompt", "a dog", *flags]
+        args, _ = parse_sampling_args(scripts.sample.get_parser(), words, scripts.sample.check_args)
+        return sampling_config(args)
+
+    negative, masks = ("--negative_prompt", "a cat"), ("--mask_threshold", "0.5", "--start_step")
+    assert asked("with", *negative).cfg_text == 6 and asked("without", *negative, "--cfg", "2").cfg_text == 2
+    assert asked("with", *masks, "15").start_step == 15 and asked("without", *masks, "20").start_step == 20
+    for kind, flags, message in (
+        ("without", negative, "--cfg_text other than 1"),
+        ("with", (*negative, "--cfg", "1"), "--cfg_text other than 1"),
+        ("with", (*masks, "20"), "from 1 to --num_iter - 1 = 15, got 20"),
+        ("with", ("--start_step", "3"), "needs --mask_threshold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            asked(kind, *flags)
