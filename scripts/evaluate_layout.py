@@ -34,7 +34,7 @@ from engine.cli.arguments import (
     script_parser,
 )
 from engine.cli.arguments_sampling import add_sampling_args
-from engine.cli.sampling import parse_sampling_args, sampling_config
+from engine.cli.sampling import check_sampling, parse_sampling_args
 from engine.cli.validate import require_path
 from engine.eval.names import BOXES_BY, require_own_name
 from engine.eval.profiles import IMAGE_SIZES, available_profiles, load_profile
@@ -148,7 +148,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.bounds_dir is not None:
         require_output_dir("--bounds_dir", args.bounds_dir)
     load_profile(args.profile)
-    sampling_config(args)
+    check_sampling(args)
     require_path("detector", args.detector)
 
 

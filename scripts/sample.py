@@ -38,7 +38,7 @@ from engine.cli.arguments import (
 from engine.cli.arguments_edit import add_start_args, check_start
 from engine.cli.arguments_layout import add_layout_format_args
 from engine.cli.arguments_sampling import add_sampling_args, scale_float
-from engine.cli.sampling import parse_sampling_args, sampling_config
+from engine.cli.sampling import check_sampling, parse_sampling_args
 from models.config import PRECISIONS, ROPE_SCALES, backbone_config
 from util.failures import one_line_errors
 from util.output import require_output_dir
@@ -187,7 +187,7 @@ def check_args(args: argparse.Namespace) -> None:
         read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
     check_start(args)
     require_output_dir("--output_dir", args.output_dir)
-    sampling_config(args)
+    check_sampling(args)
 
 
 def check_speech(args: argparse.Namespace) -> None:

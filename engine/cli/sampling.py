@@ -42,6 +42,16 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     return default_sampling(head, **values)
 
 
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raises ValueError for sampling flags that are wrong, or do not go with --compile. For programs that have it."""
+    config = sampling_config(args)
+    if config.mask_threshold is not None and (args.compile or args.cuda_graphs):
+        flag = "--compile" if args.compile else "--cuda_graphs"
+        raise ValueError(
+            f"--mask_threshold {config.mask_threshold} looks into the decoder's blocks, which {flag} hides"
+        )
+
+
 def implied_head(given: Collection[str], order: str | None) -> str:
     """The head that options, by name, are of; the diffusion head if they are of any."""
     is_discrete = order == "confidence" or any(name in given for name in OPTIONS_OF_HEAD["discrete"])

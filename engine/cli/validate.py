@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.sampling import FLAGS, sampling_config
+from engine.cli.sampling import FLAGS, check_sampling, sampling_config
 from engine.cli.sizes import head_of, model_config, picture_sizes, rl_estimator
 from engine.rl.settings import ESTIMATOR_HEADS
 from engine.train.profile import profiled_steps
@@ -109,7 +109,7 @@ def _check_run(args: argparse.Namespace) -> None:
         listed = ", ".join(f"{flag} {rate}" for flag, rate in rates.items())
         raise ValueError(f"{listed} add up to {sum(rates.values()):g}, which is more than 1")
     model_config(args, num_categories=0, text_dim=0)  # do the sizes fit together?
-    sampling_config(args)
+    check_sampling(args)
     require_output_dir("--output_dir", args.output_dir)
     if args.keep_best and not (args.online_eval and args.eval_detector):
         raise ValueError(f"--keep_best {args.keep_best} needs its scores: --online_eval and --eval_detector")

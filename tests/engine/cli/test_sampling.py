@@ -120,6 +120,11 @@ def test_flags_that_lean_on_the_weights_options_are_checked_beside_these(weights
         ("with", (*negative, "--cfg", "1"), "--cfg_text other than 1"),
         ("with", (*masks, "20"), "from 1 to --num_iter - 1 = 15, got 20"),
         ("with", ("--start_step", "3"), "needs --mask_threshold"),
+        (
+            "with",
+            (*masks, "3", "--compile"),
+            "--mask_threshold 0.5 looks into the decoder's blocks, which --compile hides",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             asked(kind, *flags)

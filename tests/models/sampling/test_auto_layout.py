@@ -73,11 +73,14 @@ class Recorded(NoControls):
         self.inner.observe(iteration, maps, rows)
 
 
+def given_parts(model: StructMAR) -> tuple[TextContext, LayoutBatch, Tensor, tuple[int, int]]:
+    return some_text(), some_layout(), some_weights(), model.config.grid
+
+
 def recorded(model: StructMAR, config: SamplingConfig, **options: Any) -> Recorded:
     """Of a run of two images."""
-    way = (model, config, some_text(), some_layout(), some_weights(), model.config.grid)
     with torch.no_grad():
-        controls = Recorded(build_auto_layout(*way))
+        controls = Recorded(build_auto_layout(model, config, *given_parts(model)))
     sample(model, config, generators(), some_text(), some_layout(), controls=controls, **options)
     return controls
 
@@ -150,6 +153,29 @@ def test_images_change_with_masks_and_no_call_leaves_a_trace() -> None:
     assert torch.equal(found[steps < 2], before[steps < 2])
     assert not torch.allclose(found[steps >= 2], before[steps >= 2], atol=1e-3)
     assert torch.equal(drawn(model, plain), before) and torch.equal(drawn(model, config), found)
+
+
+def test_guidance_that_reuses_differences_runs_anew_where_masks_come() -> None:
+    """Start step 5 of 16: boxes in iterations 0 to 4, masks in 5 to 15, of which the 5th would else have reused."""
+    model = some_model("mae", "diffusion")
+    config = config_of(model, num_iter=16, start_step=5, uncond_refresh=4, cfg_text=2.0)
+    run = recorded(model, config)
+    assert [given is run.given[0] for given in run.given] == [True] * 5 + [False] * 11
+    visible = [iteration / 16 for iteration in range(16)]
+    assert config.branch_uses(2)[5] == "reuse"
+    assert config.branch_uses(2, run.inner.changes(visible))[5] == "run"
+    updated = build_auto_layout(model, replace(config, auto_update=True), *given_parts(model))
+    assert updated.changes(visible) == frozenset(range(5, 16))
+
+
+def test_a_longer_negative_prompt_changes_no_map() -> None:
+    """Its states pad the captions' keys; the maps are of the captions alone."""
+    model = some_model("mae", "diffusion")
+    config = config_of(model, num_iter=2, start_step=1, cfg_text=2.0)
+    negative = TextContext.collate([torch.randn(9, 12, generator=generator(5))] * 2)
+    plain = recorded(model, config).inner.mean
+    found = recorded(model, replace(config, negative_prompt="dark"), negative=negative).inner.mean
+    torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
