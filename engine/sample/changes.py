@@ -135,7 +135,7 @@ class Changes:
                 f"{where}: outpaint leaves {inner[0]}x{inner[1]} px for an image of {own[0]}x{own[1]} px: choose a "
                 f"margin, or a size, that leaves its proportions"
             )
-        canvas, hole = np.zeros((height, width, 3), dtype=np.uint8), np.ones((height, width), dtype=bool)
+        canvas, hole = np.full((height, width, 3), 255, dtype=np.uint8), np.ones((height, width), dtype=bool)
         inside = slice(top, height - bottom), slice(left, width - right)
         canvas[inside] = np.asarray(Image.fromarray(picture).resize(inner, Image.Resampling.BICUBIC))
         hole[inside] = False

@@ -6,7 +6,8 @@ One object of each drawing is chosen at random, with a new place for its box, aw
 objects. Then the drawing is edited as `scripts.sample --image` does: the object is moved; removed, under a caption that
 lists the others; repainted in its box. A detector that was never a reward judges: an object is found where it sees its
 class with IoU 0.5, left where it still sees it in the old box. Neighbours are the other objects that it found in the
-drawing; those are near of which a hidden cell covers some of the box. Intervals: 95 % bootstrap over images.
+drawing; those are near of which a hidden cell covers some of the box. The last row is what the model draws of the same
+layouts, objects moved, from nothing. Intervals: 95 % bootstrap over images.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from engine.eval.judge import SUCCESS_IOU, Judge
 from engine.eval.layout_metrics import pairwise_iou
 from engine.eval.profiles import Profile, load_profile
 from engine.eval.targets import EvalSet, load_eval_set
-from engine.sample.changes import Changes, Move
+from engine.sample.changes import Changes, Move, with_goals
 from engine.sample.editing import cell_of, starts_of_edits
 from engine.sample.pipeline import StructMARPipeline
 from models.frozen.detections import DetectorSettings
@@ -34,6 +34,7 @@ MOVES_FORMAT = "structmar-moves-1"
 TRIES = 200  # of places for an object
 MAX_OVERLAP = 0.1  # IoU of the new box with another object's
 WAYS = ("moved", "removed", "repainted")
+SCRATCH = "drawn from scratch, object moved"
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,29 @@ def edit(
     return drawn, [hidden_pixels(own, cell) for own in edits]
 
 
+def from_scratch(
+    pipeline: StructMARPipeline, trials: Sequence[Trial], seed: int, batch_size: int, precision: str
+) -> list[Picture]:
+    """What the model draws of the same layouts, objects moved, without the drawings: what can be hoped for."""
+    scenes = [with_goals(trial.scene, {trial.index: trial.goal}) for trial in trials]
+    seeds = [seed + trial.place for trial in trials]
+    return pipeline.draw(scenes, pipeline.own_sampling, seeds, batch_size, precision)
+
+
+def result_row(
+    trials: Sequence[Trial],
+    hidden: Sequence[np.ndarray],
+    before: Sequence[Seen],
+    after: Sequence[Seen],
+    way: str,
+    weights: np.ndarray,
+) -> dict[str, Any]:
+    """One row of the results; arguments as in `answers` and `Counts.result`."""
+    counts = answers(trials, hidden, before, after, way)
+    share = float(np.mean([pixels.mean() for pixels in hidden]))
+    return {"drawn_share": share} | {name: each.result(weights) for name, each in counts.items()}
+
+
 def fits(pipeline: StructMARPipeline, trial: Trial) -> bool:
     """Whether every edit leaves something of the drawing."""
     for way in WAYS:
@@ -219,9 +243,10 @@ def evaluate(
     for way in WAYS:
         pictures, hidden = edit(pipeline, trials, way, args.seed, args.batch_size, args.precision)
         after = look(judge, pictures, profile.match_score)
-        counts = answers(trials, hidden, before, after, way)
-        share = float(np.mean([pixels.mean() for pixels in hidden]))
-        rows[way] = {"drawn_share": share} | {name: each.result(weights) for name, each in counts.items()}
+        rows[way] = result_row(trials, hidden, before, after, way, weights)
+    drawn = from_scratch(pipeline, trials, args.seed, args.batch_size, args.precision)
+    everything = [np.ones(picture.shape[:2], dtype=bool) for picture in drawn]
+    rows[SCRATCH] = result_row(trials, everything, before, look(judge, drawn, profile.match_score), "moved", weights)
     return {
         "format": MOVES_FORMAT,
         "weights": pipeline.describe(),
