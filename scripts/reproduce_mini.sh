@@ -43,6 +43,12 @@ $python main_mar.py --config configs/mini_stage2.yaml --precision "$PRECISION" -
     --cached_path data/mini_cache_18k/train2017 --batch_size 64 --diffusion_batch_mul 1 --ema_rate 0.999 --epochs 37
 $python -m scripts.export_weights --resume output/mini/stage2/checkpoint-last.pth --dtype fp16 \
     --output $MINI/structmar_mini_stage2.safetensors
+step "stage 2 goes on with phrases of boxes (7 minutes on one thread)"
+if [ ! -e $MINI/structmar_mini_phrases.safetensors ]; then
+    $python main_mar.py --config configs/mini_phrases.yaml --precision "$PRECISION"
+    $python -m scripts.export_weights --resume output/mini/phrases/checkpoint-last.pth --dtype fp16 \
+        --output $MINI/structmar_mini_phrases.safetensors
+fi
 step "codes of the same scenes, then MaskGIL on them, all parts from scratch (an hour on one thread)"
 if [ ! -e $MINI/maskgil_mini_stage2.safetensors ]; then
     $python -m scripts.cache_latents --coco_root data/mini_coco_18k --coco_split train2017 \

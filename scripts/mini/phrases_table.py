@@ -1,6 +1,6 @@
 """One Markdown table of what phrases of boxes decide, from what scripts/mini/phrases.sh leaves.
 
-python -m scripts.mini.phrases_table --runs output/mini/phrases_300
+python -m scripts.mini.phrases_table --runs output/mini/phrases_250
 
 Expected are <runs>/<way>/ of `scripts.evaluate_layout` and colour.json in it, of `scripts.mini.colour_accuracy`.
 Every number is in percent, with its 95 % interval over images. Evaluations of other images, profiles or detectors are
@@ -21,6 +21,7 @@ WAYS = {
     "before_named_class": "captions name colours, boxes by class; weights without phrases",
     "named_class": "captions name colours, boxes by class",
     "named_phrase": "captions name colours, boxes by phrase",
+    "named_both": "captions name colours, boxes by class and phrase",
     "silent_class": "captions without colours, boxes by class",
     "silent_phrase": "captions without colours, boxes by phrase",
     "silent_both": "captions without colours, boxes by class and phrase",
