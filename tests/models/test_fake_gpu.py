@@ -26,6 +26,7 @@ from models.policy.base import Estimator, Samples, ScoringNoise
 from models.policy.elbo import ElboEstimator
 from models.policy.exact import ExactEstimator
 from models.policy.trajectory import TrajectoryEstimator
+from models.sampling.auto_layout import AutoLayout
 from models.sampling.config import SamplingConfig, default_sampling
 from models.sampling.controls import NoControls
 from models.sampling.guidance import embed_branches
@@ -177,6 +178,31 @@ def test_sampling_loop_of_codes(trunk: dict[str, Any], order: str) -> None:
     assert copies.seen == []
     assert isinstance(trace, CodeTrace)
     assert {part.device.type for part in (tokens, orders, trace.log_probs)} == {"cuda"}
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_auto_layout_guidance(is_dropped: bool) -> None:
+    """Maps are seen, and masks or their boxes made of them, without a value read back or copied over."""
+    codes = {"head": "discrete", "vae_embed_dim": 1, "codebook_size": 50, "diffusion_batch_mul": 1}
+    config = replace(CONFIG, **{"decoder_depth": 2} | codes | SINGLE)
+    model, copies = build(config).eval(), Copies()
+    text, layout = conditions_on_gpu()
+    options = replace(CODES, mask_threshold=0.5, start_step=1, auto_update=True, drop_grounding_tokens=is_dropped)
+    words = torch.ones(BATCH, text.valid.shape[1] + 1, config.max_objects, device="cuda")
+
+    def iterations() -> Iterator[int]:
+        copies.seen.clear()
+        yield from range(3)
+
+    with torch.no_grad(), copies:
+        branches, sampling = embed_branches(model, options, BATCH, text, layout, None)
+        controls = AutoLayout(
+            options, words, layout, lambda other: model.embed_conditions(BATCH, text=text, layout=other), math.inf
+        )
+        run = SamplingRun(model, branches, sampling, [torch.Generator()] * BATCH, controls, torch.bfloat16)
+        tokens, _, _ = unmask(run, run.start(), run.own_order(UNMASKED[64]), iterations=iterations())
+    assert copies.seen == [] and tokens.device.type == "cuda"
+    assert controls.mean is not None and controls.mean.device.type == "cuda"
 
 
 GUIDED = SamplingConfig(num_iter=6, num_sampling_steps=8, cfg_text=1.5, cfg_layout=3.0, clip_x0=5.0)
