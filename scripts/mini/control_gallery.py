@@ -28,8 +28,8 @@ ONE = "configs/layouts/mini_spoken.json"
 
 @dataclass(frozen=True)
 class Column:
-    """folder: of what is drawn. flags: of `scripts.sample`, beyond those of all columns; {first} is the first column's
-    first picture. title: what stands above; "": the flags. layout: instead of the picture's own file; "": none."""
+    """folder: of what is drawn. flags: of `scripts.sample`, beyond those of all columns. title: what stands above; "":
+    the flags. layout: instead of the picture's own file; "": none."""
 
     folder: str
     flags: str = ""
@@ -41,14 +41,13 @@ class Column:
 class Figure:
     """One picture: a column for each command, the first with boxes, and a row for each of the first `num_rows` scenes
     of the layout file. maps_of: behind the first column, the maps of auto layout guidance before this iteration; None:
-    none. has_changes: a last row shows which pixels of the first column's picture each other one changes."""
+    none."""
 
     name: str
     layout: str
     columns: tuple[Column, ...]
     num_rows: int
     maps_of: int | None = None
-    has_changes: bool = False
 
 
 FIGURES = (
@@ -95,34 +94,13 @@ FIGURES = (
         ),
         num_rows=1,
     ),
-    Figure(
-        "control_edit",
-        ONE,
-        (
-            Column("before", title="a picture, and its layout file"),
-            Column("moved", "--image {first} --move kite 0.1 0.02 0.4 0.36"),
-            Column("removed", '--image {first} --remove kite --prompt "a red umbrella on a beach"'),
-            Column(
-                "repainted",
-                '--image {first} --edit_boxes 0.08 0.42 0.48 0.88 --prompt "a purple umbrella and a yellow kite"',
-            ),
-            Column("outpainted", '--image {first} --outpaint 2 2 0 0 --prompt "a red umbrella on a beach"', layout=""),
-        ),
-        num_rows=1,
-        has_changes=True,
-    ),
 )
-
-
-def first_picture(figure: Figure, runs: Path) -> Path:
-    return runs / figure.name / figure.columns[0].folder / "0000.png"
 
 
 def command_of(figure: Figure, column: Column, runs: Path) -> str:
     """What a user types for one column."""
-    own = column.flags.format(first=first_picture(figure, runs))
     layout = figure.layout if column.layout is None else column.layout
-    flags = f"--config {CONFIG} --layout {shlex.quote(layout)} {own}".strip()
+    flags = f"--config {CONFIG} --layout {shlex.quote(layout)} {column.flags}".strip()
     return f"python -m scripts.sample {flags} --output_dir {runs / figure.name / column.folder}"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.data.scenes import KnownLabels, Scene, read_layout_file
 from engine.sample.generate import image_generator, scene_conditions
 from engine.sample.grid import caption_bands
-from engine.sample.output import LIST_NAME, picture_name
+from engine.sample.output import LIST_NAME
 from engine.sample.pipeline import StructMARPipeline
 from models.sampling.auto_layout import EPSILON, build_auto_layout
 from models.sampling.config import SamplingConfig
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
 def figure_picture(figure: Figure, runs: Path) -> Picture:
     """The titles, and a row for each scene."""
-    titles = [column.title or column.flags.replace("--image {first} ", "") for column in figure.columns]
+    titles = [column.title or column.flags for column in figure.columns]
     folders = [runs / figure.name / column.folder for column in figure.columns]
     columns = [column_pictures(folder, figure.num_rows, folder == folders[0]) for folder in folders]
     if figure.maps_of is not None:
@@ -60,8 +60,6 @@ def figure_picture(figure: Figure, runs: Path) -> Picture:
     bands = caption_bands(titles, CELL, FONT)
     cells = [[np.concatenate([band, column[0]]) for band, column in zip(bands, columns, strict=True)]]
     cells += [[column[row] for column in columns] for row in range(1, figure.num_rows)]
-    if figure.has_changes:
-        cells.append([changed_pixels(folders[0], folder) for folder in folders])
     rows = [make_grid(row, len(row)) for row in cells]
     return np.concatenate(rows)
 
@@ -74,13 +72,6 @@ def column_pictures(folder: Path, num_rows: int, with_boxes: bool) -> list[Pictu
         names, boxes = [item["label"] for item in objects], [item["bbox"] for item in objects]
         pictures.append(draw_boxes(np.asarray(load_image(folder / image["file"])), np.array(boxes), names, CELL))
     return pictures
-
-
-def changed_pixels(before: Path, after: Path) -> Picture:
-    """White where the first picture of a run differs from that of the other."""
-    first, second = (np.asarray(load_image(folder / picture_name(0))).astype(int) for folder in (before, after))
-    changed = (np.abs(first - second).max(2, keepdims=True) > 0).repeat(3, 2)  # [H, W, 3]
-    return cv2.resize(255 * changed.astype(np.uint8), (CELL, CELL), interpolation=cv2.INTER_NEAREST)
 
 
 def map_pictures(figure: Figure, plain: Path) -> list[Picture]:

@@ -12,7 +12,7 @@ import pytest
 import scripts.sample
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from scripts.mini import gallery
-from scripts.mini.control_gallery import CONFIG, FIGURES, Figure, command_of, first_picture, main
+from scripts.mini.control_gallery import CONFIG, FIGURES, Figure, command_of, main
 from tests.conftest import ROOT
 from util.images import load_image, save_png
 
@@ -23,7 +23,6 @@ COLUMNS = {f"{figure.name}-{column.folder}": (figure, column) for figure in FIGU
 def test_commands_parse_and_go_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     figure, column = COLUMNS[name]
-    save_png(np.zeros((64, 64, 3), dtype=np.uint8), first_picture(figure, tmp_path))
     _, _, module, *words = shlex.split(command_of(figure, column, tmp_path))
     assert module == "scripts.sample" and words[:2] == ["--config", CONFIG]
     args, _ = parse_sampling_args(scripts.sample.get_parser(), words, scripts.sample.check_args)
@@ -47,16 +46,12 @@ def test_columns_stand_beside_one_another(figure: Figure, tmp_path: Path, monkey
         write_run(tmp_path / figure.name / column.folder, figure, 40 * number)
     picture = gallery.figure_picture(figure, tmp_path)
     num_columns = len(figure.columns) + (figure.maps_of is not None)
-    num_rows = figure.num_rows + figure.has_changes
     assert picture.shape[1] == num_columns * (gallery.CELL + 4) + 4
-    assert picture.shape[0] > num_rows * (gallery.CELL + 8)
+    assert picture.shape[0] > figure.num_rows * (gallery.CELL + 8)
     middles = [gallery.CELL * column + gallery.CELL // 2 + 4 * (column + 1) for column in range(num_columns)]
     bottom = picture[-gallery.CELL // 4, middles].astype(int)  # [columns, 3], of the last row
-    if figure.has_changes:
-        assert bottom.tolist() == [[0] * 3, *[[255] * 3] * (num_columns - 1)]
-    else:
-        levels = [40 * number for number in range(1, len(figure.columns))]
-        assert bottom[num_columns - len(levels) :, 0].tolist() == levels
+    levels = [40 * number for number in range(1, len(figure.columns))]
+    assert bottom[num_columns - len(levels) :, 0].tolist() == levels
 
 
 def test_what_is_drawn_already_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
