@@ -164,7 +164,7 @@ def pair_boxes(gains: np.ndarray, confidences: np.ndarray) -> tuple[np.ndarray, 
 
 def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Intersection over union [n, m] of xyxy boxes [n, 4] and [m, 4]; 0 for a box without area."""
-    shared = _intersections(first, second)
+    shared = shared_areas(first, second)
     return _ratio(shared, areas(first)[:, None] + areas(second)[None, :] - shared)
 
 
@@ -175,12 +175,12 @@ def centres(boxes_xyxy: np.ndarray) -> np.ndarray:
 
 def _inside(boxes: np.ndarray, category_ids: np.ndarray, regions: np.ndarray, region_ids: np.ndarray) -> np.ndarray:
     """[D] bool: at least half of the box lies in one region of its class."""
-    share = _ratio(_intersections(boxes, regions), areas(boxes)[:, None])
+    share = _ratio(shared_areas(boxes, regions), areas(boxes)[:, None])
     is_same_class = category_ids[:, None] == region_ids[None, :]
     return (is_same_class & (share >= IGNORE_SHARE)).any(axis=1)
 
 
-def _intersections(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def shared_areas(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Areas [n, m] that xyxy boxes [n, 4] and [m, 4] share."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])

@@ -26,7 +26,7 @@ from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, clip_gradients, set_lr
 from engine.train.parallel import gradient_sync
 from engine.train.profile import StepProfiler
-from engine.train.state import Course, Position, TrainState
+from engine.train.state import Course, Position, Trained, TrainState
 from models.structmar import TrainingNoise
 from util.distributed import DistInfo, any_rank, failing_together, reduce_mean
 from util.failures import RanksFailed, one_line
@@ -112,7 +112,7 @@ class TrainingRun:
     others; None where one process does not have it all. profiler: None without --profile_steps."""
 
     config: TrainConfig
-    state: TrainState
+    state: Trained
     schedule: LrSchedule
     batches: Batches
     step: Step

@@ -8,6 +8,7 @@ steps are other ones.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -67,6 +68,16 @@ class Course:
 
     def is_finished(self, position: Position) -> bool:
         return self.steps_left(position) == 0
+
+
+class Trained(Protocol):
+    """What the loop itself asks of what it trains: a `TrainState`, or another model's."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
+    def ema(self) -> Ema: ...
 
 
 @dataclass(frozen=True)

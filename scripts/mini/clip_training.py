@@ -231,16 +231,32 @@ def probe(encoder: ClipTextEncoder, captions: list[str]) -> str:
     return f"linear probe of token states: {', '.join(results)} ({len(states) - cut} tests)"
 
 
-def save(model: Contrast, tokenizer: CLIPTokenizer, output: Path) -> None:
+def save(model: CLIPTextModel, tokenizer: CLIPTokenizer, output: Path) -> None:
     """Writes beside `output` and renames, so that a directory of that name is always whole."""
     partial = output.with_name(output.name + ".tmp")
     partial.mkdir(parents=True, exist_ok=True)
-    model.text.save_pretrained(partial)
+    model.save_pretrained(partial)
     save_tokenizer(tokenizer, partial, MAX_TOKENS)
     output.mkdir(exist_ok=True)
     for path in sorted(partial.iterdir()):
         os.replace(path, output / path.name)
     partial.rmdir()
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int, depth: int, dropout: float = 0.0) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=width,
+        attention_dropout=dropout,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -251,21 +267,10 @@ def run(args: argparse.Namespace) -> None:
     data = load_captioned(args.data, "train2017", args.max_images)
     held_out = load_captioned(args.data, "val2017", args.max_images)
     tokenizer = build_tokenizer(caption for captions in data.captions for caption in captions)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.width,
-        intermediate_size=4 * args.width,
-        num_hidden_layers=args.depth,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        projection_dim=args.width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = text_config(tokenizer, args.width, args.depth)
     print(f"{len(tokenizer)} tokens, {len(data.images)} images", flush=True)
     model = train(args, data, tokenizer, config)
-    save(model, tokenizer, args.output)
+    save(model.text, tokenizer, args.output)
     state_file(args.output).unlink(missing_ok=True)
     print(retrieval(model, tokenizer, held_out))
     encoder = ClipTextEncoder.load(args.output)
