@@ -77,16 +77,18 @@ class PlannerConfig:
 def layout_tokens(layout: LayoutBatch, config: PlannerConfig) -> Tensor:
     """Layouts as tokens [B, S] int64, largest box first; END behind the last one, then PADDING.
 
-    A corner is the nearest of the bins; a side shorter than half a bin becomes one bin long.
+    A corner is the nearest of the bins; a side whose ends are nearest to one bin becomes one bin long.
     """
     sizes = areas(layout.boxes_xyxy).masked_fill(~layout.valid, -1)  # [B, N]
     order = sizes.argsort(dim=1, descending=True, stable=True)  # [B, N]
     boxes = layout.boxes_xyxy.gather(1, order[..., None].expand(-1, -1, 4))  # [B, N, 4]
     categories, valid = layout.categories.gather(1, order), layout.valid.gather(1, order)  # [B, N], [B, N]
     last = config.num_bins - 1
-    low = (boxes[..., :2] * last).round().long().clamp(max=last - 1)  # [B, N, 2]
-    high = torch.maximum((boxes[..., 2:] * last).round().long(), low + 1)  # [B, N, 2]
-    corners = torch.cat([low, high], -1) + config.first_bin  # [B, N, 4]
+    low, high = boxes[..., :2] * last, boxes[..., 2:] * last  # [B, N, 2]
+    is_thin = low.round() == high.round()  # [B, N, 2]
+    low = torch.where(is_thin, low.floor(), low.round()).clamp(max=last - 1)  # [B, N, 2]
+    high = torch.maximum(high.round(), low + 1)  # [B, N, 2]
+    corners = torch.cat([low, high], -1).long() + config.first_bin  # [B, N, 4]
     objects = torch.cat([categories[..., None], corners], -1).masked_fill(~valid[..., None], PADDING)  # [B, N, 5]
     tokens = F.pad(objects.flatten(1), (0, 1), value=PADDING)  # [B, 5N + 1]
     counts = valid.sum(1)  # [B]

@@ -2,15 +2,17 @@
 
     python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --layout configs/layouts/coco.json
     python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --size 96x64
+    python -m scripts.sample --resume CKPT --prompt "a dog on a bench" --layout auto --planner_path planner.safetensors
     python -m scripts.sample --resume CKPT --coco_root ./data/coco --coco_split val2014 --num_images 16
     python -m scripts.sample --resume CKPT --layout scene.json --image photo.png --move dog:1 0.5 0.4 0.9 0.9
     python -m scripts.sample --resume CKPT --speech caption.wav --asr_path DIR --layout configs/layouts/coco.json
     python -m scripts.sample --resume mar_huge.safetensors --model mar_huge --class_label 207 360
 
---image gives a picture of which a part is drawn anew, and the rest stays.
---speech takes the caption from a WAV file and prints what each part of the way from sound to picture takes. The last
-form samples MAR's own weights, class by class: that is how they are checked by eye. Sampling flags that
-neither the command nor --config gives have the values that the weights name, where they name some.
+--image gives a picture of which a part is drawn anew, and the rest stays. --layout auto proposes boxes for the caption,
+or for a dataset's captions, other ones for each image. --speech takes the caption from a WAV file and prints what each
+part of the way from sound to picture takes. The last form samples MAR's own weights, class by class: that is how they
+are checked by eye. Sampling flags that neither the command nor --config gives have the values that the weights name,
+where they name some.
 
 Into --output_dir go NNNN.png (plain images; the settings are in the PNG's text), grid.png (the first 64) and
 samples.json (all settings and, for each image, its prompt, objects and seed). Image k has the seed --seed + k, and
@@ -37,6 +39,7 @@ from engine.cli.arguments import (
 )
 from engine.cli.arguments_edit import add_start_args, check_start
 from engine.cli.arguments_layout import add_layout_format_args
+from engine.cli.arguments_planner import AUTO, add_proposal_args, check_proposal
 from engine.cli.arguments_sampling import add_sampling_args, scale_float
 from engine.cli.sampling import check_sampling, parse_sampling_args
 from models.config import PRECISIONS, ROPE_SCALES, backbone_config
@@ -88,10 +91,12 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--layout", default=None,
                        help='json: {"prompt": ..., "objects": [{"label": ..., "bbox": [x0, y0, x1, y1]}]}, boxes '
                             "normalised to [0, 1], or a list of these, or another project's file "
-                            "(engine/data/README.md); empty: none, also over --config")  # fmt: skip
+                            "(engine/data/README.md); auto: --planner_path proposes one for each image; empty: none, "
+                            "also over --config")  # fmt: skip
     add_layout_format_args(group)
     group.add_argument("--subject_scales", type=scale_float, nargs="+", default=None,
                        help="strength of each box of --layout, in its order, instead of the file's own")  # fmt: skip
+    add_proposal_args(group)
     group.add_argument("--coco_root", default=None,
                        help="take captions and boxes from this dataset (only its annotations/ is read)")  # fmt: skip
     group.add_argument("--coco_split", default="val2014",
@@ -164,7 +169,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.prompt is not None:
         require_text(args.prompt, "--prompt")
     check_speech(args)
-    has_scene = bool(args.layout) or args.prompt is not None or bool(args.speech)
+    has_file, has_prompt = bool(args.layout) and args.layout != AUTO, args.prompt is not None or bool(args.speech)
+    check_proposal(args, has_prompt or bool(args.coco_root))
+    has_scene = has_file or has_prompt
     sources = {
         "--layout/--prompt/--speech": has_scene,
         "--coco_root": bool(args.coco_root),
@@ -178,12 +185,12 @@ def check_args(args: argparse.Namespace) -> None:
     if args.class_label is not None and (args.size is not None or args.rope_scale is not None):
         raise ValueError("--size and --rope_scale do not go with --class_label: MAR's positions are of one size")
     for flag in ("layout_format", "layout_canvas"):
-        if vars(args)[flag] is not None and not args.layout:
+        if vars(args)[flag] is not None and not has_file:
             raise ValueError(f"--{flag} {vars(args)[flag]} needs --layout, the file that it is about")
-    if args.subject_scales is not None and not args.layout:
+    if args.subject_scales is not None and not has_file:
         listed = " ".join(f"{scale:g}" for scale in args.subject_scales)
         raise ValueError(f"--subject_scales {listed} are of the boxes of a --layout, which is not given")
-    if args.layout:
+    if has_file:
         read_text(args.layout, "layout file")  # what it says is checked once the weights' categories are known
     check_start(args)
     require_output_dir("--output_dir", args.output_dir)

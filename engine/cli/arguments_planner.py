@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from engine.cli.arguments import (
     DEFAULT_CLIP,
@@ -29,6 +30,7 @@ from util.ranges import (
     workers_int,
 )
 
+AUTO = "auto"  # in place of a layout file's name
 MAX_TEMPERATURE = 10.0
 MAX_OBJECTS = 256
 temperature_float = Range(float, f"must lie in [0, {MAX_TEMPERATURE:g}]", 0, MAX_TEMPERATURE)
@@ -121,8 +123,34 @@ def add_proposal_args(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--planner_path", default=None, help="planner.safetensors of scripts.train_planner, for --layout auto"
     )
+    add_temperature_arg(group)
+
+
+def add_temperature_arg(group: argparse._ActionsContainer) -> None:
     group.add_argument("--planner_temperature", type=temperature_float, default=1.0,
-                       help="of --layout auto: 1 as trained, less for likelier ones, 0 for the likeliest")  # fmt: skip
+                       help="of proposed layouts: 1 as trained, less: likelier ones, 0: the likeliest")  # fmt: skip
+
+
+def check_proposal(args: argparse.Namespace, has_caption: bool) -> None:
+    """Raises ValueError or FileNotFoundError for --layout auto without a planner or a caption, or a planner without it.
+    has_caption: whether one is written, spoken or taken from a dataset."""
+    is_auto = args.layout == AUTO
+    if is_auto and not args.planner_path:
+        raise ValueError("--layout auto needs --planner_path, the planner that proposes layouts")
+    if args.planner_path and not is_auto:
+        raise ValueError(f"--planner_path {args.planner_path} needs --layout auto, got --layout {args.layout}")
+    if is_auto and not has_caption:
+        raise ValueError("--layout auto needs a caption: --prompt, --speech or --coco_root")
+    if is_auto and args.image:
+        raise ValueError(f"--layout auto does not go with --image {args.image}, whose objects are where they are")
+    if args.planner_path:
+        require_planner(args.planner_path)
+
+
+def require_planner(path: str) -> None:
+    """Raises FileNotFoundError if nothing is there."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"planner not found: {path} (--planner_path)")
 
 
 def check_planner_args(args: argparse.Namespace) -> None:

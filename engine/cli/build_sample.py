@@ -20,9 +20,11 @@ from engine.checkpoint.files import read_identity
 from engine.checkpoint.identity import Identity, require_same_categories
 from engine.checkpoint.load import load_mar_for_sampling, require_fitting_codec
 from engine.cli.arguments_edit import boxes_of, moves_of
+from engine.cli.arguments_planner import AUTO
 from engine.cli.sampling import FLAGS, sampling_config
 from engine.data.layout_formats import FileFormat
 from engine.data.scenes import KnownLabels, Scene, read_layout_file, scenes_from_dataset, text_scene
+from engine.plan.propose import layout_generators
 from engine.sample.changes import Changes, Move
 from engine.sample.editing import (
     Edit,
@@ -33,7 +35,7 @@ from engine.sample.editing import (
     start_of_prefix,
     starts_of_edits,
 )
-from engine.sample.generate import batches, require_drawable, rows_by_size
+from engine.sample.generate import batches, image_generator, require_drawable, rows_by_size
 from engine.sample.grid import scene_grid
 from engine.sample.holes import hole_of_mask
 from engine.sample.naming import told_names
@@ -137,11 +139,25 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str |
     )  # fmt: skip
     if args.rope_scale is not None:
         pipeline.model.set_rope_scale(args.rope_scale)
+    seeds = seeds_of(args, len(scenes))
+    if args.layout == AUTO:
+        scenes = propose_layouts(args, pipeline, scenes, seeds)
     if config.mask_threshold is not None:
         require_maps(pipeline.model, f"--mask_threshold {config.mask_threshold}")
         logger.info(told_names(pipeline.caption_encoder, scenes))
     starts = read_starts(args, pipeline, scenes, edits)
-    return Job(pipeline, scenes, None, seeds_of(args, len(scenes)), config, starts)
+    return Job(pipeline, scenes, None, seeds, config, starts)
+
+
+def propose_layouts(
+    args: argparse.Namespace, pipeline: StructMARPipeline, scenes: Sequence[Scene], seeds: Sequence[int]
+) -> list[Scene]:
+    """The captions with boxes of --planner_path, drawn by the images' seeds. Raises ValueError naming the planner if it
+    does not fit the weights."""
+    planner = pipeline.load_planner(args.planner_path)
+    generators = layout_generators([image_generator(seed) for seed in seeds])
+    encoder, temperature = pipeline.caption_encoder, args.planner_temperature
+    return planner.scenes(scenes, pipeline.known_labels, encoder, generators, temperature)
 
 
 def prepare_classes(args: argparse.Namespace, device: torch.device) -> Job:
@@ -237,7 +253,7 @@ def read_scenes(args: argparse.Namespace, identity: Identity, prompt: str | None
         index = CocoIndex.load(args.coco_root, args.coco_split, filters, config.img_size)
         require_same_categories(index.categories, categories, f"{args.coco_root} {args.coco_split}")
         return scenes_from_dataset(index, config.img_size, args.num_images, size)
-    if args.layout:
+    if args.layout and args.layout != AUTO:
         said = FileFormat(args.layout_format, None if args.layout_canvas is None else read_size(args.layout_canvas))
         scenes = read_layout_file(args.layout, KnownLabels.of(config, categories), prompt, said)
         if args.subject_scales is not None:

@@ -21,7 +21,6 @@ from util.rng import generator
 from util.types import Layout
 
 DEFAULT_TEMPERATURE = 1.0
-MAX_TEMPERATURE = 10.0
 BATCH_SIZE = 64  # captions at a time
 
 
@@ -84,21 +83,27 @@ class LayoutPlanner:
         encoder: TextEncoder,
         generators: Sequence[torch.Generator],
         temperature: float = DEFAULT_TEMPERATURE,
+        is_asked: Sequence[bool] | None = None,
     ) -> list[Scene]:
-        """The scenes with proposed layouts in place of their own, in the model's categories."""
-        prompts = [scene.prompt for scene in scenes]
-        layouts = self.layouts(prompts, encoder, generators, temperature, known.max_objects)
-        names = [category.name for category in self.identity.categories]
-        own = torch.tensor([known.indices[name] for name in names])
-        planned = []
-        for scene, layout in zip(scenes, layouts, strict=True):
-            labels = [names[int(category)] for category in layout.categories]
-            planned.append(
-                replace(text_scene(scene.prompt), size=scene.size)
-                if not labels
-                else Scene(scene.prompt, Layout(layout.boxes_xyxy, own[layout.categories]), labels, scene.size)
-            )
+        """The scenes with proposed layouts in place of their own, in the model's categories.
+
+        generators: one a scene, see `layout_generators`. is_asked: False leaves a scene as it is; None: all are asked
+        for. Raises ValueError as `layouts` does.
+        """
+        rows = [row for row in range(len(scenes)) if is_asked is None or is_asked[row]]
+        prompts = [scenes[row].prompt for row in rows]
+        layouts = self.layouts(prompts, encoder, [generators[row] for row in rows], temperature, known.max_objects)
+        planned = list(scenes)
+        for row, layout in zip(rows, layouts, strict=True):
+            planned[row] = self._scene(scenes[row], layout, known)
         return planned
+
+    def _scene(self, scene: Scene, layout: Layout, known: KnownLabels) -> Scene:
+        if len(layout) == 0:
+            return replace(text_scene(scene.prompt), size=scene.size)
+        names = [self.identity.categories[int(category)].name for category in layout.categories]
+        own = torch.tensor([known.indices[name] for name in names])
+        return Scene(scene.prompt, Layout(layout.boxes_xyxy, own), names, scene.size)
 
 
 def layout_generators(generators: Sequence[torch.Generator]) -> list[torch.Generator]:

@@ -16,6 +16,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from engine.checkpoint.identity import Identity, require_same_config
 from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
 from engine.data.phrases import PhraseEncoder
+from engine.data.scenes import KnownLabels
+from engine.plan.propose import LayoutPlanner
 from engine.sample.folder import FolderRecord, align_memory, caption_encoder_of, contents_of
 from engine.sample.inputs import precision_of
 from engine.sample.transformer import StructMARTransformer
@@ -30,8 +32,8 @@ class PipelineComponents(DiffusionPipeline):
 
     model, codec, caption_encoder: the components as the rest of the code uses them.
     identity: what the weights were made for, None around a model in training. source: where they come from.
-    phrases: of boxes, each encoded once. precision: of calls. interrupt: set by a callback, ends the call after the
-    iteration.
+    phrases: of boxes, each encoded once. planner: proposes layouts for captions without boxes, None: nothing does.
+    precision: of calls. interrupt: set by a callback, ends the call after the iteration.
     """
 
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 - diffusers reads both from the class
@@ -58,6 +60,7 @@ class PipelineComponents(DiffusionPipeline):
         self._caption_encoder = caption_encoder
         self.phrases = None if caption_encoder is None else PhraseEncoder(caption_encoder)
         self.source = ""
+        self.planner: LayoutPlanner | None = None
         self.precision = "fp32"
         self.interrupt = False
 
@@ -84,8 +87,10 @@ class PipelineComponents(DiffusionPipeline):
         device: torch.device | str = "cpu",
         use_ema: bool = True,
         allow_other_frozen: bool = False,
+        planner_path: str | Path | None = None,
     ) -> Self:
-        """From a training checkpoint or an exported file, and the frozen parts it was trained with.
+        """From a training checkpoint or an exported file, and the frozen parts it was trained with. planner_path: see
+        `load_planner`.
 
         Raises FileNotFoundError or ValueError naming the file that is missing or does not fit the weights.
         """
@@ -102,6 +107,8 @@ class PipelineComponents(DiffusionPipeline):
             )
         pipeline = cls.from_parts(model, codec, encoder, identity)
         pipeline.source = str(path)
+        if planner_path is not None:
+            pipeline.load_planner(planner_path)
         return pipeline
 
     @classmethod
@@ -110,9 +117,11 @@ class PipelineComponents(DiffusionPipeline):
         pretrained_model_name_or_path: str | Path,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
+        planner_path: str | Path | None = None,
         **kwargs: Any,
     ) -> Self:
         """From a folder that `save_pretrained` wrote; nothing is downloaded. dtype: bfloat16 makes calls in bf16.
+        planner_path: see `load_planner`.
 
         Raises FileNotFoundError or ValueError if it is no such folder, or a component has other contents than saved.
         """
@@ -125,7 +134,19 @@ class PipelineComponents(DiffusionPipeline):
         require_same_config(pipeline.model.config, record.identity.config, f"{folder}/transformer/config.json")
         pipeline.model.eval()
         pipeline.source, pipeline.precision = folder, precision
+        if planner_path is not None:
+            pipeline.load_planner(planner_path)
         return pipeline
+
+    def load_planner(self, path: str | Path) -> LayoutPlanner:
+        """From now on, captions without boxes get layouts of this planner. Saved folders do not hold it.
+
+        Raises FileNotFoundError or ValueError naming the file if it is no planner of these weights.
+        """
+        planner = LayoutPlanner.load(path, self.device)
+        planner.require_fitting(self.known_labels, self.caption_encoder.id)
+        self.planner = planner
+        return planner
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """One folder that any machine loads: model_index.json, the four components, and what they are.
@@ -153,7 +174,11 @@ class PipelineComponents(DiffusionPipeline):
             self.precision = precision_of(dtype)
         args = tuple(each for each in args if not isinstance(each, torch.dtype))
         kwargs = {name: each for name, each in kwargs.items() if not isinstance(each, torch.dtype)}
-        return super().to(*args, **kwargs) if args or kwargs else self
+        if args or kwargs:
+            super().to(*args, **kwargs)
+        if self.planner is not None:
+            self.planner.model.to(self.device)
+        return self
 
     @property
     def model(self) -> StructMAR:
@@ -165,6 +190,11 @@ class PipelineComponents(DiffusionPipeline):
         if self._caption_encoder is None:
             raise ValueError("these are MAR's own weights, which know classes instead of captions: see draw_classes")
         return self._caption_encoder
+
+    @property
+    def known_labels(self) -> KnownLabels:
+        """What the weights can place."""
+        return KnownLabels.of(self.model.config, () if self.identity is None else self.identity.categories)
 
     @property
     def labels(self) -> list[str]:

@@ -88,6 +88,15 @@ def read_scenes(
     return [scene for scene in scenes for _ in range(num_images)]
 
 
+def leave_open(prompt: Any, boxes: Any, num_images: int) -> list[bool]:
+    """Of each image, whether the call has a caption for it and says nothing of its boxes: `None`, which is not "none",
+    []. The arguments are those that `read_scenes` has read."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    entries = [boxes] * len(prompts) if isinstance(prompt, str) or boxes is None else list(boxes)
+    pairs = zip(prompts, entries, strict=True)
+    return [entry is None and bool(each.strip()) for each, entry in pairs for _ in range(num_images)]
+
+
 def sized(scenes: Sequence[Scene], height: Any, width: Any, own: int) -> list[Scene]:
     """The scenes in this size; a side that is None is the model's own. Raises ValueError for what is no number of
     pixels."""

@@ -19,7 +19,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from engine.data.scenes import KnownLabels, Scene
+from engine.data.scenes import Scene
+from engine.plan.propose import DEFAULT_TEMPERATURE, layout_generators
 from engine.sample.components import PipelineComponents
 from engine.sample.edit_arguments import CallArguments, edit_options, read_edits
 from engine.sample.editing import (
@@ -47,6 +48,7 @@ from engine.sample.generate import (
 from engine.sample.inputs import (
     call_hooks,
     check_call,
+    leave_open,
     one_of,
     read_generators,
     read_options,
@@ -64,9 +66,10 @@ StepCallback = Callable[["StructMARPipeline", int, int, dict[str, Tensor]], dict
 @dataclass
 class StructMARPipelineOutput(BaseOutput):
     """images: a list of PIL images; or an array [n, H, W, 3] or tensor [n, 3, H, W], both in [0, 1]; or scaled latents
-    [n, C, h, w]."""
+    [n, C, h, w]. scenes: of each image, the caption and boxes that it was drawn from, proposed ones too."""
 
     images: Any
+    scenes: Any = None
 
 
 class StructMARPipeline(PipelineComponents):
@@ -98,6 +101,7 @@ class StructMARPipeline(PipelineComponents):
         gligen_phrases: Any = None,
         classes: Any = None,
         subject_scales: Any = None,
+        planner_temperature: float = DEFAULT_TEMPERATURE,
         **options: Unpack[CallArguments],
     ) -> Any:
         """Images of captions with objects at given places. Everything is checked before anything is drawn.
@@ -106,6 +110,8 @@ class StructMARPipeline(PipelineComponents):
         per prompt; phrases: what each box holds, of `labels`, or in words for weights that were trained with phrases.
         gligen_boxes and gligen_phrases mean the same. classes: the label of each box beside its phrase, None where the
         phrase stands alone. subject_scales: how strongly each box counts, 1 as trained, None: layout_scale.
+        Where boxes are None and nothing else says what is drawn where, a pipeline with a `planner` proposes them, other
+        ones for each image (planner_temperature: 1 as trained, 0 the likeliest); [] is none.
         guidance_scale: of the caption; layout_guidance_scale: of the boxes; 1 is none. num_inference_steps: iterations;
         num_diffusion_steps: reverse steps per token. These and `options`, which have the names of the command line's
         flags: None means the weights' own (`own_sampling`), "none" takes away a bound that these name.
@@ -126,7 +132,7 @@ class StructMARPipeline(PipelineComponents):
         check_call(output_type, batch_size, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         boxes = one_of("boxes", boxes, "gligen_boxes", gligen_boxes)
         phrases = one_of("phrases", phrases, "gligen_phrases", gligen_phrases)
-        known = KnownLabels.of(self.model.config, () if self.identity is None else self.identity.categories)
+        known = self.known_labels
         scenes = read_scenes(prompt, boxes, phrases, known, num_images_per_prompt, subject_scales, classes)
         scenes = sized(scenes, height, width, self.model.config.img_size)
         generators = read_generators(seed, generator, len(scenes))
@@ -142,6 +148,10 @@ class StructMARPipeline(PipelineComponents):
         config = read_options(self.own_sampling, given, math.prod(self.model.config.unit_grid(grid)))
         scenes, starts = self._read_starts(scenes, num_images_per_prompt, image, of_edit, isinstance(prompt, str))
         grid = grid if starts is None else starts[0].grid
+        if self.planner is not None and image is None:
+            asked = leave_open(prompt, boxes, num_images_per_prompt)
+            drawn_by = layout_generators(generators)
+            scenes = self.planner.scenes(scenes, known, self.caption_encoder, drawn_by, planner_temperature, asked)
         self.interrupt = False
         with self.progress_bar(total=iterations_from(starts, len(scenes), batch_size, config)) as bar:
             callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
@@ -149,7 +159,7 @@ class StructMARPipeline(PipelineComponents):
             way = (self.model, starting_from(starts, self._of_scenes(scenes, config)), grid, config, generators)
             drawn = list(draw_latents(*way, batch_size, self.precision, hooks))
             images = output_of(self.codec, drawn, output_type, finishing(starts))
-        return StructMARPipelineOutput(images=images) if return_dict else (images,)
+        return StructMARPipelineOutput(images=images, scenes=scenes) if return_dict else (images,)
 
     def draw(
         self,
