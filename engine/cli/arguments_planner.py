@@ -127,7 +127,7 @@ def add_proposal_args(group: argparse._ActionsContainer) -> None:
 
 
 def add_temperature_arg(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--planner_temperature", type=temperature_float, default=1.0,
+    group.add_argument("--planner_temperature", type=temperature_float, default=0.7,
                        help="of proposed layouts: 1 as trained, less: likelier ones, 0: the likeliest")  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from models.planner import Planner
 from util.rng import generator
 from util.types import Layout
 
-DEFAULT_TEMPERATURE = 1.0
+DEFAULT_TEMPERATURE = 0.7  # more of what captions say than at 1, layouts nearly as various
 BATCH_SIZE = 64  # captions at a time
 
 

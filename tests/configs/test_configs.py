@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from engine.cli.arguments import train_parser
+from engine.cli.arguments_planner import check_planner_args, planner_parser
 from engine.cli.arguments_rl import rl_parser
 from engine.cli.build import model_config
 from engine.cli.build_rl import build_estimator, grpo_config, rl_train_config
@@ -26,7 +27,8 @@ SAMPLE = [path for path in EVERY if path.stem.endswith("_sample")]
 EVALUATE = [path for path in EVERY if path.stem.endswith("_eval")]
 PROFILES = [path for path in EVERY if path.stem.startswith("eval_")]
 MAIN_RL = [path for path in EVERY if "stage3" in path.stem]
-MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES + MAIN_RL]
+PLANNER = [path for path in EVERY if path.stem.endswith("_planner")]
+MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES + MAIN_RL + PLANNER]
 
 
 def parse(*argv: str) -> dict:
@@ -69,10 +71,18 @@ def test_profiles_of_the_evaluation_load_by_name(path):
     assert load_profile(path).name in available_profiles()
 
 
+@pytest.mark.parametrize("path", PLANNER, ids=lambda path: path.name)
+def test_settings_of_planners_parse(path):
+    args = parse_args(planner_parser(None), ["--config", str(path)])
+    check_planner_args(args)
+    assert args.epochs >= args.warmup_epochs
+
+
 def test_there_is_something_to_parse():
     assert {path.name for path in MAIN_MAR} >= {
         "stage1_align.yaml", "stage2_sft.yaml", "mini_stage1.yaml", "mini_stage2.yaml",
     }  # fmt: skip
+    assert {path.name for path in PLANNER} >= {"coco_planner.yaml", "mini_planner.yaml"}
     assert {path.name for path in MAIN_RL} >= {"stage3_grpo.yaml", "mini_stage3.yaml"}
 
 
