@@ -58,6 +58,11 @@ if [ ! -e $MINI/maskgil_mini_stage2.safetensors ]; then
     $python -m scripts.export_weights --resume output/mini/discrete/checkpoint-last.pth --dtype fp16 \
         --output $MINI/maskgil_mini_stage2.safetensors
 fi
+step "planner: captions to layouts (6 minutes on one thread)"
+if [ ! -e $MINI/planner_mini.safetensors ]; then
+    $python -m scripts.train_planner --config configs/mini_planner.yaml
+    cp output/mini/planner/planner.safetensors $MINI/planner_mini.safetensors
+fi
 step "speech recogniser (20 minutes on one thread; needs espeak-ng)"
 build_if_missing $MINI/recogniser-mini/config.json $python -m scripts.mini.train_recogniser \
     --output $MINI/recogniser-mini

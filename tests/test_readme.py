@@ -28,6 +28,7 @@ ROOMS = (
     "configs",
     "engine/data",
     "engine/eval",
+    "engine/plan",
     "engine/page",
     "engine/rl",
     "engine/sample",

@@ -17,7 +17,7 @@ from engine.cli.build_train import train_config
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.cli.sizes import head_of
 from engine.eval.profiles import available_profiles, load_profile
-from scripts import evaluate_layout, sample
+from scripts import evaluate_layout, page, sample
 from tests.helpers.paper_commands import STAGE_1, STAGE_2, STAGE_3, words
 from util.config import parse_args, resolved_dict
 
@@ -27,8 +27,9 @@ SAMPLE = [path for path in EVERY if path.stem.endswith("_sample")]
 EVALUATE = [path for path in EVERY if path.stem.endswith("_eval")]
 PROFILES = [path for path in EVERY if path.stem.startswith("eval_")]
 MAIN_RL = [path for path in EVERY if "stage3" in path.stem]
+PAGES = [path for path in EVERY if path.stem.endswith("page")]
 PLANNER = [path for path in EVERY if path.stem.endswith("_planner")]
-MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES + MAIN_RL + PLANNER]
+MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES + MAIN_RL + PLANNER + PAGES]
 
 
 def parse(*argv: str) -> dict:
@@ -71,6 +72,11 @@ def test_profiles_of_the_evaluation_load_by_name(path):
     assert load_profile(path).name in available_profiles()
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_settings_of_the_page_parse(path):
+    page.check_args(parse_args(page.get_parser(), ["--config", str(path)]))
+
+
 @pytest.mark.parametrize("path", PLANNER, ids=lambda path: path.name)
 def test_settings_of_planners_parse(path):
     args = parse_args(planner_parser(None), ["--config", str(path)])
@@ -82,6 +88,7 @@ def test_there_is_something_to_parse():
     assert {path.name for path in MAIN_MAR} >= {
         "stage1_align.yaml", "stage2_sft.yaml", "mini_stage1.yaml", "mini_stage2.yaml",
     }  # fmt: skip
+    assert {path.name for path in PAGES} >= {"page.yaml"}
     assert {path.name for path in PLANNER} >= {"coco_planner.yaml", "mini_planner.yaml"}
     assert {path.name for path in MAIN_RL} >= {"stage3_grpo.yaml", "mini_stage3.yaml"}
 
