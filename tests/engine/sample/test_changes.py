@@ -251,6 +251,29 @@ def test_a_call_moves_and_removes(pipe: StructMARPipeline) -> None:
     assert np.asarray(wide).shape == (32, 32, 3)
 
 
+CONTROLS: list[dict[str, Any]] = [
+    {"layout_schedule": (0.8, 0.1)},
+    {"layout_scale": 0.5, "negative_prompt": "a ball", "uncond_refresh": 2},
+    {"mask_threshold": 0.2, "start_step": 1},
+]
+
+
+@pytest.mark.parametrize("options", CONTROLS, ids=["schedule", "strength and negative prompt", "auto guidance"])
+def test_edits_under_controls(pipe: StructMARPipeline, options: dict[str, Any]) -> None:
+    """In a batch of images with holes of several sizes each comes out as alone, and the control changes it."""
+    own, boxes, labels = picture(), [[DOG, BALL]] * 2, [["dog", "sports ball"]] * 2
+    call: dict[str, Any] = FAST | {"num_inference_steps": 4, "guidance_scale": 2.0, "layout_guidance_scale": 3.0}
+    edits: dict[str, Any] = {"image": own, "remove": [["sports ball"], None], "edit": [None, [True, True]]}
+    prompts = ["a dog and a sports ball", "a dog"]
+    plain = pipe(prompts, boxes, labels, **call, **edits, output_type="latent").images
+    together = pipe(prompts, boxes, labels, **call, **edits, **options, output_type="latent").images
+    assert not torch.allclose(plain, together)
+    for row, edit in enumerate(({"remove": ["sports ball"]}, {"edit": [True, True]})):
+        one = call | options | edit | {"seed": 1 + row, "image": own}
+        alone = pipe(prompts[row], boxes[row], labels[row], **one, output_type="latent").images
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-3, atol=1e-3)
+
+
 CALLS: list[tuple[dict[str, Any], str]] = [
     ({"edit": [True]}, "2 boxes need as many values of edit, got 1"),
     ({"edit": "dog"}, "edit must be True or False for each box, got 'dog'"),
