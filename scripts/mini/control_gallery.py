@@ -24,6 +24,8 @@ CONFIG = "configs/mini_sample.yaml"
 PLAIN = "configs/layouts/mini.json"
 ROUGH = "configs/layouts/mini_rough.json"
 ONE = "configs/layouts/mini_spoken.json"
+PLANNER = "pretrained_models/mini/planner_mini.safetensors"
+THREE = '--prompt "a clock, a blue vase and an orange on a wooden table" --num_images 3'
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ FIGURES = (
             Column("yellow", '--negative_prompt "a yellow kite"'),
         ),
         num_rows=1,
+    ),
+    Figure(
+        "control_planner",
+        "",
+        (
+            Column("planned", f"--planner_path {PLANNER} {THREE}", title="--layout auto", layout="auto"),
+            Column("none", THREE, title="the caption alone"),
+        ),
+        num_rows=3,
     ),
 )
 

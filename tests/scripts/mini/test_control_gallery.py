@@ -12,7 +12,7 @@ import pytest
 import scripts.sample
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from scripts.mini import gallery
-from scripts.mini.control_gallery import CONFIG, FIGURES, Figure, command_of, main
+from scripts.mini.control_gallery import CONFIG, FIGURES, PLAIN, Figure, command_of, main
 from tests.conftest import ROOT
 from util.images import load_image, save_png
 
@@ -31,7 +31,7 @@ def test_commands_parse_and_go_together(name: str, tmp_path: Path, monkeypatch: 
 
 def write_run(folder: Path, figure: Figure, level: int) -> None:
     """As `scripts.sample` leaves it: pictures of one grey level, and the list."""
-    entries = json.loads((ROOT / figure.layout).read_text())[: figure.num_rows]
+    entries = json.loads((ROOT / (figure.layout or PLAIN)).read_text())[: figure.num_rows]
     images = [{"file": f"{row:04d}.png", **entry, "seed": row} for row, entry in enumerate(entries)]
     for image in images:
         save_png(np.full((64, 64, 3), level, dtype=np.uint8), folder / image["file"])
