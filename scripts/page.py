@@ -64,6 +64,7 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
     group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
                        help="sample with a VAE or text encoder other than the one trained with")  # fmt: skip
+    group.add_argument("--planner_path", default="", help="proposes layouts for captions without boxes; empty: none")
     group.add_argument("--detector", default="", help="shows what it finds in the pictures; empty: none")
     group.add_argument("--examples", default="", help="layout file with scenes to begin with; empty: none")
 
@@ -82,8 +83,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--resume is empty: name weights, or leave it out for those of {DEFAULT_CONFIG}")
     if args.host in ANYWHERE and not args.allowed_hosts:
         raise ValueError(f"--host {args.host!r} is no name: --allowed_hosts says by which names the page is reached")
-    if args.detector:
-        require_regular_file(args.detector, "detector")
+    for name, path in {"detector": args.detector, "planner": args.planner_path}.items():
+        if path:
+            require_regular_file(path, name)
     if args.examples:
         read_text(args.examples, "layout file")  # what it says is checked once the weights' categories are known
     sampling_config(args)

@@ -84,3 +84,4 @@ printf 'TensorBoard:           .venv/bin/tensorboard --logdir %s\n' "$OUT"
 
 printf '\nAll three, and how far your own are from the committed weights:\n\n'
 $python -m scripts.compare "${EVALUATIONS[@]}"
+printf '\nBoxes of your own, on a page in the browser: .venv/bin/python -m scripts.page\n'

@@ -11,7 +11,7 @@ import torch
 
 from engine.cli.sampling import sampling_config
 from engine.cli.speed import SPEEDS, speed_preset
-from engine.data.scenes import KnownLabels, Scene, read_layout_file
+from engine.data.scenes import Scene, read_layout_file
 from engine.page.server import PageServer
 from engine.page.studio import Studio
 from engine.sample.generate import require_drawable
@@ -48,11 +48,9 @@ def make_studio(args: argparse.Namespace) -> Studio:
     device = init_distributed(args.device).device
     config = sampling_config(args)
     pipeline = StructMARPipeline.from_checkpoint(
-        args.resume, args.vae_path, args.clip_path, device, args.ema, args.allow_other_frozen
+        args.resume, args.vae_path, args.clip_path, device, args.ema, args.allow_other_frozen, args.planner_path or None
     )
-    assert pipeline.identity is not None, "a checkpoint says what it was made for"
-    known = KnownLabels.of(pipeline.model.config, pipeline.identity.categories)
-    examples: list[Scene] = read_layout_file(args.examples, known) if args.examples else []
+    examples: list[Scene] = read_layout_file(args.examples, pipeline.known_labels) if args.examples else []
     require_drawable(pipeline.model.config, config, examples)
     return Studio(
         pipeline,
@@ -81,8 +79,14 @@ def sample_command(args: argparse.Namespace) -> tuple[str, ...]:
 
 def page_speeds(config: SamplingConfig, precision: str) -> dict[str, dict[str, Any]]:
     """What every preset makes of the options and the precision that the page begins with: the fields that differ from
-    those of any other preset. Options of another head are left out."""
+    those of any other preset. Options of another head are left out, and presets that come to the same as another."""
     foreign = {name for head, names in OPTIONS_OF_HEAD.items() if head != config.head for name in names}
     plain = {**config.to_dict(), "precision": precision}
-    touched = {key for name in SPEEDS for key in speed_preset(name, plain)} - foreign
-    return {name: {key: {**plain, **speed_preset(name, plain)}[key] for key in sorted(touched)} for name in SPEEDS}
+    touched = sorted({key for name in SPEEDS for key in speed_preset(name, plain)} - foreign)
+    speeds: dict[str, dict[str, Any]] = {}
+    for name in SPEEDS:
+        values = {**plain, **speed_preset(name, plain)}
+        own = {key: values[key] for key in touched}
+        if own not in speeds.values():
+            speeds[name] = own
+    return speeds

@@ -52,7 +52,7 @@ def _as_text(content: bytes) -> str | None:
 
 
 def _scenes(text: str, studio: Studio) -> list[Scene]:
-    known = studio.known
+    known = studio.pipeline.known_labels
     found = parse_entries(text, "the layout file", names=[category.name for category in known.categories])
     if len(found) > MAX_SCENES:
         raise ValueError(f"the layout file holds {len(found)} scenes, at most {MAX_SCENES} are opened")
@@ -62,7 +62,7 @@ def _scenes(text: str, studio: Studio) -> list[Scene]:
 def _made_with(text: dict[str, str], studio: Studio) -> Json:
     """What the text of a picture says that it was drawn with. Options of another head are left out."""
     entry = {name: parse_json(text[name], name) for name in ("objects", "height", "width") if name in text}
-    scene = read_page_scene({"prompt": text.get("prompt", ""), **entry}, studio.known)
+    scene = read_page_scene({"prompt": text.get("prompt", ""), **entry}, studio.pipeline.known_labels)
     made: Json = {"scenes": [scene.to_dict()]}
     made["seed"] = parse_json(text.get("seed", "0"), "seed")
     require_whole("seed", made["seed"], 0, MAX_PAGE_SEED)

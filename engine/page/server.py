@@ -23,6 +23,7 @@ from engine.page.limits import IDLE_S, MAX_BODY, MAX_CONNECTIONS, MAX_WAITING
 from engine.page.opened import open_file
 from engine.page.studio import Studio
 from engine.page.turns import BusyError, Turns
+from engine.page.wish import read_question
 from util.failures import one_line
 from util.read import parse_json
 
@@ -147,6 +148,12 @@ class PageHandler(BaseHTTPRequestHandler):
         body, studio = self._read_json(), self.server.studio
         if self.path == "/open":
             self._send_json(HTTPStatus.OK, open_file(body, studio))
+        elif self.path == "/propose":
+            prompt, seed = read_question(body)
+            with self.server.turns.place() as ticket:
+                listener = _Listener(self.connection, self.wfile, self.server.is_closing)
+                if self.server.turns.wait(ticket, lambda ahead: None, listener.is_gone):
+                    self._send_json(HTTPStatus.OK, studio.propose(prompt, seed))
         elif self.path == "/draw":
             wish = studio.read(body)
             self._stream(lambda tell, is_gone: studio.draw(wish, tell, is_gone))

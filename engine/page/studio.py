@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from engine.data.scenes import KnownLabels, Scene
+from engine.data.scenes import Scene, text_scene
 from engine.page.command import LAYOUT_NAME, SOURCE_NAME, command_line, sample_words
 from engine.page.found import look
 from engine.page.growth import Growth
 from engine.page.limits import MAX_IMAGES, MAX_PAGE_SEED, MAX_PHRASE, MAX_TEXT
 from engine.page.wish import Wish, read_wish
+from engine.plan.propose import layout_generators
 from engine.sample.editing import starts_of_edits
-from engine.sample.generate import Hooks, grid_of_scenes, require_drawable
+from engine.sample.generate import Hooks, grid_of_scenes, image_generator, require_drawable
 from engine.sample.output import picture_text
 from engine.sample.pipeline import StructMARPipeline
+from models.config import MAX_SCALE
 from models.frozen.detections import BoxDetector
 from models.sampling.auto_layout import require_maps
 from models.sampling.config import SamplingConfig
@@ -45,21 +47,16 @@ class Studio:
     batch_size: int = 1
     detector: BoxDetector | None = None
 
-    @property
-    def known(self) -> KnownLabels:
-        """What can be placed."""
-        identity = self.pipeline.identity
-        return KnownLabels.of(self.pipeline.model.config, () if identity is None else identity.categories)
-
     def facts(self) -> Json:
         """What the page has to know before anything is drawn."""
-        config, known = self.pipeline.model.config, self.known
+        config, known = self.pipeline.model.config, self.pipeline.known_labels
         rows, columns = config.unit_grid()
         return {
             "weights": self.pipeline.source,
             "labels": [category.name for category in known.categories],
             "max_objects": known.max_objects,
             "has_phrases": known.has_phrases,
+            "has_planner": self.pipeline.planner is not None,
             "has_detector": self.detector is not None,
             "size": [config.img_size, config.img_size],
             "num_tokens": rows * columns,
@@ -69,18 +66,33 @@ class Studio:
             "precision": self.precision,
             "speeds": {name: dict(preset) for name, preset in self.speeds.items()},
             "examples": [scene.to_dict() for scene in self.examples],
-            "limits": {"images": MAX_IMAGES, "text": MAX_TEXT, "phrase": MAX_PHRASE, "seed": MAX_PAGE_SEED},
+            "limits": {
+                "images": MAX_IMAGES,
+                "text": MAX_TEXT,
+                "phrase": MAX_PHRASE,
+                "seed": MAX_PAGE_SEED,
+                "scale": MAX_SCALE,
+            },
             "files": {"layout": LAYOUT_NAME, "source": SOURCE_NAME},
         }
 
     def read(self, body: Any) -> Wish:
         """A request for pictures. Raises ValueError for what is wrong with it, and for what the model cannot draw."""
         model = self.pipeline.model
-        wish = read_wish(body, self.own, self.known, model.config)
+        wish = read_wish(body, self.own, self.pipeline.known_labels, model.config)
         require_drawable(model.config, wish.config, [wish.scene])
         if wish.config.mask_threshold is not None:
             require_maps(model, f"mask_threshold {wish.config.mask_threshold}")
         return wish
+
+    def propose(self, prompt: str, seed: int) -> Json:
+        """The scene that `scripts.sample --layout auto` draws of a caption with this seed. Raises ValueError without a
+        planner, and for a caption without words."""
+        if self.pipeline.planner is None:
+            raise ValueError("nothing here proposes layouts: start the page with --planner_path")
+        generators = layout_generators([image_generator(seed)])
+        way = ([text_scene(prompt)], self.pipeline.known_labels, self.pipeline.caption_encoder, generators)
+        return self.pipeline.planner.scenes(*way)[0].to_dict()
 
     def draw(self, wish: Wish, tell: Tell, is_gone: Callable[[], bool]) -> None:
         """Tells of every iteration and picture. Ends early once `is_gone` says that nobody wants them any more."""

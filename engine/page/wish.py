@@ -30,6 +30,7 @@ from util.plain import from_plain
 from util.read import require_text, short_repr
 
 FIELDS = ("scene", "seed", "num_images", "precision", "options", "edit")
+QUESTION_FIELDS = ("prompt", "seed")
 EDIT_FIELDS = ("picture", "boxes")
 
 
@@ -62,6 +63,15 @@ def read_wish(body: Any, own: SamplingConfig, known: KnownLabels, config: Struct
     picture, boxes = read_page_edit(body["edit"])
     _, edit = Changes(edit_boxes=boxes).of(config, scene, picture, "edit")
     return Wish(scene, seed, num_images, options, precision, edit, boxes)
+
+
+def read_question(body: Any) -> tuple[str, int]:
+    """A caption that a layout is to be proposed for, and the seed of that."""
+    _require_fields(body, "a question", QUESTION_FIELDS, required=("prompt",))
+    prompt, seed = require_text(body["prompt"], "the prompt"), body.get("seed", 0)
+    require_short_text(prompt, "the prompt", MAX_TEXT)
+    require_whole("seed", seed, 0, MAX_PAGE_SEED)
+    return prompt, seed
 
 
 def read_page_scene(entry: Any, known: KnownLabels) -> Scene:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.data.scenes import KnownLabels, read_layout_file
+from engine.data.scenes import read_layout_file
 from engine.page.server import PageServer
 from engine.page.studio import Studio
 from engine.sample.pipeline import StructMARPipeline
 from models.sampling.config import SamplingConfig
-from tests.helpers.tiny import CATEGORIES, CONFIG, World
+from tests.helpers.tiny import World
 
 QUICK = SamplingConfig(num_iter=4, num_sampling_steps=4, clip_x0=3.0)
 SCENE = {"prompt": "a dog", "objects": [{"label": "dog", "bbox": [0.125, 0.25, 0.5, 0.75]}]}
@@ -29,15 +29,15 @@ SCENE = {"prompt": "a dog", "objects": [{"label": "dog", "bbox": [0.125, 0.25, 0
 def tiny_studio(world: World, config: SamplingConfig = QUICK, checkpoint: Path | None = None, **options: Any) -> Studio:
     checkpoint = checkpoint or world.checkpoint
     pipeline = StructMARPipeline.from_checkpoint(checkpoint, world.vae, world.clip)
-    examples = read_layout_file(world.layout, KnownLabels.of(CONFIG, CATEGORIES))
+    examples = read_layout_file(world.layout, pipeline.known_labels)
     words = ("python", "-m", "scripts.sample", "--resume", str(checkpoint), *world.frozen_flags())
     return Studio(pipeline, config, words, {"exact": {"num_iter": 4}}, examples, **options)
 
 
 @contextmanager
-def served(studio: Studio) -> Iterator[PageServer]:
+def served(studio: Studio, hosts: tuple[str, ...] = ()) -> Iterator[PageServer]:
     """On a free port, in threads of this process."""
-    server = PageServer("127.0.0.1", 0, studio)
+    server = PageServer("127.0.0.1", 0, studio, hosts)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

@@ -155,6 +155,18 @@ def test_boxes_by_mouse_a_picture_and_the_same_again_from_a_layout_file(person: 
     assert np.array_equal(person.picture(), first)
 
 
+def test_a_box_in_words_of_some_strength(person: Person) -> None:
+    person.tab.locator("#objects li input[type=text]").first.click(delay=300)  # as slowly as people press
+    person.tab.keyboard.type("large blue umbrella")
+    person.tab.locator("#objects li input[type=number]").first.fill("1.5")
+    person.tab.locator("#objects li button").nth(1).click(delay=300)  # the kite goes
+    (umbrella,) = json.loads(person.save("#save-layout").read_text())["objects"]
+    assert (umbrella["label"], umbrella["phrase"], umbrella["scale"]) == ("umbrella", "large blue umbrella", 1.5)
+    person.tab.keyboard.press("Control+z")
+    assert person.tab.locator("#objects li").count() == 2
+    person.draw()
+
+
 def test_moving_a_box_repaints_its_old_and_new_place_and_keeps_the_rest(person: Person) -> None:
     person.draw()
     before = person.picture()
@@ -189,6 +201,16 @@ def test_a_prompt_alone_and_its_file_again(person: Person) -> None:
     assert np.array_equal(person.picture(), picture)
 
 
+def test_a_layout_is_proposed_for_a_caption(person: Person) -> None:
+    person.clear()
+    person.tab.fill("#prompt", "a red umbrella and a yellow kite on a beach")
+    person.tab.click("#propose")
+    person.tab.wait_for_selector("#objects li")
+    first = person.tab.locator("#objects select").evaluate_all("all => all.map((each) => each.value)")
+    assert {"umbrella", "kite"} & set(first)
+    person.draw()
+
+
 def test_texts_of_files_stay_texts(person: Person) -> None:
     layout = {"prompt": "<img src=x onerror=alert(1)>", "objects": [{"label": "kite", "bbox": [0, 0, 1, 1]}]}
     (person.folder / "html.json").write_text(json.dumps([layout, layout]))
@@ -196,10 +218,10 @@ def test_texts_of_files_stay_texts(person: Person) -> None:
     assert person.tab.input_value("#prompt") == layout["prompt"]
     person.draw()
     assert person.tab.locator("img:not(#strip img)").count() == 0
-    (person.folder / "bad.json").write_text(json.dumps({**layout, "objects": [{"label": "<b>", "bbox": [0, 0, 1, 1]}]}))
+    (person.folder / "bad.json").write_text(json.dumps({**layout, "objects": [{"label": "<b>", "bbox": [0, 0, 2, 1]}]}))
     person.tab.set_input_files("#open", person.folder / "bad.json")
     person.tab.wait_for_selector("#error:not(:empty)")
-    assert "unknown label '<b>'" in person.tab.inner_text("#error")
+    assert "object 0 ('<b>'): 'bbox' x1 = 2 is not in [0, 1]" in person.tab.inner_text("#error")
     person.errors = [error for error in person.errors if "400" not in error]  # Chromium's own line of the refusal
 
 

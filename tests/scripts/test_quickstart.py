@@ -58,12 +58,13 @@ def read_checkpoint(folder: Path) -> dict:
 
 
 def check_table(printed: list[str]) -> None:
-    """The output ends with one table: the bounds, the three models, and two differences."""
+    """The output ends with one table of the bounds, the three models and two differences, and the page's command."""
     table = [line for line in printed if line.startswith("|")]
     minus = f"minus StructMAR ({EVALUATED[0]})"
     names = ["", "real images", "VAE round trip", *(f"StructMAR ({which})" for which in EVALUATED)]
     assert [line.split("|")[1].strip() for line in table[:1] + table[2:]] == [*names[:5], minus, names[5], minus]
-    assert printed[-1].startswith("In percent") and printed.index(table[-1]) == len(printed) - 3
+    assert printed[-1].endswith(".venv/bin/python -m scripts.page") and printed[-2] == ""
+    assert printed[-3].startswith("In percent") and printed.index(table[-1]) == len(printed) - 5
 
 
 def held_out_steps(printed: str) -> list[int]:

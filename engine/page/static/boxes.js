@@ -5,7 +5,7 @@ const HANDLE = 7, REACH = 12, SMALLEST = 0.02, KEY_STEP = 1 / 64;
 const CORNERS = [[0, 1], [2, 1], [0, 3], [2, 3]];  // which ends of a box each corner moves
 const HUES = [172, 24, 214, 330, 264, 52, 190, 0, 96, 300];
 
-export const colourOf = (object) => `hsl(${HUES[object.id % HUES.length]} 60% 36%)`;
+export const colourOf = (object) => `hsl(${HUES[object.hue % HUES.length]} 60% 36%)`;
 const rounded = (value) => Math.round(Math.min(1, Math.max(0, value)) * 1000) / 1000;
 
 export class BoxCanvas {
@@ -16,7 +16,7 @@ export class BoxCanvas {
     this.drag = null;
     canvas.addEventListener("pointerdown", (event) => this.down(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
-    canvas.addEventListener("pointerup", () => this.up());
+    canvas.addEventListener("pointerup", (event) => { if (this.drag) this.move(event); this.up(); });
     canvas.addEventListener("pointercancel", () => this.up());
     canvas.addEventListener("keydown", (event) => this.key(event));
     new ResizeObserver(() => this.fit()).observe(canvas);
@@ -84,6 +84,7 @@ export class BoxCanvas {
       return this.paint();
     }
     if (!this.drag.begun) {
+      if (at[0] === from[0] && at[1] === from[1]) return;  // a click
       this.hooks.begin();
       this.drag.begun = true;
     }
@@ -127,7 +128,9 @@ export class BoxCanvas {
     context.clearRect(0, 0, width, height);
     context.imageSmoothingEnabled = true;
     context.imageSmoothingQuality = "high";
+    context.globalAlpha = view.isFaded ? 0.35 : 1;
     if (view.picture) context.drawImage(view.picture, 0, 0, width, height);
+    context.globalAlpha = 1;
     for (const box of view.hole) hatch(context, at(box), scale);
     if (view.boxes) {
       const last = (object) => object.id === this.hooks.selected() ? 1 : 0;

@@ -14,9 +14,10 @@ let facts, canvas, fields = [];
 let nextId = 0, selected = null, mode = "new", job = null, growing = null;
 let pictures = [], current = null;  // what was drawn or opened, and the one that is shown
 let base = null, forcedHole = null;  // of edit mode: the picture that is edited; a hole that a file names
-let undone = [];
+let rows = [], shownRows = "";  // of the objects, and what they say
+let undone = [], proposed = null;  // proposed: the caption and seed that the last layout was proposed for
 const state = {prompt: "", objects: [], seed: 0, num_images: 1, options: {}, precision: "fp32", size: null};
-// An object: {id, label, phrase, scale, bbox, edit}. edit: drawn anew where it stands. label "": the background.
+// An object: {id, hue, label, phrase, scale, bbox, edit}. hue: its colour's number. edit: drawn anew where it stands. label "": the background.
 
 // What is drawn anew in edit mode
 
@@ -72,16 +73,19 @@ function undo() {
   }
 }
 
+// Rows are left as they are: a click or a menu in one may have begun.
 function select(id) {
   selected = id;
-  refresh();
+  for (const {row, object} of rows) row.classList.toggle("selected", object.id === id);
+  canvas.paint();
 }
 
 function addBox(bbox) {
   if (state.objects.length >= facts.max_objects) return complain(`These weights place at most ${facts.max_objects} boxes.`);
   begin();
   const last = state.objects.at(-1);
-  const object = {id: nextId++, label: last && last.label || facts.labels[0] || "", phrase: "", scale: 1, bbox, edit: false};
+  const used = state.objects.map((each) => each.hue), hue = [...used.keys(), used.length].find((each) => !used.includes(each));
+  const object = {id: nextId++, hue, label: last && last.label || facts.labels[0] || "", phrase: "", scale: 1, bbox, edit: false};
   state.objects.push(object);
   selected = object.id;
   change();
@@ -98,8 +102,8 @@ function removeBox(id) {
 function takeScene(scene) {
   state.prompt = scene.prompt;
   state.size = scene.height ? [scene.height, scene.width] : null;
-  state.objects = scene.objects.map(({label, phrase, scale, bbox, edit}) =>
-    ({id: nextId++, label: facts.labels.includes(label) ? label : "", phrase: phrase || (facts.labels.includes(label) ? "" : label),
+  state.objects = scene.objects.map(({label, phrase, scale, bbox, edit}, hue) =>
+    ({id: nextId++, hue, label: facts.labels.includes(label) ? label : "", phrase: phrase || (facts.labels.includes(label) ? "" : label),
       scale: scale ?? 1, bbox, edit: edit || false}));
   selected = null;
 }
@@ -233,6 +237,24 @@ function heard(event, made) {
 function say(text) { $("status").textContent = text; }
 function complain(text) { $("error").textContent = text; }
 
+// Another layout with every press.
+async function propose() {
+  complain("");
+  const seed = state.seed + (proposed && proposed.prompt === state.prompt && proposed.base === state.seed ? proposed.count : 0);
+  $("propose").disabled = true;
+  try {
+    const scene = await ask("/propose", {prompt: state.prompt, seed});
+    proposed = {prompt: state.prompt, base: state.seed, count: seed - state.seed + 1};
+    begin();
+    takeScene(scene);
+    change();
+    say(scene.objects.length ? "A layout for this caption; press again for another." : "The planner places nothing for this caption.");
+  } catch (error) {
+    complain(error.message);
+  }
+  $("propose").disabled = false;
+}
+
 // Files
 
 async function open(file) {
@@ -292,25 +314,36 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
+// What the rows of the objects say. They are made anew only where that changes from outside them: a row that is being
+// used stays.
+function rowsNow() {
+  return JSON.stringify([mode, state.objects.map((each) =>
+    [each.id, each.label, each.phrase, each.scale, each.edit, Boolean(originOf(each))])]);
+}
+
+function changedInRow() {
+  shownRows = rowsNow();
+  change();
+}
+
 function objectRow(object, index) {
-  const row = element("li", {className: object.id === selected ? "selected" : ""});
+  const row = element("li", {className: object.id === selected ? "selected" : ""}), badge = element("span");
   row.style.setProperty("--hue", colourOf(object));
-  row.addEventListener("pointerdown", () => { if (selected !== object.id) setTimeout(() => select(object.id)); });
+  for (const name of ["pointerdown", "focusin"]) row.addEventListener(name, () => { if (selected !== object.id) select(object.id); });
   const label = element("select", {id: `label-${object.id}`, ariaLabel: `What box ${index + 1} holds`});
   if (mode === "edit" || facts.has_phrases || !object.label) {
     label.append(new Option(facts.has_phrases ? "in words:" : mode === "edit" ? "the background" : "choose", ""));
   }
   for (const name of facts.labels) label.append(new Option(name, name));
   label.value = object.label;
-  label.addEventListener("change", () => { begin(); object.label = label.value; change(); });
+  label.addEventListener("change", () => { begin(); object.label = label.value; changedInRow(); });
   const remove = element("button", {textContent: "×", title: "Remove this box (Delete)", ariaLabel: `Remove box ${index + 1}`});
   remove.addEventListener("click", () => removeBox(object.id));
-  const badge = badgeOf(object);
-  row.append(element("div", {className: "row"}, label, ...(badge ? [badge] : []), remove));
+  row.append(element("div", {className: "row"}, label, badge, remove));
   if (facts.has_phrases) row.append(phraseOf(object, index));
-  if (object.id === selected) row.append(strengthOf(object));
-  if (mode === "edit" && originOf(object)) row.append(repaintOf(object));
-  return row;
+  row.append(element("div", {className: "row spread"}, strengthOf(object, index),
+    ...(mode === "edit" && originOf(object) ? [repaintOf(object)] : [])));
+  return {row, object, badge};
 }
 
 function badgeOf(object) {
@@ -325,22 +358,28 @@ function badgeOf(object) {
 
 function phraseOf(object, index) {
   const phrase = element("input", {type: "text", value: object.phrase, maxLength: facts.limits.phrase, ariaLabel: `Box ${index + 1} in words`,
-    placeholder: object.label ? "in words, such as: large red umbrella" : "what it holds, in words"});
-  phrase.addEventListener("change", () => { begin(); object.phrase = phrase.value.trim(); change(); });
+    placeholder: "in words, such as: large red umbrella"});
+  phrase.addEventListener("focus", begin);
+  phrase.addEventListener("input", () => { object.phrase = phrase.value.trim(); changedInRow(); });
   return phrase;
 }
 
-function strengthOf(object) {
-  const slider = element("input", {type: "range", min: 0, max: 2, step: 0.05, value: object.scale, ariaLabel: "Strength"});
-  const shown = element("output", {value: object.scale});
-  slider.addEventListener("pointerdown", begin);
-  slider.addEventListener("input", () => { object.scale = Number(slider.value); shown.value = slider.value; });
-  return element("label", {className: "strength", title: "How strongly this box counts; 1 as trained"}, "Strength", slider, shown);
+function strengthOf(object, index) {
+  const title = "How strongly this box counts; 1 as trained, 0 not at all";
+  const strength = element("input", {type: "number", min: 0, max: facts.limits.scale, step: 0.1, value: object.scale, title,
+    ariaLabel: `Strength of box ${index + 1}`});
+  strength.addEventListener("focus", begin);
+  strength.addEventListener("input", () => {
+    if (strength.value === "" || !(strength.valueAsNumber >= 0 && strength.valueAsNumber <= facts.limits.scale)) return;
+    object.scale = strength.valueAsNumber;
+    changedInRow();
+  });
+  return element("label", {className: "strength", title}, "Strength", strength);
 }
 
 function repaintOf(object) {
   const box = element("input", {type: "checkbox", checked: object.edit});
-  box.addEventListener("change", () => { begin(); object.edit = box.checked; change(); });
+  box.addEventListener("change", () => { begin(); object.edit = box.checked; changedInRow(); });
   return element("label", {className: "check"}, box, "Repaint it");
 }
 
@@ -359,11 +398,9 @@ function thumb(picture) {
 }
 
 function refresh() {
-  const focused = document.activeElement && document.activeElement.id, isFree = !job;
+  const isFree = !job;
   if ($("prompt").value !== state.prompt) $("prompt").value = state.prompt;
-  $("objects").replaceChildren(...state.objects.map(objectRow));
-  $("removed").replaceChildren(...removedOnes().map(removedRow));
-  if (focused && focused.startsWith("label-") && $(focused)) $(focused).focus({preventScroll: true});
+  refreshRows();
   $("count").textContent = `${state.objects.length} of ${facts.max_objects}`;
   $("no-objects").hidden = state.objects.length > 0;
   $("add").disabled = state.objects.length >= facts.max_objects;
@@ -391,15 +428,38 @@ function refresh() {
   canvas.paint();
 }
 
+function refreshRows() {
+  if (shownRows !== rowsNow() || rows.some(({object}, index) => object !== state.objects[index])) {
+    const focused = document.activeElement && document.activeElement.id;
+    rows = state.objects.map(objectRow);
+    $("objects").replaceChildren(...rows.map(({row}) => row));
+    if (focused && focused.startsWith("label-") && $(focused)) $(focused).focus({preventScroll: true});
+    shownRows = rowsNow();
+  }
+  for (const {row, object, badge} of rows) {
+    row.classList.toggle("selected", object.id === selected);
+    const found = badgeOf(object);
+    badge.replaceChildren(...(found ? [found] : []));
+  }
+  $("removed").replaceChildren(...removedOnes().map(removedRow));
+}
+
 function filesFor(command) {
   const names = [facts.files.layout, facts.files.source].filter((name) => command.includes(name));
   return names.length ? `It reads ${names.join(" and ")}, which the buttons here save.` : "";
+}
+
+// Whether the boxes are others than those of the picture that is shown.
+function isOutdated() {
+  const plain = (objects) => objects.map(({label, phrase, scale, bbox}) => ({label, phrase, scale, bbox}));
+  return mode === "new" && !job && current !== null && !same(plain(current.objects), plain(state.objects));
 }
 
 function view() {
   const shown = mode === "edit" && !job ? base : current;
   return {
     picture: growing ? growing.image : job && !job.pictures ? (mode === "edit" ? base.image : null) : shown && shown.image,
+    isFaded: isOutdated(),
     boxes: $("show-boxes").checked,
     hole: job ? [] : holes().map(cellsOf),
     found: $("show-found").checked && current && !job ? current.found : [],
@@ -448,6 +508,8 @@ function connect() {
   $("prompt").addEventListener("input", () => { state.prompt = $("prompt").value; });
   $("draw").addEventListener("click", draw);
   $("stop").addEventListener("click", () => job && job.controller.abort());
+  $("propose").hidden = !facts.has_planner;
+  $("propose").addEventListener("click", propose);
   $("undo").addEventListener("click", undo);
   $("add").addEventListener("click", () => addBox([0.3, 0.3, 0.7, 0.7]));
   $("reset").addEventListener("click", () => { takeDefaults(); refresh(); });

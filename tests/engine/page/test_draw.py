@@ -18,6 +18,7 @@ from PIL import Image
 import scripts.sample
 from engine.page.server import PageServer
 from tests.helpers.page_world import QUICK, SCENE, Caller, pictures_of, pixels_of, served, tiny_studio
+from tests.helpers.planners import write_planner
 from tests.helpers.tiny import CONFIG, World, write_checkpoint
 
 HOLE = [[0.5, 0.5, 1.0, 1.0]]
@@ -173,6 +174,37 @@ def test_a_box_s_strength_counts(caller: Caller) -> None:
     one, other = (pictures_of(caller.draw({"scene": scene}))[0]["png"] for scene in (SCENE, weak))
     assert not np.array_equal(pixels_of(one), pixels_of(other))
     assert caller.post("/open", {"content": other})[1]["scenes"] == [weak]
+
+
+def test_a_layout_is_proposed_as_the_command_line_does(world: World, caller: Caller, tmp_path: Path) -> None:
+    question = {"prompt": "a dog and a ball", "seed": 6}
+    status, answer = caller.post("/propose", question)
+    assert (
+        status == 400 and "--planner_path" in answer["error"] and not json.loads(caller.get("/facts")[1])["has_planner"]
+    )
+    planner = write_planner(tmp_path / "planner.safetensors", world)
+    studio = tiny_studio(world)
+    studio.pipeline.load_planner(planner)
+    with served(studio) as server:
+        caller = Caller(server)
+        status, scene = caller.post("/propose", question)
+        assert (status, scene) == caller.post("/propose", question) and scene["objects"]
+        assert caller.post("/propose", {**question, "seed": 7})[1] != scene
+        for bad in ({"prompt": "  "}, {"prompt": "a" * 2001}, {"prompt": 1}, {"seed": 1}, {**question, "seed": -1}):
+            assert caller.post("/propose", bad)[0] == 400
+    flags = [
+        "--resume",
+        str(world.checkpoint),
+        *world.frozen_flags(),
+        "--planner_path",
+        str(planner),
+        "--num_iter",
+        "2",
+    ]
+    flags += ["--num_sampling_steps", "2", "--num_images", "1", "--seed", "6", "--prompt", question["prompt"]]
+    scripts.sample.main([*flags, "--layout", "auto", "--device", "cpu", "--output_dir", str(tmp_path / "out")])
+    (image,) = json.loads((tmp_path / "out" / "samples.json").read_text())["images"]
+    assert {"prompt": image["prompt"], "objects": image["objects"]} == scene
 
 
 def test_the_command_line_draws_the_same_pictures(

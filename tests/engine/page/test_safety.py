@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine.page import limits
 from engine.page.server import FILES, STATIC, PageServer
-from tests.helpers.page_world import SCENE, Caller
+from tests.helpers.page_world import SCENE, Caller, served
 
 
 def png(image: Image.Image) -> bytes:
@@ -31,6 +31,13 @@ def test_other_hosts_are_refused(caller: Caller, host: str) -> None:
 @pytest.mark.parametrize("host", ["localhost:9", "127.0.0.1", "[::1]:8000", "LOCALHOST"])
 def test_loopback_names_lead_to_the_page_at_any_port(caller: Caller, host: str) -> None:
     assert caller.send("GET", "/", headers={"Host": host}).status == 200
+
+
+def test_other_names_lead_to_it_where_they_are_allowed(page: PageServer) -> None:
+    with served(page.studio, ("GPU.example",)) as server:
+        caller = Caller(server)
+        assert caller.send("GET", "/", headers={"Host": "gpu.example:8000"}).status == 200
+        assert caller.send("GET", "/", headers={"Host": "other.example"}).status == 403
 
 
 @pytest.mark.parametrize(
@@ -179,6 +186,5 @@ def test_a_file_is_sent_in_base64(caller: Caller, body: Any) -> None:
 
 def test_a_port_that_is_taken_is_named(page: PageServer) -> None:
     port = page.server_address[1]
-    page.studio.facts()
     with pytest.raises(ValueError, match=f"cannot listen on host 127.0.0.1, port {port}"):
         PageServer("127.0.0.1", port, page.studio)
