@@ -84,7 +84,9 @@ def parse_sampling_args(
     if head_of is None and not _exists(args.resume):
         check(args)
         return args, None
-    check(_settled(parser, args, given))
+    settled = _settled(parser, args, given)
+    check(settled)
+    args.resume = settled.resume  # `best` is a path now
     identity = _identity(args.resume)
     if head_of is not None:
         head = head_of(args)

@@ -7,9 +7,9 @@ Expected are <runs>/<model>/<control>/ of `scripts.evaluate_layout` and colour.j
 `scripts.mini.colour_accuracy`. The first control is what the others differ from, image by image. Each line names its
 flags, read from the evaluation. Evaluations of other images, profiles or detectors are an error.
 
-Seconds are from captions and boxes to pixels: the first held-out scenes in one batch, every setting once to warm up and
-then --repeats times, the settings taking turns, so that what else the machine does falls on all. Their medians are kept
-in <runs>/times.json.
+Seconds are of the processor, of all its threads, from captions and boxes to pixels: the first held-out scenes in one
+batch, every setting once to warm up and then --repeats times, the settings taking turns, so that what else the machine
+does falls on all. Their medians are kept in <runs>/times.json.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def run_times(args: argparse.Namespace) -> None:
     seconds: dict[tuple[str, int], list[float]] = {each: [] for each in settings}
     for _ in range(1 + args.repeats):
         for name, count in settings:
-            seconds[name, count].append(drawing_seconds(pipelines[name], scenes, configs[name, count], args.precision))
+            seconds[name, count].append(_seconds(pipelines[name], scenes, configs[name, count], args.precision))
     medians = {
         name: {str(count): statistics.median(seconds[name, count][1:]) / len(scenes) for count in args.iterations}
         for name in pipelines
@@ -68,10 +68,7 @@ def run_times(args: argparse.Namespace) -> None:
     write_text_atomic(args.output, json.dumps(content, indent=1) + "\n")
 
 
-def drawing_seconds(
-    pipeline: StructMARPipeline, scenes: Sequence[Scene], config: SamplingConfig, precision: str
-) -> float:
-    """Of one batch of all scenes, with seeds from 0 on."""
+def _seconds(pipeline: StructMARPipeline, scenes: Sequence[Scene], config: SamplingConfig, precision: str) -> float:
     start = time.perf_counter()
     pipeline.draw(scenes, config, range(len(scenes)), batch_size=len(scenes), precision=precision)
     return time.perf_counter() - start

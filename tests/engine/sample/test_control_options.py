@@ -13,8 +13,10 @@ from PIL import Image
 
 import scripts.compare_heads
 import scripts.sample
+from engine.checkpoint.load import export_weights
 from engine.data.scenes import KnownLabels, read_entry
 from engine.sample.pipeline import StructMARPipeline
+from models.sampling.config import SamplingConfig
 from tests.helpers.tiny import CATEGORIES, World, write_world
 from util.types import LayoutBatch
 
@@ -116,6 +118,19 @@ def test_the_script_draws_what_the_call_draws(pipe: StructMARPipeline, world: Wo
     scaled = [item | {"scale": scale} for item, scale in zip(OBJECTS, (0.5, 2.0), strict=True)]
     again = sampled(world, tmp_path / "file", write_layout(tmp_path / "scaled.json", *scaled), *flags)
     assert np.array_equal(again, found)
+
+
+def test_weights_may_name_the_guidance_that_a_negative_prompt_needs(world: World, tmp_path: Path) -> None:
+    """Then it needs none on the command line; one there counts first."""
+    path = tmp_path / "weights.safetensors"
+    export_weights(world.checkpoint, path, sampling=SamplingConfig(cfg_text=2.0, cfg_layout=3.0))
+    layout = write_layout(tmp_path / "layout.json", *OBJECTS)
+    words = ["--resume", str(path), "--negative_prompt", "a red dog"]
+    told = sampled(world, tmp_path / "own", layout, *words)
+    scales = ["--cfg_text", "2", "--cfg_layout", "3"]
+    assert np.array_equal(told, sampled(world, tmp_path / "said", layout, *words[2:], *scales))
+    with pytest.raises(SystemExit, match="it needs --cfg_text other than 1"):
+        sampled(world, tmp_path / "none", layout, *words, "--cfg_text", "1")
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
