@@ -67,9 +67,9 @@ def test_shares_are_of_all_scenes_together() -> None:
 
 def test_the_committed_planner_beats_shuffled_captions_by_far(tmp_path: Path) -> None:
     (tmp_path / "annotations").mkdir()
-    make_dataset(tmp_path, DatasetSettings(num_train=1, num_val=20, seed=77))
+    make_dataset(tmp_path, DatasetSettings(num_train=1, num_val=12, seed=77))
     index = CocoIndex.load(tmp_path, "val2017", BoxFilters(0.002, max_objects=8), 64)
-    scenes = scenes_from_dataset(index, 64, 20)
+    scenes = scenes_from_dataset(index, 64, 12)
     planner = LayoutPlanner.load(MINI / "planner_mini.safetensors")
     encoder = ClipTextEncoder.load(MINI / "clip-text-mini")
     known = KnownLabels(index.categories, 8)
