@@ -208,6 +208,10 @@ class PageHandler(BaseHTTPRequestHandler):
                 logger.exception("drawing failed")
                 listener.tell({"event": "error", "error": "the server failed; its log says how"})
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class says of requests that it does not understand, as JSON too."""
+        self._refuse(HTTPStatus(code), message or HTTPStatus(code).phrase)
+
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self.close_connection = True  # the request may not have been read
         self._send_json(status, {"error": reason}, {"Connection": "close"})

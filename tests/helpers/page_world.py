@@ -31,7 +31,7 @@ def tiny_studio(world: World, config: SamplingConfig = QUICK, checkpoint: Path |
     pipeline = StructMARPipeline.from_checkpoint(checkpoint, world.vae, world.clip)
     examples = read_layout_file(world.layout, pipeline.known_labels)
     words = ("python", "-m", "scripts.sample", "--resume", str(checkpoint), *world.frozen_flags())
-    return Studio(pipeline, config, words, {"exact": {"num_iter": 4}}, examples, **options)
+    return Studio(pipeline, config, words, {"exact": {"num_iter": 4, "precision": "fp32"}}, examples, **options)
 
 
 @contextmanager

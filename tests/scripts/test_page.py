@@ -211,6 +211,21 @@ def test_a_layout_is_proposed_for_a_caption(person: Person) -> None:
     person.draw()
 
 
+def test_a_preset_sets_options_and_reset_takes_them_back(person: Person) -> None:
+    person.tab.click("#more summary")
+    first = person.tab.input_value("#field-speed")
+    person.tab.select_option("#field-speed", "fast")
+    person.tab.check("#field-auto")
+    person.tab.locator("[id='field-options.start_step']").fill("2")
+    person.draw()
+    person.tab.locator("#again summary").click()
+    command = person.tab.inner_text("#command")
+    for words in ("--precision bf16", "--uncond_refresh 4", "--num_sampling_steps_last 5", "--start_step 2"):
+        assert words in command
+    person.tab.click("#reset")
+    assert person.tab.input_value("#field-speed") == first and not person.tab.is_checked("#field-auto")
+
+
 def test_texts_of_files_stay_texts(person: Person) -> None:
     layout = {"prompt": "<img src=x onerror=alert(1)>", "objects": [{"label": "kite", "bbox": [0, 0, 1, 1]}]}
     (person.folder / "html.json").write_text(json.dumps([layout, layout]))

@@ -1,4 +1,41 @@
-// The options of a picture as form fields. Each reads and writes one value of `values`, an object of the page's state.
+// The options of a picture as form fields. Each reads and writes one value of the page's state by its name.
+
+import {same} from "./edit.js";
+
+const AUTO = {mask_threshold: 0.5, start_step: 3, auto_update: false};
+const NOT_AUTO = {mask_threshold: null, start_step: null, auto_update: false};
+
+// Values of the state by name: a path into it, or "speed" and "auto", which stand for several.
+export class Values {
+  constructor(state, facts) {
+    Object.assign(this, {state, facts});
+  }
+
+  get(name) {
+    if (name === "speed") return this.speed();
+    if (name === "auto") return this.state.options.mask_threshold !== null;
+    return name.split(".").reduce((value, key) => value[key], this.state);
+  }
+
+  set(name, value) {
+    if (name === "speed") {
+      const {precision, ...options} = this.facts.speeds[value];
+      this.state.precision = precision;
+      Object.assign(this.state.options, options);
+    } else if (name === "auto") {
+      Object.assign(this.state.options, value ? AUTO : NOT_AUTO);
+    } else {
+      const keys = name.split("."), last = keys.pop();
+      keys.reduce((holder, key) => holder[key], this.state)[last] = value;
+    }
+  }
+
+  speed() {  // the preset that the options are those of; "" for none
+    const plain = {...this.state.options, precision: this.state.precision};
+    const fits = ([, preset]) => Object.entries(preset).every(([key, value]) => same(plain[key], value));
+    return (Object.entries(this.facts.speeds).find(fits) || [""])[0];
+  }
+}
 
 const range = (name, label, min, max, step, more = {}) => ({kind: "range", name, label, min, max, step, ...more});
 const whole = (name, label, min, max, more = {}) => ({kind: "number", name, label, min, max, step: 1, ...more});

@@ -1,57 +1,26 @@
 // The page: its state, and what connects it to the form, the canvas (boxes.js) and the server (net.js).
 
-import {BoxCanvas, colourOf} from "./boxes.js";
-import {fieldOf, mainFields, moreFields} from "./fields.js";
+import {BoxCanvas} from "./boxes.js";
+import {cellsOf, holesOf, removedFrom, same} from "./edit.js";
+import {fieldOf, mainFields, moreFields, Values} from "./fields.js";
 import {ask, base64Of, facts as readFacts, follow, pngUrl, save, saveText} from "./net.js";
+import {element, ObjectList} from "./objects.js";
+import {entryOf, objectsOf} from "./scene.js";
 
 const $ = (id) => document.getElementById(id);
-const MAX_PICTURES = 48, MAX_UNDO = 100, GOOD = 0.5;
-const AUTO = {mask_threshold: 0.5, start_step: 3, auto_update: false};
-const NOT_AUTO = {mask_threshold: null, start_step: null, auto_update: false};
+const MAX_PICTURES = 48, MAX_UNDO = 100;
 const clone = (value) => JSON.parse(JSON.stringify(value));
 
-let facts, canvas, fields = [];
+let facts, canvas, list, fields = [];
 let nextId = 0, selected = null, mode = "new", job = null, growing = null;
 let pictures = [], current = null;  // what was drawn or opened, and the one that is shown
 let base = null, forcedHole = null;  // of edit mode: the picture that is edited; a hole that a file names
-let rows = [], shownRows = "";  // of the objects, and what they say
+let shownPictures = [], nextNumber = 0;  // in the strip
 let undone = [], proposed = null;  // proposed: the caption and seed that the last layout was proposed for
 const state = {prompt: "", objects: [], seed: 0, num_images: 1, options: {}, precision: "fp32", size: null};
-// An object: {id, hue, label, phrase, scale, bbox, edit}. hue: its colour's number. edit: drawn anew where it stands. label "": the background.
 
-// What is drawn anew in edit mode
-
-const originOf = (object) => base && base.objects.find((each) => each.id === object.id);
-const removedOnes = () => mode === "edit" ? base.objects.filter((each) => !state.objects.some((other) => other.id === each.id)) : [];
-const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
-
-function changeOf(object) {
-  const origin = originOf(object);
-  if (!origin) return "new";
-  if (!same(origin.bbox, object.bbox)) return "moved";
-  if (origin.label !== object.label || origin.phrase !== object.phrase) return "changed";
-  return object.edit ? "repainted" : "";
-}
-
-function holes() {
-  if (mode !== "edit" || !base) return [];
-  if (forcedHole) return forcedHole;
-  const found = removedOnes().map((each) => each.bbox);
-  for (const object of state.objects) {
-    const change = changeOf(object);
-    if (change === "moved") found.push(originOf(object).bbox);
-    if (change) found.push(object.bbox);
-  }
-  return found;
-}
-
-// All cells that a box touches: these are drawn anew.
-function cellsOf(box) {
-  const [rows, columns] = facts.grid, slack = 1e-4;
-  const low = (share, count) => Math.floor(share * count + slack) / count;
-  const high = (share, count) => Math.ceil(share * count - slack) / count;
-  return [low(box[0], columns), low(box[1], rows), high(box[2], columns), high(box[3], rows)];
-}
+const removedOnes = () => removedFrom(mode === "edit" ? base : null, state.objects);
+const holes = () => forcedHole && mode === "edit" ? forcedHole : holesOf(mode === "edit" ? base : null, state.objects);
 
 // Changes of the layout
 
@@ -66,17 +35,17 @@ function change() {
 }
 
 function undo() {
-  const before = undone.pop();
+  let before = undone.pop();
+  while (before && same(before, {prompt: state.prompt, objects: state.objects})) before = undone.pop();
   if (before) {
     Object.assign(state, before);
     change();
   }
 }
 
-// Rows are left as they are: a click or a menu in one may have begun.
 function select(id) {
   selected = id;
-  for (const {row, object} of rows) row.classList.toggle("selected", object.id === id);
+  list.select();
   canvas.paint();
 }
 
@@ -102,22 +71,8 @@ function removeBox(id) {
 function takeScene(scene) {
   state.prompt = scene.prompt;
   state.size = scene.height ? [scene.height, scene.width] : null;
-  state.objects = scene.objects.map(({label, phrase, scale, bbox, edit}, hue) =>
-    ({id: nextId++, hue, label: facts.labels.includes(label) ? label : "", phrase: phrase || (facts.labels.includes(label) ? "" : label),
-      scale: scale ?? 1, bbox, edit: edit || false}));
+  state.objects = objectsOf(scene, facts.labels, () => nextId++);
   selected = null;
-}
-
-function entryOf(objects) {
-  const entry = {prompt: state.prompt, objects: []};
-  for (const {label, phrase, scale, bbox} of objects) {
-    const item = {label: label || phrase, bbox};
-    if (phrase && label) item.phrase = phrase;
-    if (scale !== 1) item.scale = scale;
-    entry.objects.push(item);
-  }
-  if (state.size) [entry.height, entry.width] = state.size;
-  return entry;
 }
 
 // Pictures
@@ -130,9 +85,9 @@ async function imageOf(png) {
 }
 
 function keep(picture) {
+  picture.number = nextNumber++;
   pictures.push(picture);
   if (pictures.length > MAX_PICTURES) pictures.shift();
-  show(picture);
 }
 
 function show(picture) {
@@ -175,7 +130,7 @@ function requested() {
   if (mode === "new" && named.length < state.objects.length) {
     throw new Error(`Say what box ${state.objects.findIndex((each) => !named.includes(each)) + 1} holds.`);
   }
-  const body = {scene: entryOf(named), seed: state.seed, num_images: state.num_images, precision: state.precision, options: state.options};
+  const body = {scene: entryOf(state, named), seed: state.seed, num_images: state.num_images, precision: state.precision, options: state.options};
   if (mode === "edit") body.edit = {picture: base.png, boxes: holes()};
   return {body, made: {prompt: state.prompt, size: state.size, objects: clone(named), options: clone(state.options),
     precision: state.precision, source: mode === "edit" ? base.png : null}};
@@ -218,8 +173,7 @@ function heard(event, made) {
       const picture = {...made, objects: clone(made.objects), image, png: event.png, seed: event.seed, ious: event.ious || null,
         found: event.found || [], command: null};
       own.pictures = [...(own.pictures || []), picture];
-      pictures.push(picture);
-      if (pictures.length > MAX_PICTURES) pictures.shift();
+      keep(picture);
       current = picture;
       growing = null;
       refresh();
@@ -282,7 +236,7 @@ async function takePicture(found) {
   if (found.edit) {
     const source = {prompt: state.prompt, size: null, objects: [], image: await imageOf(found.edit.picture), png: found.edit.picture,
       found: []};
-    pictures.push(source);
+    keep(source);
     current = source;
     setMode("edit");
     forcedHole = found.edit.boxes;
@@ -290,7 +244,7 @@ async function takePicture(found) {
   if (!isOurs) state.objects = [];
   const picture = {prompt: state.prompt, size: state.size, objects: clone(state.objects), image, png: found.picture, found: [],
     options: isOurs ? clone(state.options) : null, precision: state.precision, seed: state.seed};
-  pictures.push(picture);
+  keep(picture);
   current = picture;
   if (!isOurs) setMode("edit");
 }
@@ -308,89 +262,8 @@ function offer(scenes, title) {
 
 // What is shown of the state
 
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-// What the rows of the objects say. They are made anew only where that changes from outside them: a row that is being
-// used stays.
-function rowsNow() {
-  return JSON.stringify([mode, state.objects.map((each) =>
-    [each.id, each.label, each.phrase, each.scale, each.edit, Boolean(originOf(each))])]);
-}
-
-function changedInRow() {
-  shownRows = rowsNow();
-  change();
-}
-
-function objectRow(object, index) {
-  const row = element("li", {className: object.id === selected ? "selected" : ""}), badge = element("span");
-  row.style.setProperty("--hue", colourOf(object));
-  for (const name of ["pointerdown", "focusin"]) row.addEventListener(name, () => { if (selected !== object.id) select(object.id); });
-  const label = element("select", {id: `label-${object.id}`, ariaLabel: `What box ${index + 1} holds`});
-  if (mode === "edit" || facts.has_phrases || !object.label) {
-    label.append(new Option(facts.has_phrases ? "in words:" : mode === "edit" ? "the background" : "choose", ""));
-  }
-  for (const name of facts.labels) label.append(new Option(name, name));
-  label.value = object.label;
-  label.addEventListener("change", () => { begin(); object.label = label.value; changedInRow(); });
-  const remove = element("button", {textContent: "×", title: "Remove this box (Delete)", ariaLabel: `Remove box ${index + 1}`});
-  remove.addEventListener("click", () => removeBox(object.id));
-  row.append(element("div", {className: "row"}, label, badge, remove));
-  if (facts.has_phrases) row.append(phraseOf(object, index));
-  row.append(element("div", {className: "row spread"}, strengthOf(object, index),
-    ...(mode === "edit" && originOf(object) ? [repaintOf(object)] : [])));
-  return {row, object, badge};
-}
-
-function badgeOf(object) {
-  const change = mode === "edit" ? changeOf(object) : "";
-  if (change) return element("span", {className: "badge", textContent: change});
-  const index = current && current.ious ? current.objects.findIndex((each) => each.id === object.id) : -1;
-  const iou = index < 0 ? null : current.ious[index];
-  if (iou === null || !same(current.objects[index].bbox, object.bbox)) return null;
-  const title = "Intersection over union of this box and what a detector finds; 1 is exact";
-  return element("span", {className: `badge ${iou >= GOOD ? "good" : "poor"}`, textContent: iou ? `IoU ${iou.toFixed(2)}` : "not found", title});
-}
-
-function phraseOf(object, index) {
-  const phrase = element("input", {type: "text", value: object.phrase, maxLength: facts.limits.phrase, ariaLabel: `Box ${index + 1} in words`,
-    placeholder: "in words, such as: large red umbrella"});
-  phrase.addEventListener("focus", begin);
-  phrase.addEventListener("input", () => { object.phrase = phrase.value.trim(); changedInRow(); });
-  return phrase;
-}
-
-function strengthOf(object, index) {
-  const title = "How strongly this box counts; 1 as trained, 0 not at all";
-  const strength = element("input", {type: "number", min: 0, max: facts.limits.scale, step: 0.1, value: object.scale, title,
-    ariaLabel: `Strength of box ${index + 1}`});
-  strength.addEventListener("focus", begin);
-  strength.addEventListener("input", () => {
-    if (strength.value === "" || !(strength.valueAsNumber >= 0 && strength.valueAsNumber <= facts.limits.scale)) return;
-    object.scale = strength.valueAsNumber;
-    changedInRow();
-  });
-  return element("label", {className: "strength", title}, "Strength", strength);
-}
-
-function repaintOf(object) {
-  const box = element("input", {type: "checkbox", checked: object.edit});
-  box.addEventListener("change", () => { begin(); object.edit = box.checked; changedInRow(); });
-  return element("label", {className: "check"}, box, "Repaint it");
-}
-
-function removedRow(object) {
-  const back = element("button", {textContent: "Put back"});
-  back.addEventListener("click", () => { begin(); state.objects.push(clone(object)); change(); });
-  return element("li", {}, element("span", {className: "grow", textContent: `${object.phrase || object.label}: removed`}), back);
-}
-
 function thumb(picture) {
-  const made = element("button", {title: picture.prompt || "no caption", ariaPressed: picture === current},
+  const made = element("button", {title: picture.prompt || "no caption"},
     element("img", {src: picture.image.src, alt: picture.prompt}),
     element("span", {textContent: picture.options ? `seed ${picture.seed}${picture.source ? ", edited" : ""}` : "opened"}));
   made.addEventListener("click", () => recall(picture));
@@ -400,7 +273,7 @@ function thumb(picture) {
 function refresh() {
   const isFree = !job;
   if ($("prompt").value !== state.prompt) $("prompt").value = state.prompt;
-  refreshRows();
+  list.refresh();
   $("count").textContent = `${state.objects.length} of ${facts.max_objects}`;
   $("no-objects").hidden = state.objects.length > 0;
   $("add").disabled = state.objects.length >= facts.max_objects;
@@ -418,7 +291,7 @@ function refresh() {
   $("hint").hidden = hasHole || !isFree;
   $("undo").disabled = undone.length === 0;
   $("show-found-label").hidden = !facts.has_detector;
-  $("strip").replaceChildren(...pictures.map(thumb));
+  refreshStrip();
   $("save-png").disabled = !current;
   const command = current && current.command;
   $("again").hidden = !command;
@@ -428,20 +301,12 @@ function refresh() {
   canvas.paint();
 }
 
-function refreshRows() {
-  if (shownRows !== rowsNow() || rows.some(({object}, index) => object !== state.objects[index])) {
-    const focused = document.activeElement && document.activeElement.id;
-    rows = state.objects.map(objectRow);
-    $("objects").replaceChildren(...rows.map(({row}) => row));
-    if (focused && focused.startsWith("label-") && $(focused)) $(focused).focus({preventScroll: true});
-    shownRows = rowsNow();
+function refreshStrip() {
+  if (!same(shownPictures, pictures.map((each) => each.number))) {
+    $("strip").replaceChildren(...pictures.map(thumb));
+    shownPictures = pictures.map((each) => each.number);
   }
-  for (const {row, object, badge} of rows) {
-    row.classList.toggle("selected", object.id === selected);
-    const found = badgeOf(object);
-    badge.replaceChildren(...(found ? [found] : []));
-  }
-  $("removed").replaceChildren(...removedOnes().map(removedRow));
+  pictures.forEach((picture, index) => { $("strip").children[index].ariaPressed = picture === current; });
 }
 
 function filesFor(command) {
@@ -461,42 +326,12 @@ function view() {
     picture: growing ? growing.image : job && !job.pictures ? (mode === "edit" ? base.image : null) : shown && shown.image,
     isFaded: isOutdated(),
     boxes: $("show-boxes").checked,
-    hole: job ? [] : holes().map(cellsOf),
+    hole: job ? [] : holes().map((box) => cellsOf(box, facts.grid)),
     found: $("show-found").checked && current && !job ? current.found : [],
   };
 }
 
 // The start
-
-const isAuto = () => state.options.mask_threshold !== null;
-
-// name: a path into the state, or one of two that stand for several values.
-function valueOf(name) {
-  if (name === "speed") return speedNow();
-  if (name === "auto") return isAuto();
-  return name.split(".").reduce((value, key) => value[key], state);
-}
-
-function setValue(name, value) {
-  if (name === "speed") {
-    for (const [key, each] of Object.entries(facts.speeds[value] || {})) {
-      if (key === "precision") state.precision = each;
-      else state.options[key] = each;
-    }
-  } else if (name === "auto") {
-    Object.assign(state.options, value ? AUTO : NOT_AUTO);
-  } else {
-    const keys = name.split("."), last = keys.pop();
-    keys.reduce((holder, key) => holder[key], state)[last] = value;
-  }
-  for (const field of fields) field.refresh();
-}
-
-function speedNow() {
-  const plain = {...state.options, precision: state.precision};
-  const fits = ([, preset]) => Object.entries(preset).every(([key, value]) => same(plain[key], value));
-  return (Object.entries(facts.speeds).find(fits) || [""])[0];
-}
 
 function takeDefaults() {
   state.options = clone(facts.options);
@@ -525,7 +360,7 @@ function connect() {
   });
   $("open").addEventListener("change", () => { if ($("open").files[0]) open($("open").files[0]); $("open").value = ""; });
   $("save-layout").addEventListener("click", () =>
-    saveText(facts.files.layout, JSON.stringify(entryOf(state.objects.filter((each) => each.label || each.phrase)), null, 2) + "\n"));
+    saveText(facts.files.layout, JSON.stringify(entryOf(state, state.objects.filter((each) => each.label || each.phrase)), null, 2) + "\n"));
   $("save-png").addEventListener("click", () => current && save(`seed-${current.seed}.png`, pngUrl(current.png)));
   $("save-source").addEventListener("click", () => save(facts.files.source, pngUrl(current.source)));
   $("copy").addEventListener("click", () => navigator.clipboard.writeText($("command").textContent).then(() => say("Copied.")));
@@ -546,9 +381,16 @@ async function start() {
   $("prompt").maxLength = facts.limits.text;
   canvas = new BoxCanvas($("canvas"), {objects: () => state.objects, selected: () => selected, select, add: addBox, begin, change,
     remove: removeBox, view});
-  for (const [id, list] of [["main-fields", mainFields(facts)], ["more-fields", moreFields(facts, isAuto)]]) {
-    for (const each of list) {
-      const field = fieldOf(each, () => valueOf(each.name), (value) => setValue(each.name, value));
+  list = new ObjectList(facts, $("objects"), $("removed"), {objects: () => state.objects, selected: () => selected, mode: () => mode,
+    base: () => mode === "edit" ? base : null, shown: () => current, removed: removedOnes, select, begin, change, remove: removeBox,
+    putBack(object) { begin(); state.objects.push(clone(object)); change(); }});
+  const values = new Values(state, facts);
+  for (const [id, named] of [["main-fields", mainFields(facts)], ["more-fields", moreFields(facts, () => values.get("auto"))]]) {
+    for (const each of named) {
+      const field = fieldOf(each, () => values.get(each.name), (value) => {
+        values.set(each.name, value);
+        for (const other of fields) other.refresh();
+      });
       fields.push(field);
       $(id).append(field.row);
     }

@@ -86,6 +86,13 @@ def test_only_fixed_names_are_files(caller: Caller, path: str) -> None:
     assert response.status == 404 and answer == {"error": "there is no such page"}
 
 
+def test_what_is_no_request_is_refused_in_json_too(caller: Caller) -> None:
+    for method, path, status in (("PUT", "/", 501), ("<b>", "/", 501), ("GET", "/" + "a" * 70_000, 414)):
+        response = caller.send(method, path)
+        assert response.status == status and response.headers["Content-Type"] == "application/json"
+        assert "error" in json.loads(response.read())
+
+
 def test_every_answer_says_what_browsers_may_do_with_it(caller: Caller) -> None:
     for path in ("/", "/page.js", "/facts", "/none"):
         response = caller.send("GET", path)
