@@ -101,3 +101,16 @@ def test_compiled_sampling_equals_eager(backend: str, dtype: torch.dtype, monkey
 def test_cuda_graphs_need_cuda() -> None:
     with pytest.raises(ValueError, match="CUDA device, not on cpu"):
         compile_parts(structured_model(), cuda_graphs=True)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_follow_a_layout_that_fades() -> None:
+    """With strengths of their own, and none once the layout is gone: values change, the compiled code does not."""
+    layout = replace(some_layout(), scales=torch.tensor([[0.5, 2.0, 1.0, 1.0], [0.3, 1.0, 1.0, 1.0]]))
+    config = replace(QUICK, num_iter=5, num_sampling_steps=2, cfg_text=1.5, cfg_layout=3.0, layout_schedule=(0.1, 0.4))
+    eager, compiled = structured_model(), structured_model()
+    compile_parts(compiled)
+    expected, found = (
+        sample(model, config, [generator(1), generator(2)], some_text(), layout).tokens for model in (eager, compiled)
+    )
+    assert reference.relative_error(found, expected) < 1e-4
