@@ -152,5 +152,5 @@ def test_example_files_parse():
     for path in paths:
         content = json.loads(path.read_text())
         labels = sorted({item["label"] for scene in content for item in scene["objects"]})
-        scenes = read_layout_file(path, KnownLabels([Category(i, label) for i, label in enumerate(labels)], 8))
+        scenes = read_layout_file(path, KnownLabels([Category(i, label) for i, label in enumerate(labels)], 8, True))
         assert len(scenes) == len(content)
