@@ -74,9 +74,10 @@ class Layout:
             raise ValueError(f"boxes_xyxy must have x0 < x1 and y0 < y1, got {boxes.tolist()}")
         if categories.min() < UNKNOWN:
             raise ValueError(f"categories must be non-negative indices, got {categories.tolist()}")
-        for row, category in enumerate(categories.tolist()):
-            if category == UNKNOWN and not (self.phrases and self.phrases[row]):
-                raise ValueError(f"box {row} has neither a category nor a phrase")
+        if categories.min() == UNKNOWN:
+            for row in (categories == UNKNOWN).nonzero()[:, 0].tolist():
+                if not (self.phrases and self.phrases[row]):
+                    raise ValueError(f"box {row} has neither a category nor a phrase")
 
     def __len__(self) -> int:
         return self.boxes_xyxy.shape[0]

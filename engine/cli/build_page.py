@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def serve_page(args: argparse.Namespace, sampling_note: str | None, say: Callabl
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     server = PageServer(args.host, args.port, make_studio(args), (args.host, *args.allowed_hosts))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start programs in the background without it
     try:
         say(server.url)
         server.serve_forever()
