@@ -2,7 +2,7 @@
 # The whole story on a laptop, without a GPU or downloads beyond the packages: samples from the committed weights, then
 # data, the three stages, samples of your own, and the layout scores of all. After an interruption, run it again: it
 # goes on where it stopped.
-#   bash scripts/quickstart.sh            24 minutes on two cores
+#   bash scripts/quickstart.sh            15 minutes on two cores
 #   bash scripts/quickstart.sh --smoke    a few steps of everything, to see that it works
 # It writes to data/ and output/ of this folder, or of $QUICKSTART_ROOT if that is set (an absolute path).
 set -euo pipefail
