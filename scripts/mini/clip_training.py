@@ -18,7 +18,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models.frozen.text import ClipTextEncoder
 from scripts.mini.tokenizer import build_tokenizer, save_tokenizer
-from scripts.mini.training import batch_indices, learning_rate, load_images, load_state, save_state, to_float
+from scripts.mini.training import (
+    batch_indices,
+    continue_training,
+    learning_rate,
+    load_images,
+    save_state,
+    state_file,
+    take_step,
+    to_float,
+)
 from util.rng import derive_seed, generator
 
 MAX_TOKENS = 77
@@ -147,12 +156,8 @@ def train(args: argparse.Namespace, data: Captioned, tokenizer: CLIPTokenizer, c
     torch.manual_seed(derive_seed(args.seed, "clip", "init"))  # layer initialisers know no other generator
     model = Contrast(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    settings, start = resumable_settings(args), 0
-    if state := load_state(state_file(args.output), settings):
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        print(f"continuing from {state_file(args.output)} at step {start}", flush=True)
+    settings = resumable_settings(args)
+    start = continue_training(state_file(args.output), settings, model, optimizer)
     began = time.time()
     for step in range(start, args.steps):
         rng = generator(args.seed, "clip", "step", step)
@@ -162,10 +167,7 @@ def train(args: argparse.Namespace, data: Captioned, tokenizer: CLIPTokenizer, c
         tokens = tokenize(tokenizer, draw_captions(data.captions, indices.tolist(), rng))
         losses = model(to_float(data.images[indices]), tokens)
         loss = losses["captions"] + losses["tokens"] + args.word_weight * (losses["word"] + losses["previous"])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        take_step(model, optimizer, loss)
         done = step + 1
         if done % args.log_freq == 0 or done == args.steps:
             if not math.isfinite(loss.item()):
@@ -176,10 +178,6 @@ def train(args: argparse.Namespace, data: Captioned, tokenizer: CLIPTokenizer, c
             parts: dict[str, dict[str, Any]] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state_file(args.output), settings, done, **parts)
     return model.eval()
-
-
-def state_file(output: Path) -> Path:
-    return output.with_name(output.name + ".state.pth")
 
 
 def resumable_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from transformers import (
 
 from models.frozen.speech import PipelineTranscriber
 from scripts.mini.spoken import HELD_OUT, Voice, draw_voice, require_espeak, speak, word_error_rate
-from scripts.mini.training import batch_indices, learning_rate, load_state, save_state
+from scripts.mini.training import batch_indices, continue_training, learning_rate, save_state, state_file, take_step
 from util.rng import derive_seed, generator
 from util.wav import resampled
 
@@ -174,12 +174,8 @@ def train(args: argparse.Namespace, said: Sequence[Said], vocab_size: int) -> Wa
     """Continues from the state beside the output, if there is one."""
     model = build_model(vocab_size, args.width, args.depth, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    settings, start = resumable_settings(args), 0
-    if state := load_state(state_file(args.output), settings):
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        print(f"continuing from {state_file(args.output)} at step {start}", flush=True)
+    settings = resumable_settings(args)
+    start = continue_training(state_file(args.output), settings, model, optimizer)
     began = time.time()
     model.train()
     for step in range(start, args.steps):
@@ -188,10 +184,7 @@ def train(args: argparse.Namespace, said: Sequence[Said], vocab_size: int) -> Wa
         rng = generator(args.seed, "recogniser", "step", step)
         batch = batch_of([said[index] for index in alike_in_length(step, said, args.batch_size, args.seed)], rng)
         loss = model(batch.features, attention_mask=batch.valid, labels=batch.labels).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        take_step(model, optimizer, loss)
         done = step + 1
         if done % args.log_freq == 0 or done == args.steps:
             if not math.isfinite(loss.item()):
@@ -202,10 +195,6 @@ def train(args: argparse.Namespace, said: Sequence[Said], vocab_size: int) -> Wa
             parts: dict[str, dict[str, Any]] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state_file(args.output), settings, done, **parts)
     return model.eval()
-
-
-def state_file(output: Path) -> Path:
-    return output.with_name(output.name + ".state.pth")
 
 
 def resumable_settings(args: argparse.Namespace) -> dict[str, Any]:

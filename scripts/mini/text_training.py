@@ -20,12 +20,11 @@ from scripts.mini.clip_training import (
     draw_captions,
     resumable_settings,
     save,
-    state_file,
     text_config,
     tokenize,
 )
 from scripts.mini.tokenizer import build_tokenizer
-from scripts.mini.training import batch_indices, learning_rate, load_state, save_state
+from scripts.mini.training import batch_indices, continue_training, learning_rate, save_state, state_file, take_step
 from util.coco import CocoIndex
 from util.rng import derive_seed, generator
 
@@ -74,12 +73,8 @@ def train(args: argparse.Namespace, data: Labelled, tokenizer: CLIPTokenizer, co
     torch.manual_seed(derive_seed(args.seed, "text", "init"))  # layer initialisers know no other generator
     model = Reader(config, data.classes.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    settings, start = resumable_settings(args), 0
-    if state := load_state(state_file(args.output), settings):
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        print(f"continuing from {state_file(args.output)} at step {start}", flush=True)
+    settings = resumable_settings(args)
+    start = continue_training(state_file(args.output), settings, model, optimizer)
     began = time.time()
     for step in range(start, args.steps):
         rng = generator(args.seed, "text", "step", step)
@@ -89,10 +84,7 @@ def train(args: argparse.Namespace, data: Labelled, tokenizer: CLIPTokenizer, co
         indices = batch_indices(step, len(data.captions), args.batch_size, args.seed, "text")
         tokens = tokenize(tokenizer, draw_captions(data.captions, indices.tolist(), rng))
         loss = model(tokens, data.classes[indices])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        take_step(model, optimizer, loss)
         done = step + 1
         if done % args.log_freq == 0 or done == args.steps:
             if not math.isfinite(loss.item()):

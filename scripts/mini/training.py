@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from util.checkpoint import load_plain, save_atomic
 from util.rng import generator
@@ -58,6 +59,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, final: float 
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def state_file(output: Path) -> Path:
+    """Where the state of an unfinished training lies: beside the folder that it writes in the end."""
+    return output.with_name(output.name + ".state.pth")
+
+
 def save_state(path: Path, settings: Mapping[str, Any], step: int, **parts: dict[str, Any]) -> None:
     """Writes everything the next step depends on: settings, number of steps done, and state dicts by name."""
     save_atomic({"settings": dict(settings), "step": step, **parts}, path)
@@ -73,3 +79,24 @@ def load_state(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None
             stored = state["settings"].get(key)
             raise ValueError(f"{path} was written with {key}={stored}, not {value}: repeat that, or delete the file")
     return state
+
+
+def continue_training(path: Path, settings: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> int:
+    """The step to begin with: behind that of the state at `path`, which is put back, or 0 where there is none. Raises
+    ValueError as `load_state` does."""
+    state = load_state(path, settings)
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"continuing from {path} at step {state['step']}", flush=True)
+    step: int = state["step"]
+    return step
+
+
+def take_step(model: nn.Module, optimizer: Optimizer, loss: Tensor) -> None:
+    """One optimizer step, with gradients of a norm of at most 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
