@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,18 +33,15 @@ from engine.data.inputs import MakeInputs
 from engine.rl.cost import describe_time_left
 from engine.rl.grpo import clipped_surrogate, group_advantages, kl_penalty, zero_std_share
 from engine.rl.rollout import Rollout, RolloutObserver, RolloutWorker
-from engine.train.optim import clip_gradients
+from engine.rl.update import OptimizerUpdate, StepNotes
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position, TrainState
 from models.policy.base import Estimator, LossInputs, Policy, PolicyOutput, Samples, ScoringNoise
 from models.structmar import StructMAR
-from util.distributed import DistInfo, any_rank, reduce_mean
+from util.distributed import DistInfo, reduce_mean
 from util.rng import derive_seed, generator
 
 logger = logging.getLogger(__name__)
-
-SECONDS = ("rollout_seconds", "update_seconds")  # not in checkpoints: two equal runs write equal files
-MAX_SKIPPED = 10  # optimizer steps in a row without a finite gradient
 
 
 @dataclass(frozen=True)
@@ -104,15 +100,14 @@ class GrpoStep:
         self.config, self.state, self.worker, self.estimator, self.dist = config, state, worker, estimator, dist
         self.reference = None if reference is None else Policy(reference.eval(), estimator)
         self.make_inputs, self.observers = make_inputs, observers
-        self.skipped_in_a_row = 0
+        self.update = OptimizerUpdate(state, config.grad_clip, dist)
+        self.notes = StepNotes(self.shown)
         self.is_first = True
-        self._values: defaultdict[str, list[float]] = defaultdict(list)  # since the last `read`, of whole steps
-        self._noted: list[tuple[str, Tensor]] = []  # of the step that is being taken
 
     # --- a Step ----------------------------------------------------------------------------------------------------
 
     def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
-        self._noted.clear()
+        self.notes.begin()
         batches, step = list(micro_batches), position.step
         rl_share = self._rl_share(step)
         started = time.perf_counter()
@@ -130,7 +125,7 @@ class GrpoStep:
         if self.is_first and updates_left > 0:
             logger.info("%s", describe_time_left(finished - started, updates_left))
         self.is_first = False
-        self._keep_notes()
+        self.notes.keep()
         if rollouts:
             self._show(rollouts)
         return sum(map(len, rollouts)) or sum(map(len, batches))
@@ -139,16 +134,13 @@ class GrpoStep:
         """Steps that are not finite are left out as they happen: there is nothing to find later."""
 
     def read(self) -> dict[str, float]:
-        self._keep_notes()
-        means = {name: float(torch.tensor(values, dtype=torch.float64).mean()) for name, values in self._values.items()}
-        self._values.clear()
-        return {**dict.fromkeys(self.shown, math.nan), **means}
+        return self.notes.read()
 
     def open_interval(self) -> dict[str, Any]:
-        return {name: list(values) for name, values in self._values.items() if name not in SECONDS}
+        return self.notes.state()
 
     def reopen(self, interval: Mapping[str, Any]) -> None:
-        self._values.update({name: list(values) for name, values in interval.items()})
+        self.notes.restore(interval)
 
     # --- the update ------------------------------------------------------------------------------------------------
 
@@ -174,7 +166,7 @@ class GrpoStep:
         self, passes: Sequence[ScoredPass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
     ) -> None:
         """One step on the passes (weight rl_share) and the batches' own images (the rest)."""
-        state, num_terms = self.state, len(passes) + len(batches)
+        num_terms = len(passes) + len(batches)
         for index, each in enumerate(passes):
             weight = rl_share * each.noise.weight / len(passes)
             self.rl_backward(each, weight, is_last=index + 1 == num_terms)
@@ -182,17 +174,7 @@ class GrpoStep:
             key = (position.step, inner, index, self.dist.rank)
             is_last = len(passes) + index + 1 == num_terms
             self.sft_backward(batch, (1 - rl_share) / len(batches), position.epoch, key, is_last)
-        norm = clip_gradients(state.trainable.values(), self.config.grad_clip)
-        is_bad = any_rank(not bool(torch.isfinite(norm)))
-        self._note({"skipped": float(is_bad)})
-        if is_bad:
-            self._skip(position.step)
-        else:
-            self._note({"grad_norm": norm})
-            self.skipped_in_a_row = 0
-            state.optimizer.step()
-            state.ema.update(position.step)
-        state.optimizer.zero_grad(set_to_none=True)
+        self._note(self.update(position.step))
 
     def rl_backward(self, scored: ScoredPass, weight: float, is_last: bool) -> None:
         """Adds weight * (L_pg + kl_coef * KL) of one pass to the gradients."""
@@ -260,26 +242,10 @@ class GrpoStep:
             batch_std = math.sqrt(reduce_mean({"variance": float(centred.square().mean())})["variance"])
         return group_advantages(rewards, self.config.adv_norm, batch_std, self.config.adv_clip)
 
-    def _skip(self, step: int) -> None:
-        self.skipped_in_a_row += 1
-        logger.warning("step %d: the gradient is not finite, the optimizer step is left out", step)
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"the gradient was not finite in {MAX_SKIPPED} optimizer steps in a row, the last at step {step} "
-                f"(rank {self.dist.rank}): lower --lr, or train in --precision fp32"
-            )
-
     # --- what is logged --------------------------------------------------------------------------------------------
 
     def _note(self, values: Mapping[str, Tensor | float]) -> None:
-        for name, value in values.items():
-            self._noted.append((name, torch.as_tensor(value, dtype=torch.float64).detach().cpu()))
-
-    def _keep_notes(self) -> None:
-        """The step is whole: what it noted counts."""
-        for name, value in self._noted:
-            self._values[name].append(float(value))
-        self._noted.clear()
+        self.notes.note(values)
 
     def _note_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         totals = torch.cat([rollout.rewards.total for rollout in rollouts])  # [n of all]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.eval.online import OnlineEvaluation
 from engine.rl.guard import OverOptimisationGuard
 from engine.rl.held_out import HeldOutEvaluation
-from engine.rl.step import MAX_SKIPPED
+from engine.rl.update import MAX_SKIPPED
 from engine.train.state import Position
 from tests.helpers.rl_world import (
     ESTIMATORS,
@@ -269,7 +269,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(caplog: pytest.LogCaptureF
 
     poisoned.remove()
     values = take(step, 4)
-    assert values["skipped"] == 0.0 and step.skipped_in_a_row == 0 and values["grad_norm"] > 0
+    assert values["skipped"] == 0.0 and step.update.skipped_in_a_row == 0 and values["grad_norm"] > 0
     assert not torch.equal(before["decoder_embed.weight"], step.state.model.decoder_embed.weight)
 
 
@@ -281,7 +281,7 @@ def test_too_many_in_a_row_end_the_run() -> None:
     take(step, 1)  # the count starts again
     poison(step)
     take(step, 2)
-    assert step.skipped_in_a_row == MAX_SKIPPED // 2
+    assert step.update.skipped_in_a_row == MAX_SKIPPED // 2
     with pytest.raises(FloatingPointError, match=rf"{MAX_SKIPPED} optimizer steps in a row.*step 3 \(rank 1\)"):
         take(step, 3)
 
