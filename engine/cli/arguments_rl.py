@@ -25,6 +25,7 @@ from engine.rl.settings import (
     GUARD_MODES,
     KL_ESTIMATORS,
     MIXES,
+    OBJECTIVES,
     RewardSettings,
     RewardWeights,
 )
@@ -82,8 +83,9 @@ def rl_parser() -> argparse.ArgumentParser:
 
 def add_rl_args(parser: argparse.ArgumentParser) -> None:
     """Rollouts and updates."""
-    group = parser.add_argument_group("GRPO")
+    group = parser.add_argument_group("updates")
     add_length_args(group)
+    group.add_argument("--objective", default="grpo", choices=OBJECTIVES, help="the loss: the clipped ratio of GRPO")
     group.add_argument(
         "--max_rl_steps", type=positive_int, default=None, help="stop after this many updates of this stage"
     )

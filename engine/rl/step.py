@@ -22,7 +22,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from engine.data.inputs import MakeInputs
 from engine.rl.cost import describe_time_left
-from engine.rl.grpo import clipped_surrogate, group_advantages, kl_penalty, zero_std_share
+from engine.rl.grpo import group_advantages, kl_penalty, zero_std_share
+from engine.rl.objectives import Clipped, Objective, ScoredPass
 from engine.rl.rollout import Rollout, RolloutObserver, RolloutWorker
 from engine.rl.update import OptimizerUpdate, StepNotes
 from engine.train.parallel import gradient_sync
@@ -46,13 +47,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """adv_clip bounds advantages, clip_range and dual_clip the surrogate (grpo.py). total_updates: the run's."""
+    """objective: the loss on the rollouts. adv_clip bounds advantages (grpo.py). total_updates: the run's."""
 
     seed: int
     total_updates: int
+    objective: Objective = field(default_factory=Clipped)
     inner_epochs: int = 2
-    clip_range: float = 0.05
-    dual_clip: float = 3.0
     kl_coef: float = 0.02
     kl_estimator: str = "k3"
     adv_norm: str = "zscore"
@@ -63,17 +63,6 @@ class GrpoConfig:
     precision: str = "fp32"
     mask_ratio_min: float = 0.7
     mask_schedule: str | None = None
-
-
-@dataclass(frozen=True)
-class ScoredPass:
-    """One pass of the backbone over a rollout, and what was found there before the update."""
-
-    samples: Samples
-    advantages: Tensor
-    noise: ScoringNoise
-    old: PolicyOutput
-    reference: PolicyOutput | None
 
 
 class GrpoStep:
@@ -177,15 +166,13 @@ class GrpoStep:
         self._note(self.update(position.step))
 
     def rl_backward(self, scored: ScoredPass, weight: float, is_last: bool) -> None:
-        """Adds weight * (L_pg + kl_coef * KL) of one pass to the gradients."""
+        """Adds weight * (the objective + kl_coef * KL) of one pass to the gradients."""
         config = self.config
         with gradient_sync(self._synced(), is_last):
             current = self._outputs(self.state.wrapped, scored.samples, scored.noise)
-            surrogate = clipped_surrogate(
-                current.log_prob, scored.old.log_prob, scored.advantages, config.clip_range, config.dual_clip
-            )
-            loss = surrogate.loss
-            values: dict[str, Tensor | float] = {**surrogate.stats, "policy_loss": loss}
+            of_rollout = config.objective(current, scored)
+            loss = of_rollout.value
+            values: dict[str, Tensor | float] = {**of_rollout.stats, "policy_loss": loss}
             if scored.reference is not None:
                 kl = kl_penalty(config.kl_estimator, current, scored.reference)
                 values["kl"] = kl

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engine.cli.build import PreparedRun
 from engine.cli.build_rl import build_rl
-from engine.rl.step import GrpoStep, ScoredPass
+from engine.rl.objectives import ScoredPass
+from engine.rl.step import GrpoStep
 from engine.train.parallel import gradient_sync
 from engine.train.state import Position
 from models.policy.elbo import ElboEstimator

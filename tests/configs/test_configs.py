@@ -12,7 +12,8 @@ from engine.cli.arguments import train_parser
 from engine.cli.arguments_planner import check_planner_args, planner_parser
 from engine.cli.arguments_rl import rl_parser
 from engine.cli.build import model_config
-from engine.cli.build_rl import build_estimator, grpo_config, rl_train_config
+from engine.cli.build_rl import build_estimator, grpo_config
+from engine.cli.build_rl_parts import rl_train_config
 from engine.cli.build_train import train_config
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.cli.sizes import head_of

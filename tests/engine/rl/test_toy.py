@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.data.inputs import StepInputs
+from engine.rl.objectives import Clipped
 from engine.train.optim import build_optimizer
 from engine.train.state import Position
 from models.policy.base import Estimator
@@ -87,7 +88,7 @@ def start_of(estimator: Estimator) -> StructMAR:
 def run(name: str, num_updates: int, **settings: Any) -> list[dict[str, float]]:
     """What every update logged."""
     estimator, clip_range = ESTIMATORS[name]
-    options = {"inner_epochs": 2, "grad_clip": 1.0, "clip_range": clip_range} | settings
+    options = {"inner_epochs": 2, "grad_clip": 1.0, "objective": Clipped(clip_range)} | settings
     reward = share_of_bright_codes if estimator.head == "discrete" else share_of_bright_tokens
     lr = 3e-3 if estimator.head == "discrete" else 1e-3  # codes that are all equally likely take longer to part
     step = grpo_step(start_of(estimator), estimator, reward, lr=lr, **options)

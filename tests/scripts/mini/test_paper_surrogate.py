@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.rl.step import GrpoConfig, GrpoStep, ScoredPass
+from engine.rl.objectives import ScoredPass
+from engine.rl.step import GrpoConfig, GrpoStep
 from engine.train.state import TrainState
 from models.policy.base import PolicyOutput, Samples, ScoringNoise
 from models.policy.elbo import ElboEstimator
