@@ -30,6 +30,7 @@ from models.context import Context
 from models.heads.diffusion_sampler import ReverseOptions
 from models.heads.discrete import ROW_MULTIPLE
 from models.heads.discrete_sampler import CodeOptions
+from models.masking import num_masked_at
 from models.sampling.condition_cache import plan_iterations
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import embed_branches
@@ -112,6 +113,20 @@ class ScoringFlops:
             self.forward(num_visible) + num_rows * self.row.forward,
             self.backward(num_visible) + num_rows * self.row.backward,
         )
+
+
+def mean_over_masks(
+    flops: ScoringFlops, mask_schedule: str, mask_ratio_min: float, num_draws: int, num_quantiles: int = 256
+) -> PassFlops:
+    """Of one image at the masks that training draws (`masking.mask_ratio`), each hidden token in `num_draws` rows of
+    the head: the mean over equally likely masks. Raises ValueError for an unknown schedule."""
+    passes = []
+    for step in range(num_quantiles):
+        uniform = (step + 0.5) / num_quantiles
+        num_masked = num_masked_at(mask_schedule, uniform, flops.num_tokens, mask_ratio_min)
+        passes.append(flops.at(num_masked, num_draws * num_masked))
+    forward, backward = sum(each.forward for each in passes), sum(each.backward for each in passes)
+    return PassFlops(forward / num_quantiles, backward / num_quantiles)
 
 
 def _row_flops(model: StructMAR) -> PassFlops:

@@ -20,56 +20,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 
 from engine.rl.settings import ESTIMATORS
+from engine.train.cost import RunCost
 from models.flops import PassFlops, ScoringFlops, meta_model, sampling_flops
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import choose_branches
 from models.structmar import StructMAR, StructMARConfig
+from util.units import format_count, format_duration
 
 SKIPPED_STEPS = 2  # reverse steps at either end that `trajectory` never scores
-UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
-
-
-@dataclass(frozen=True)
-class RlCost:
-    """Of one process. *_flops are of one update; the other counts too, except `updates`, the length of the run.
-
-    head_calls: of the rollout, one after the other, each for all images of a batch: with small models their number, not
-    their size, is what takes the time. rollout_passes, scoring_passes: backbone passes of a whole batch (with all
-    guidance branches); scoring_passes counts old, reference and every inner epoch, a pass with its backward as one.
-    """
-
-    images: int
-    iterations: int
-    head_calls: int
-    rollout_passes: int
-    scoring_passes: int
-    rollout_flops: float
-    scoring_flops: float
-    updates: int
-
-    @property
-    def update_flops(self) -> float:
-        """The whole update: rollout, old and reference log-probabilities, inner epochs."""
-        return self.rollout_flops + self.scoring_flops
-
-    @property
-    def total_flops(self) -> float:
-        return self.update_flops * self.updates
-
-    def describe(self) -> list[str]:
-        """What a user reads before the run, one log line each."""
-        return [
-            f"an update, per process: {_count(self.images, 'image')}, {_count(self.iterations, 'iteration')}, "
-            f"{_count(self.head_calls, 'head call')} one after the other; {format_flops(self.rollout_flops)} rollout + "
-            f"{format_flops(self.scoring_flops)} log-probabilities and gradients in "
-            f"{_count(self.scoring_passes, 'backbone pass', 'es')}",
-            f"the run, per process: {_count(self.updates, 'update')}, {_count(self.images * self.updates, 'image')}, "
-            f"{_count(self.head_calls * self.updates, 'head call')}, {format_flops(self.total_flops)}",
-        ]
+ROLLOUT, SCORING = "rollout", "log-probabilities and gradients"  # parts of the cost
+LEFT_OUT = "the frozen text encoder, image decoder and detector, the SFT part of a mixed loss, evaluations"
 
 
 def estimate_cost(
@@ -85,7 +48,7 @@ def estimate_cost(
     num_text_tokens: int,
     updates: int,
     accum_iter: int = 1,
-) -> RlCost:
+) -> RunCost:
     """See the module's docstring; prompts and updates are those of one process, with a caption and boxes each.
 
     num_draws: None for all reverse steps that `trajectory` may score; `exact` draws nothing. num_text_tokens: of a
@@ -104,17 +67,25 @@ def estimate_cost(
     images, evaluations = accum_iter * prompts * group_size, 1 + has_reference + inner_epochs
     model = meta_model(config)
     scored = _mean_scoring(model, sampling, estimator, num_masks, draws, num_text_tokens)
-    head_calls = sum(sampling.head_options(iteration).num_calls for iteration in range(sampling.num_iter))
-    return RlCost(
+    scoring = num_masks * (evaluations * scored.forward + inner_epochs * scored.backward)
+    return RunCost(
         images=images,
-        iterations=sampling.num_iter,
-        head_calls=accum_iter * head_calls,
-        rollout_passes=accum_iter * sampling.num_iter,
-        scoring_passes=accum_iter * num_masks * evaluations,
-        rollout_flops=images * sampling_flops(model, sampling, num_text_tokens),
-        scoring_flops=images * num_masks * (evaluations * scored.forward + inner_epochs * scored.backward),
+        parts={
+            ROLLOUT: images * sampling_flops(model, sampling, num_text_tokens),
+            SCORING: images * scoring,
+        },
+        learning_passes=accum_iter * num_masks * evaluations,
         updates=updates,
+        left_out=LEFT_OUT,
+        iterations=sampling.num_iter,
+        head_calls=accum_iter * rollout_head_calls(sampling),
+        rollout_passes=accum_iter * sampling.num_iter,
     )
+
+
+def rollout_head_calls(sampling: SamplingConfig) -> int:
+    """One after the other, each for all images of a batch."""
+    return sum(sampling.head_options(iteration).num_calls for iteration in range(sampling.num_iter))
 
 
 def _mean_scoring(
@@ -139,23 +110,9 @@ def describe_time_left(seconds_per_update: float, updates_left: int) -> str:
     its figure is an upper bound."""
     if not seconds_per_update > 0 or updates_left < 0:
         raise ValueError(f"need a positive time and updates_left >= 0, got {seconds_per_update} s, {updates_left}")
-    total = format_duration(seconds_per_update * updates_left)
+    one, total = format_duration(seconds_per_update), format_duration(seconds_per_update * updates_left)
     verb = "takes" if updates_left == 1 else "take"
-    return f"an update took {format_duration(seconds_per_update)}: {_count(updates_left, 'more update')} {verb} {total}"
-
-
-def format_duration(seconds: float) -> str:
-    """In the largest unit that leaves at least one: "41 s", "12 minutes", "3.4 hours", "9.8 days"."""
-    for size, unit, digits in ((86400, "days", 1), (3600, "hours", 1), (60, "minutes", 0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
-
-
-def format_flops(flops: float) -> str:
-    """With three significant digits in a fitting unit: "2.2e15" is "2.2 PFLOP"."""
-    size, unit = next((pair for pair in UNITS if flops >= pair[0]), UNITS[-1])
-    return f"{flops / size:.3g} {unit}" if flops < 1000 * size else f"{flops / size:,.0f} {unit}"
+    return f"an update took {one}: {format_count(updates_left, 'more update')} {verb} {total}"
 
 
 def _scored_draws(estimator: str, num_draws: int | None, num_steps: int) -> int:
@@ -182,7 +139,3 @@ def _check(counts: Mapping[str, int], num_iter: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if counts["rl_masks"] > num_iter:
         raise ValueError(f"rl_masks {counts['rl_masks']} is more than num_iter {num_iter}")
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else plural}"

@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from engine.rl.cost import describe_time_left, estimate_cost, format_duration, format_flops
+from engine.rl.cost import ROLLOUT, SCORING, describe_time_left, estimate_cost
 from models.flops import ScoringFlops, meta_model, sampling_flops
 from models.masking import cosine_masked_counts
 from models.sampling.config import SamplingConfig, default_sampling
 from models.structmar import preset_config
 from tests.helpers import tiny
+from util.units import format_duration, format_flops
 
 NUM_TEXT = 5
 CONFIG = replace(tiny.CONFIG, img_size=16, encoder_depth=2, decoder_depth=1, diffloss_d=1)  # 16 tokens
@@ -78,8 +79,8 @@ def test_counts_equal_the_arithmetic_written_out(name):
     """The numbers were computed by hand-written formulas for every product of the model, before passes were counted."""
     preset, sizes, options, arguments, rollout, scoring = WRITTEN_OUT[name]
     cost = estimate_cost(preset_config(preset, **sizes), SamplingConfig(**options), *arguments)
-    assert cost.rollout_flops == rollout
-    assert cost.scoring_flops == pytest.approx(scoring, rel=1e-12)
+    assert cost.parts[ROLLOUT] == rollout
+    assert cost.parts[SCORING] == pytest.approx(scoring, rel=1e-12)
 
 
 def test_annealed_steps_are_fewer_head_calls():
@@ -97,11 +98,11 @@ def test_an_elbo_update_adds_up():
         scored = flops.at(now, 6 * now)
         mean += scored.forward * (now - after) / 16
         backward += scored.backward * (now - after) / 16
-    assert cost.scoring_flops == pytest.approx(6 * 3 * (4 * mean + 2 * backward))  # old, reference, two inner epochs
-    assert cost.rollout_flops == 6 * sampling_flops(meta_model(CONFIG), SAMPLING, NUM_TEXT)
-    assert cost.total_flops == pytest.approx(10 * (cost.rollout_flops + cost.scoring_flops))
+    assert cost.parts[SCORING] == pytest.approx(6 * 3 * (4 * mean + 2 * backward))  # old, reference, two inner epochs
+    assert cost.parts[ROLLOUT] == 6 * sampling_flops(meta_model(CONFIG), SAMPLING, NUM_TEXT)
+    assert cost.total_flops == pytest.approx(10 * (cost.parts[ROLLOUT] + cost.parts[SCORING]))
     assert (cost.images, cost.iterations, cost.head_calls) == (6, 3, 18)
-    assert (cost.rollout_passes, cost.scoring_passes) == (3, 12)
+    assert (cost.rollout_passes, cost.learning_passes) == (3, 12)
 
 
 def test_a_trajectory_update_scores_the_tokens_of_an_iteration_and_its_other_branches_forward_only():
@@ -113,8 +114,8 @@ def test_a_trajectory_update_scores_the_tokens_of_an_iteration_and_its_other_bra
         forward, backward = forward + part.forward / 16, backward + part.backward / 16
     plain = estimate_cost(CONFIG, one, *arguments)
     guided = estimate_cost(CONFIG, replace(one, cfg_text=3.0, cfg_layout=3.0), *arguments)
-    assert plain.scoring_flops == pytest.approx(6 * 4 * (2 * forward + backward))  # old and one inner epoch
-    assert guided.scoring_flops == pytest.approx(6 * 4 * (4 * forward + backward))
+    assert plain.parts[SCORING] == pytest.approx(6 * 4 * (2 * forward + backward))  # old and one inner epoch
+    assert guided.parts[SCORING] == pytest.approx(6 * 4 * (4 * forward + backward))
 
 
 @pytest.mark.parametrize("trunk", [{"trunk": "mae"}, {"trunk": "single", "encoder_depth": 0, "patch_size": 2}])
@@ -127,11 +128,11 @@ def test_an_exact_update_scores_each_code_once(trunk):
     parts = [flops.at(now, now - after) for now, after in pairwise(sampling.masked_counts(num_units))]
     forward, backward = sum(part.forward for part in parts), sum(part.backward for part in parts)
     cost = estimate_cost(config, sampling, 2, 3, "exact", 4, 1, 2, True, NUM_TEXT, updates=10)
-    assert cost.scoring_flops == pytest.approx(6 * (4 * 2 * forward + 2 * backward))  # two branches each
-    assert cost.rollout_flops == 6 * sampling_flops(meta_model(config), sampling, NUM_TEXT)
-    assert (cost.head_calls, cost.rollout_passes, cost.scoring_passes) == (4, 4, 4 * 4)
+    assert cost.parts[SCORING] == pytest.approx(6 * (4 * 2 * forward + 2 * backward))  # two branches each
+    assert cost.parts[ROLLOUT] == 6 * sampling_flops(meta_model(config), sampling, NUM_TEXT)
+    assert (cost.head_calls, cost.rollout_passes, cost.learning_passes) == (4, 4, 4 * 4)
     some = estimate_cost(config, sampling, 2, 3, "exact", 2, 1, 2, True, NUM_TEXT, updates=10)
-    assert 0.4 * cost.scoring_flops < some.scoring_flops < 0.6 * cost.scoring_flops
+    assert 0.4 * cost.parts[SCORING] < some.parts[SCORING] < 0.6 * cost.parts[SCORING]
 
 
 def test_accumulated_batches_follow_one_another():
@@ -141,14 +142,13 @@ def test_accumulated_batches_follow_one_another():
     assert (in_turn.images, in_turn.update_flops) == (at_once.images, at_once.update_flops)
     assert in_turn.head_calls == 2 * at_once.head_calls
     assert in_turn.rollout_passes == 2 * at_once.rollout_passes
-    assert in_turn.scoring_passes == 2 * at_once.scoring_passes
+    assert in_turn.learning_passes == 2 * at_once.learning_passes
 
 
 def test_the_reference_and_each_inner_epoch_cost_what_they_do():
     def cost(inner_epochs: int, has_reference: bool) -> float:
-        return estimate_cost(
-            CONFIG, SAMPLING, 1, 2, "elbo", 2, 4, inner_epochs, has_reference, NUM_TEXT, 1
-        ).scoring_flops
+        found = estimate_cost(CONFIG, SAMPLING, 1, 2, "elbo", 2, 4, inner_epochs, has_reference, NUM_TEXT, 1)
+        return found.parts[SCORING]
 
     forward = cost(1, True) - cost(1, False)
     assert cost(3, False) - cost(2, False) == pytest.approx(cost(2, False) - cost(1, False))
@@ -159,8 +159,11 @@ def test_the_huge_model_on_the_papers_command():
     """16 images, 256 iterations of 100 steps: 130 + 8 TFLOP an image by an independent count of the whole backbone, of
     which the sampler computes caption keys and values once (3.4 % of it) and the last block where needed (2.5 %)."""
     cost = estimate_cost(HUGE, SamplingConfig(256, 100), 4, 4, "elbo", 4, 8, 1, True, 77, updates=206_950)
-    assert cost.rollout_flops / 16 == pytest.approx(137.7e12 * (1 - 0.034 - 0.025), rel=0.02)
-    assert (cost.rollout_flops, cost.scoring_flops) == (2072491988090880, pytest.approx(258393768067072, rel=1e-12))
+    assert cost.parts[ROLLOUT] / 16 == pytest.approx(137.7e12 * (1 - 0.034 - 0.025), rel=0.02)
+    assert (cost.parts[ROLLOUT], cost.parts[SCORING]) == (
+        2072491988090880,
+        pytest.approx(258393768067072, rel=1e-12),
+    )
     assert cost.head_calls == 25_600
     lines = cost.describe()
     for part in ("16 images", "256 iterations", "25,600 head calls", "2.07 PFLOP rollout"):
