@@ -4,12 +4,12 @@ An update of B prompts x G samples (n images) does, with F_i and D_i the forward
 belongs to iteration i (`models/flops.py` counts them) and b_i its guidance branches:
 
     rollout  n * (an image, sampled)
-    update   n * M * E[(old + reference + inner_epochs) * b_i * F_i + inner_epochs * D_i]
+    update   s * M * E[(old + reference + inner_epochs) * b_i * F_i + inner_epochs * D_i]
 
-M masks, K draws per token. Masks are stratified over the L tokens, so iteration i, which leaves m_i tokens hidden, has
-the probability (m_i - m_{i+1}) / L in E. `elbo` scores all m_i hidden tokens, without guidance (b_i = 1); `trajectory`
-and `exact` those that iteration i unmasked, with it: other branches than the full one are forward passes only. With a
-pass for each iteration, `exact` has each once.
+s = n images are scored (of the objective `best_of`, B), with M masks and K draws per token. Masks are stratified over
+the L tokens, so iteration i, which leaves m_i tokens hidden, has the probability (m_i - m_{i+1}) / L in E. `elbo`
+scores all m_i hidden tokens, without guidance (b_i = 1); `trajectory` and `exact` those that iteration i unmasked, with
+it: other branches than the full one are forward passes only. With a pass for each iteration, `exact` has each once.
 
 Left out: see `models/flops.py`; the frozen VAE, CLIP and detector, the SFT part of a mixed loss, evaluations, what
 scoring saves in guidance branches without text or boxes, what `exact` saves in the last block, which it runs for scored
@@ -48,11 +48,14 @@ def estimate_cost(
     num_text_tokens: int,
     updates: int,
     accum_iter: int = 1,
+    has_old: bool = True,
+    scored_of_group: int | None = None,
 ) -> RunCost:
     """See the module's docstring; prompts and updates are those of one process, with a caption and boxes each.
 
     num_draws: None for all reverse steps that `trajectory` may score; `exact` draws nothing. num_text_tokens: of a
-    padded batch. accum_iter: batches of prompts in an update, rolled out and scored one after the other.
+    padded batch. accum_iter: batches of prompts in an update, rolled out and scored one after the other. has_old:
+    whether the objective needs what the old policy says. scored_of_group: images of a group that are scored; None: all.
     Raises ValueError for an unknown estimator, a count below 1, or more masks than iterations.
     """
     draws = _scored_draws(estimator, num_draws, sampling.head_options(0).num_calls)
@@ -62,9 +65,10 @@ def estimate_cost(
         "inner_epochs": inner_epochs,
         "updates": updates,
         "accum_iter": accum_iter,
+        "scored_of_group": group_size if scored_of_group is None else scored_of_group,
     }
     _check({"rl_masks": num_masks, "rl_draws": draws, **sizes}, sampling.num_iter)
-    images, evaluations = accum_iter * prompts * group_size, 1 + has_reference + inner_epochs
+    images, evaluations = accum_iter * prompts * group_size, has_old + has_reference + inner_epochs
     model = meta_model(config)
     scored = _mean_scoring(model, sampling, estimator, num_masks, draws, num_text_tokens)
     scoring = num_masks * (evaluations * scored.forward + inner_epochs * scored.backward)
@@ -72,7 +76,7 @@ def estimate_cost(
         images=images,
         parts={
             ROLLOUT: images * sampling_flops(model, sampling, num_text_tokens),
-            SCORING: images * scoring,
+            SCORING: accum_iter * prompts * sizes["scored_of_group"] * scoring,
         },
         learning_passes=accum_iter * num_masks * evaluations,
         updates=updates,

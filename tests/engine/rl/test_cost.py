@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from engine.rl.cost import ROLLOUT, SCORING, describe_time_left, estimate_cost
+from engine.train.cost import RunCost
 from models.flops import ScoringFlops, meta_model, sampling_flops
 from models.masking import cosine_masked_counts
 from models.sampling.config import SamplingConfig, default_sampling
@@ -153,6 +154,17 @@ def test_the_reference_and_each_inner_epoch_cost_what_they_do():
     forward = cost(1, True) - cost(1, False)
     assert cost(3, False) - cost(2, False) == pytest.approx(cost(2, False) - cost(1, False))
     assert 2.7 * forward < cost(2, False) - cost(1, False) < 3 * forward
+
+
+def test_an_objective_scores_as_many_images_and_policies_as_it_needs():
+    def cost(**changes) -> RunCost:
+        return estimate_cost(CONFIG, SAMPLING, 2, 4, "elbo", 2, 4, 1, False, NUM_TEXT, 1, **changes)
+
+    everything, best, on_policy = cost(), cost(scored_of_group=1), cost(has_old=False)
+    assert best.parts[SCORING] == pytest.approx(everything.parts[SCORING] / 4)
+    assert best.parts[ROLLOUT] == everything.parts[ROLLOUT] and best.images == 8
+    assert (everything.learning_passes, on_policy.learning_passes) == (4, 2)
+    assert on_policy.parts[SCORING] < everything.parts[SCORING] < 2 * on_policy.parts[SCORING]
 
 
 def test_the_huge_model_on_the_papers_command():
