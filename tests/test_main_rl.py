@@ -206,6 +206,8 @@ def test_pure_sft_samples_nothing(world, monkeypatch):
         {"kl_coef": 0, "rl_train": "backbone"},
         {"rl_train": "adapters", "precision": "bf16", "num_train_samples": 4},
         {"rl_mix": "step", "rl_step_ratio": 0.5, "adv_norm": "center", "cfg": 2.0},
+        {"objective": "nft", "credit": "region", "nft_beta": 0.5},
+        {"objective": "best_of", "inner_epochs": 1, "cfg": 2.0},
     ],
     ids=lambda flags: "-".join(map(str, flags.values())),
 )
@@ -298,6 +300,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"kl_coef": -1}, "--kl_coef must not be negative, got -1.0"),
     ({"kl_estimator": "exact"}, "--kl_estimator exact does not go with --rl_estimator elbo"),
     ({"kl_estimator": "eps", "rl_estimator": "trajectory"}, "--kl_estimator eps does not go with --rl_estimator traj"),
+    (
+        {"objective": "nft", "rl_estimator": "trajectory"},
+        "--objective nft goes with --rl_estimator elbo, got trajectory",
+    ),
+    ({"objective": "nft", "clip_range": 0.1}, "--clip_range 0.1 is for --objective grpo, got nft"),
+    ({"nft_beta": 0.1}, "--nft_beta 0.1 is for --objective nft, got grpo"),
+    ({"objective": "best_of", "credit": "region"}, "--credit region does not go with --objective best_of"),
+    ({"adv_norm": "batch", "credit": "region"}, "--credit region does not go with --adv_norm batch"),
     ({"rl_draws": 3}, "--rl_draws must be even for --rl_estimator elbo (each noise goes with its negative), got 3"),
     ({"rl_masks": 4}, "num_masks must lie between 1 and num_iter = 3, got 4"),
     ({"num_iter": 17}, "num_iter must lie between 1 and the number of tokens, 16, got 17"),
@@ -359,6 +369,11 @@ def test_prompts_without_boxes(world, tmp_path):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"annotations": []}))
     assert "images without boxes" in refused(world, coco_root=root)
+
+
+def test_another_objective_does_not_continue_a_run(world, finished):
+    with pytest.raises(SystemExit, match="was written by stage 'grpo', this run is stage 'nft'"):
+        main_rl.main(rl_argv(world, "finished", objective="nft", max_rl_steps=4))
 
 
 def test_another_detector_does_not_continue_a_run(world, finished):

@@ -218,5 +218,9 @@ class TextContext:
         tokens, valid, pooled = (t.repeat_interleave(times, 0) for t in (self.tokens, self.valid, self.pooled))
         return TextContext(tokens, valid, pooled)
 
+    def rows(self, chosen: Tensor) -> TextContext:
+        """chosen: [m] int64 -> these captions alone."""
+        return TextContext(self.tokens[chosen], self.valid[chosen], self.pooled[chosen])
+
     def __len__(self) -> int:
         return self.valid.shape[0]

@@ -21,6 +21,7 @@ from engine.cli.arguments_sampling import add_sampling_args, steps_int
 from engine.cli.arguments_scores import add_score_args
 from engine.rl.settings import (
     ADV_NORMS,
+    CREDITS,
     ESTIMATORS,
     GUARD_MODES,
     KL_ESTIMATORS,
@@ -85,7 +86,24 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
     """Rollouts and updates."""
     group = parser.add_argument_group("updates")
     add_length_args(group)
-    group.add_argument("--objective", default="grpo", choices=OBJECTIVES, help="the loss: the clipped ratio of GRPO")
+    group.add_argument(
+        "--objective",
+        default="grpo",
+        choices=OBJECTIVES,
+        help="GRPO's clipped ratio; denoising errors weighted by advantages; likelihood of each group's best image",
+    )
+    group.add_argument(
+        "--credit",
+        default="image",
+        choices=CREDITS,
+        help="an image's advantage for all of its tokens, or each box's own for the tokens inside it",
+    )
+    group.add_argument(
+        "--nft_beta",
+        type=positive_float,
+        default=None,
+        help="--objective nft: how strongly a prediction is held near the one before the update; None: 1",
+    )
     group.add_argument(
         "--max_rl_steps", type=positive_int, default=None, help="stop after this many updates of this stage"
     )
@@ -131,9 +149,10 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kl_estimator",
-        default="k3",
+        default=None,
         choices=KL_ESTIMATORS,
-        help="k2, k3: from log-probabilities; eps: elbo only; exact: trajectory, and exact over all codes",
+        help="k2, k3: from log-probabilities; eps: elbo only; exact: trajectory, and exact over all codes; None: eps "
+        "for nft, k3 for the others",
     )
     group.add_argument(
         "--adv_norm", default="zscore", choices=ADV_NORMS, help="how a group's rewards become advantages"

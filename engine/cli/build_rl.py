@@ -10,6 +10,7 @@ import argparse
 import logging
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from engine.cli.arguments_rl import RL_TRAIN_MODES
@@ -35,10 +36,10 @@ from engine.cli.build_rl_parts import (
     rl_train_config,
 )
 from engine.cli.sampling import sampling_config
-from engine.cli.sizes import rl_estimator
+from engine.cli.sizes import kl_estimator, rl_estimator
 from engine.rl.cost import estimate_cost
 from engine.rl.held_out import RolloutPreview
-from engine.rl.objectives import Clipped, Objective
+from engine.rl.objectives import BestOf, Clipped, Nft, Objective
 from engine.rl.rollout import RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
 from models.policy.base import Estimator, Policy
@@ -52,6 +53,12 @@ from util.distributed import DistInfo
 logger = logging.getLogger(__name__)
 
 CLIP_RANGES = {"elbo": 0.05, "trajectory": 0.2, "exact": 0.2}
+DEFAULT_NFT_BETA = 1.0
+OFF_POLICY = {
+    "grpo": "off-policy",
+    "nft": "the old prediction is not the denoiser of these samples, which biases the update",
+    "best_of": "what comes out draws so without guidance, and is to be sampled without (--cfg 1)",
+}
 
 
 def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
@@ -96,7 +103,8 @@ def grpo_config(args: argparse.Namespace, total_updates: int) -> GrpoConfig:
         objective=build_objective(args),
         inner_epochs=args.inner_epochs,
         kl_coef=args.kl_coef,
-        kl_estimator=args.kl_estimator,
+        kl_estimator=kl_estimator(args),
+        credit=args.credit,
         adv_norm=args.adv_norm,
         rl_step_ratio=args.rl_step_ratio,
         mix=args.rl_mix,
@@ -108,19 +116,24 @@ def grpo_config(args: argparse.Namespace, total_updates: int) -> GrpoConfig:
 
 
 def build_objective(args: argparse.Namespace) -> Objective:
+    if args.objective == "nft":
+        return Nft(DEFAULT_NFT_BETA if args.nft_beta is None else args.nft_beta)
+    if args.objective == "best_of":
+        return BestOf()
     return Clipped(CLIP_RANGES[rl_estimator(args)] if args.clip_range is None else args.clip_range)
 
 
 def build_estimator(args: argparse.Namespace, sampling: SamplingConfig) -> Estimator:
     if rl_estimator(args) == "exact":
-        has_distribution = args.kl_coef > 0 and args.kl_estimator == "exact"
+        has_distribution = args.kl_coef > 0 and kl_estimator(args) == "exact"
         return ExactEstimator(sampling, args.rl_masks or sampling.num_iter, has_distribution)
     is_guided = sampling.cfg_text != 1 or sampling.cfg_layout != 1
     if rl_estimator(args) == "trajectory":
         num_masks = min(16, sampling.num_iter) if args.rl_masks is None else args.rl_masks
         return TrajectoryEstimator(sampling, num_masks, args.rl_draws)
     if is_guided:
-        logger.warning("--rl_estimator elbo scores without guidance what is sampled with it (--cfg): off-policy")
+        meaning = OFF_POLICY[args.objective]
+        logger.warning("--rl_estimator elbo scores without guidance what is sampled with it (--cfg): %s", meaning)
     num_masks = min(4, sampling.num_iter) if args.rl_masks is None else args.rl_masks
     num_draws = 8 if args.rl_draws is None else args.rl_draws
     return ElboEstimator(sampling.num_iter, num_masks, num_draws, schedule=sampling.schedule)
@@ -133,6 +146,8 @@ def as_policy(model: StructMAR, estimator: Estimator) -> nn.Module:
 
 def describe_cost(args: argparse.Namespace, parts: Parts, estimator: Estimator, updates: int) -> list[str]:
     """What the command implies, before anything is done."""
+    objective = build_objective(args)
+    scored = objective.scored_images(torch.zeros(1, args.group_size))
     cost = estimate_cost(
         parts.config,
         parts.sampling,
@@ -146,5 +161,7 @@ def describe_cost(args: argparse.Namespace, parts: Parts, estimator: Estimator, 
         parts.frozen.text_encoder.max_tokens,
         updates,
         args.accum_iter,
+        objective.needs_old(args.inner_epochs),
+        None if scored is None else len(scored),
     )
     return cost.describe()

@@ -62,6 +62,11 @@ def picture_sizes(args: argparse.Namespace, config: StructMARConfig) -> tuple[Si
     return sizes
 
 
+def kl_estimator(args: argparse.Namespace) -> str:
+    """--kl_estimator, or the one of the objective."""
+    return args.kl_estimator or ("eps" if args.objective == "nft" else "k3")
+
+
 def rl_estimator(args: argparse.Namespace) -> str:
     """--rl_estimator, or the one of the model's head."""
     return args.rl_estimator or DEFAULT_ESTIMATORS[head_of(args)]

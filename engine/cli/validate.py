@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli.sampling import FLAGS, check_sampling, sampling_config
-from engine.cli.sizes import head_of, model_config, picture_sizes, rl_estimator
+from engine.cli.sizes import head_of, kl_estimator, model_config, picture_sizes, rl_estimator
 from engine.rl.settings import ESTIMATOR_HEADS
 from engine.train.profile import profiled_steps
 from models.config import TRAIN_MODES
@@ -63,7 +63,9 @@ def validate_rl_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--w_quality and --quality_clip_path belong together, got {args.w_quality} and '{args.quality_clip_path}'"
         )
-    _choose_estimator(args)
+    _choose_estimators(args)
+    _check_objective(args)
+    _check_estimators(args)
     with told_as_flags(FLAGS):
         sampling_config(args).require_uncontrolled(OF_STAGE_3)
     _require_paths(
@@ -73,12 +75,18 @@ def validate_rl_args(args: argparse.Namespace) -> None:
     )
 
 
-def _choose_estimator(args: argparse.Namespace) -> None:
-    """Sets --rl_estimator to the head's own where it is not given. Raises ValueError for what does not go with it."""
+def _choose_estimators(args: argparse.Namespace) -> None:
+    """Sets --rl_estimator to the head's own and --kl_estimator to the objective's where they are not given. Raises
+    ValueError for an estimator of another head."""
     head, chosen = head_of(args), rl_estimator(args)
-    args.rl_estimator = chosen
+    args.rl_estimator, args.kl_estimator = chosen, kl_estimator(args)
     if ESTIMATOR_HEADS[chosen] != head:
         raise ValueError(f"--rl_estimator {chosen} is for a {ESTIMATOR_HEADS[chosen]} head, this model's is {head}")
+
+
+def _check_estimators(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go with --rl_estimator."""
+    chosen = args.rl_estimator
     wrong = {"elbo": "exact", "trajectory": "eps", "exact": "eps"}[chosen]
     if args.kl_coef > 0 and args.kl_estimator == wrong:
         raise ValueError(f"--kl_estimator {wrong} does not go with --rl_estimator {chosen}")
@@ -90,6 +98,24 @@ def _choose_estimator(args: argparse.Namespace) -> None:
             raise ValueError(f"--rl_draws {args.rl_draws} does not go with --rl_estimator exact, which draws nothing")
         order = args.order or "random"  # where none is given, rollouts have this one
         sampling_config(argparse.Namespace(**(vars(args) | {"order": order}))).require_exact()
+
+
+def _check_objective(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go with --objective or --credit."""
+    scored_by = {"nft": ("elbo",), "best_of": ("elbo", "exact"), "grpo": tuple(ESTIMATOR_HEADS)}[args.objective]
+    if args.rl_estimator not in scored_by:
+        raise ValueError(
+            f"--objective {args.objective} goes with --rl_estimator {' or '.join(scored_by)}, got {args.rl_estimator}"
+        )
+    for name, owner in (("clip_range", "grpo"), ("nft_beta", "nft")):
+        if vars(args)[name] is not None and args.objective != owner:
+            raise ValueError(f"--{name} {vars(args)[name]} is for --objective {owner}, got {args.objective}")
+    if args.credit == "region":
+        for name, value, wrong in (("objective", args.objective, "best_of"), ("adv_norm", args.adv_norm, "batch")):
+            if value == wrong:
+                raise ValueError(f"--credit region does not go with --{name} {value}")
+        if args.w_quality > 0:
+            raise ValueError(f"--credit region does not go with --w_quality {args.w_quality}, which is of no region")
 
 
 def _check_run(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ with the dual clip of Ye et al. 2020 (arXiv:1912.09729) for A < 0. The log-proba
 per ratio; old ones are computed once, right after the rollout, at the draws that all inner steps use. The KL stands in
 the loss: in the reward it would be normalised away with it, together with whatever noise it carries.
 
-Pure functions of tensors, without model, loop or communication between processes. Left out: token-level credit, value
+Pure functions of tensors, without model, loop or communication between processes. Left out: value
 networks, weights per reverse step, and the removal of groups of equal rewards (their advantages are 0, which is the
 same for the gradient, and keeps the number of backward passes equal on all processes).
 
@@ -94,16 +94,18 @@ def clipped_surrogate(
 ) -> Surrogate:
     """PPO's clipped objective, negated, with a bound for negative advantages.
 
-    log_prob, old_log_prob: [n, ...], one per ratio; advantages: [n], the same for all ratios of an image. The objective
-    is min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A); where A < 0 it is at least dual_clip * A, so that a
-    ratio that ran away cannot dominate the mean (None: no such bound). log rho is cut at +-20.
+    log_prob, old_log_prob: [n, ...], one per ratio; advantages: [n], the same for all ratios of an image, or [n, p], of
+    a token's ratios. The objective is min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A); where A < 0 it is at
+    least dual_clip * A, so that a ratio that ran away cannot dominate the mean (None: no such bound). log rho is cut at
+    +-20.
     Raises ValueError for shapes that do not fit, an old_log_prob with a gradient (then rho would have none), and
     clip_range <= 0 or dual_clip <= 1.
     """
     _check_surrogate(log_prob, old_log_prob, advantages, clip_range, dual_clip)
     log_ratio = (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [n, ...]
     ratio = log_ratio.exp()  # [n, ...]
-    advantage = advantages.detach().reshape(-1, *[1] * (log_prob.dim() - 1))  # [n, 1, ...]
+    advantage = advantages.detach()  # [n] or [n, p]
+    advantage = advantage.reshape(*advantage.shape, *[1] * (log_prob.dim() - advantage.dim()))  # [n, 1, ...]
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)  # [n, ...]
     if dual_clip is not None:
         bounded = torch.maximum(objective, dual_clip * advantage)  # [n, ...]
@@ -192,9 +194,9 @@ def _check_surrogate(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float, dual_clip: float | None
 ) -> None:
     _check_pair("log_prob", log_prob, old_log_prob)
-    if advantages.shape != log_prob.shape[:1]:
+    if advantages.dim() not in (1, 2) or advantages.shape != log_prob.shape[: advantages.dim()]:
         shapes = f"advantages {list(advantages.shape)}, log_prob {list(log_prob.shape)}"
-        raise ValueError(f"advantages must be [n], one per image of log_prob [n, ...], got {shapes}")
+        raise ValueError(f"advantages must be [n] or [n, p], as log_prob [n, p, ...] begins, got {shapes}")
     if not clip_range > 0:
         raise ValueError(f"clip_range must be above 0, got {clip_range}")
     if dual_clip is not None and not dual_clip > 1:

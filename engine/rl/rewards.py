@@ -35,6 +35,7 @@ from torch import Tensor
 
 from engine.eval.judge import Judge
 from engine.eval.layout_metrics import centres, pair_boxes, pairwise_iou
+from engine.rl.credit import RegionRewards
 from engine.rl.settings import RewardSettings, RewardWeights
 from models.frozen.detections import Detections
 from util.images import to_picture
@@ -56,11 +57,13 @@ class RewardBatch:
     """total: [n] float32; parts: PARTS (and "quality", where there is one), each [n] float32; on the images' device.
 
     detections: of each image, on the CPU, with the dataset's category ids; those of other categories are left out.
+    regions: of each image, on the CPU, where in it `total` was earned, but for its quality.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     detections: list[Detections]
+    regions: list[RegionRewards]
 
 
 class LayoutReward:
@@ -105,12 +108,14 @@ class LayoutReward:
         for start in range(0, len(images), self.batch_size):
             detections += map(self._in_dataset_ids, self.judge.detector(list(images[start : start + self.batch_size])))
         size, layout = (images.shape[3], images.shape[2]), layout.to("cpu")
-        rows = [self._parts_of_row(layout, row, found, size) for row, found in enumerate(detections)]
-        values = {name: np.array([row[name] for row in rows]) for name in PARTS}
+        verdicts = [self._verdict_on_row(layout, row, found, size) for row, found in enumerate(detections)]
+        values = {name: np.array([each.parts[name] for each in verdicts]) for name in PARTS}
         if self.quality is not None:
             values[QUALITY] = self._quality_of(self.quality, images, prompts)
         parts = {name: _float_tensor(value, images.device) for name, value in values.items()}  # each [n]
-        return RewardBatch(_float_tensor(total_reward(values, self.weights), images.device), parts, detections)
+        total = _float_tensor(total_reward(values, self.weights), images.device)  # [n]
+        regions = [self._regions(each, found, size) for each, found in zip(verdicts, detections, strict=True)]
+        return RewardBatch(total, parts, detections, regions)
 
     def _in_dataset_ids(self, found: Detections) -> Detections:
         dataset_id = self.judge.dataset_id
@@ -119,12 +124,10 @@ class LayoutReward:
         category_ids = torch.tensor([dataset_id[each] for each in ids if each in dataset_id], dtype=torch.int64)
         return Detections(found.boxes_px.float().cpu()[kept], category_ids, found.scores.float().cpu()[kept])
 
-    def _parts_of_row(
-        self, layout: LayoutBatch, row: int, found: Detections, size: tuple[int, int]
-    ) -> dict[str, float]:
+    def _verdict_on_row(self, layout: LayoutBatch, row: int, found: Detections, size: tuple[int, int]) -> LayoutVerdict:
         """layout: on the CPU. size: (width, height) of the picture in pixels."""
         valid = layout.valid[row]
-        return layout_reward_parts(
+        return layout_verdict(
             layout.boxes_xyxy[row][valid].numpy(),
             self.category_ids[layout.categories[row][valid].numpy()],
             found.boxes_px.numpy() / np.array([*size, *size], dtype=np.float64),
@@ -134,6 +137,13 @@ class LayoutReward:
             size,
         )
 
+    def _regions(self, verdict: LayoutVerdict, found: Detections, size: tuple[int, int]) -> RegionRewards:
+        presence = _float_tensor(verdict.extra_presence, torch.device("cpu"))  # [D]
+        is_extra = presence > 0 if self.weights.extra > 0 else torch.zeros_like(presence, dtype=torch.bool)  # [D]
+        of_boxes = _float_tensor(total_reward(verdict.of_boxes, self.weights), torch.device("cpu"))  # [n]
+        boxes_xyxy = found.boxes_px[is_extra] / torch.tensor([*size, *size])  # [m, 4]
+        return RegionRewards(of_boxes, boxes_xyxy.clamp(0, 1), presence[is_extra])
+
     def _quality_of(self, quality: Quality, images: Tensor, prompts: Sequence[str]) -> np.ndarray:
         values = []
         for start in range(0, len(images), self.batch_size):
@@ -142,7 +152,18 @@ class LayoutReward:
         return np.concatenate(values)
 
 
-def layout_reward_parts(
+@dataclass(frozen=True)
+class LayoutVerdict:
+    """How one picture fits its layout. parts: each of PARTS. of_boxes: the same without `extra` for each wanted box,
+    [n] in the order given; the parts are their means. extra_presence: [D], p of the detections that no wanted box
+    claimed, 0 for the others, in the order given."""
+
+    parts: dict[str, float]
+    of_boxes: dict[str, np.ndarray]
+    extra_presence: np.ndarray
+
+
+def layout_verdict(
     wanted_xyxy: np.ndarray,
     wanted_categories: np.ndarray,
     boxes_xyxy: np.ndarray,
@@ -150,8 +171,8 @@ def layout_reward_parts(
     scores: np.ndarray,
     settings: RewardSettings,
     aspect: tuple[float, float],
-) -> dict[str, float]:
-    """PARTS of one image; the order of wanted and detected boxes does not matter, not even to the last bit.
+) -> LayoutVerdict:
+    """Of one image; the order of wanted and detected boxes does not matter to the parts, not even to the last bit.
 
     wanted_xyxy: [n, 4] in [0, 1], n >= 1; wanted_categories: [n]; boxes_xyxy: [D, 4] in [0, 1]; categories: [D], ids
     of the same kind; scores: [D] in [0, 1]; aspect: (width, height) of the picture in any unit, for distances.
@@ -165,9 +186,11 @@ def layout_reward_parts(
     if len(wanted) == 0:
         raise ValueError("a layout reward needs at least one wanted box, got none")
 
-    wanted, wanted_ids, _ = _in_fixed_order(wanted, wanted_ids, np.zeros(len(wanted)))
-    is_counted = confidences >= settings.min_score
-    boxes, box_ids, confidences = _in_fixed_order(boxes[is_counted], box_ids[is_counted], confidences[is_counted])
+    wanted_order = _fixed_order(wanted, wanted_ids, np.zeros(len(wanted)))  # [n]
+    wanted, wanted_ids = wanted[wanted_order], wanted_ids[wanted_order]
+    counted = np.flatnonzero(confidences >= settings.min_score)
+    box_order = counted[_fixed_order(boxes[counted], box_ids[counted], confidences[counted])]  # [of D]
+    num_found, boxes, box_ids, confidences = len(boxes), boxes[box_order], box_ids[box_order], confidences[box_order]
     presence = np.minimum(1.0, confidences / settings.full_credit_score)  # [D]
     ious = pairwise_iou(wanted, boxes)  # [n, D]
     is_allowed = (wanted_ids[:, None] == box_ids[None, :]) & (ious >= settings.iou_floor)  # [n, D]
@@ -177,13 +200,18 @@ def layout_reward_parts(
     is_extra[columns] = False
     p, num_wanted = presence[columns], len(wanted)
     distances = np.linalg.norm((centres(wanted[rows]) - centres(boxes[columns])) * aspect, axis=1) / np.hypot(*aspect)
-    return {
-        "iou": float((p * ious[rows, columns]).sum() / num_wanted),
-        "confidence": float(confidences[columns].sum() / num_wanted),
-        "centroid": float((p * (1 - distances)).sum() / num_wanted),
+    of_pairs = {"iou": p * ious[rows, columns], "confidence": confidences[columns], "centroid": p * (1 - distances)}
+    parts = {name: float(values.sum() / num_wanted) for name, values in of_pairs.items()}
+    parts |= {
         "miss": float(1 - p.sum() / num_wanted),
         "extra": min(MAX_EXTRA, float(presence[is_extra].sum() / num_wanted)),
     }
+    of_boxes = {name: np.zeros(num_wanted) for name in of_pairs} | {"miss": np.ones(num_wanted)}  # each [n]
+    for name, values in (of_pairs | {"miss": 1 - p}).items():
+        of_boxes[name][wanted_order[rows]] = values
+    extra_presence = np.zeros(num_found)  # [D]
+    extra_presence[box_order[is_extra]] = presence[is_extra]
+    return LayoutVerdict(parts, of_boxes, extra_presence)
 
 
 def total_reward(parts: Mapping[str, np.ndarray], weights: RewardWeights) -> np.ndarray:
@@ -202,12 +230,10 @@ def clip_quality(scorer: ClipScorer) -> Quality:
     return quality
 
 
-def _in_fixed_order(
-    boxes: np.ndarray, category_ids: np.ndarray, confidences: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sorted by score, the best first, then by category and corners: ties and rounding then have one outcome."""
-    order = np.lexsort((*boxes.T, category_ids, -confidences))
-    return boxes[order], category_ids[order], confidences[order]
+def _fixed_order(boxes: np.ndarray, category_ids: np.ndarray, confidences: np.ndarray) -> np.ndarray:
+    """Positions by score, the best first, then by category and corners: ties and rounding then have one outcome."""
+    order: np.ndarray = np.lexsort((*boxes.T, category_ids, -confidences))
+    return order
 
 
 def _checked(what: str, boxes_xyxy: np.ndarray, category_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-OBJECTIVES = ("grpo",)
+OBJECTIVES = ("grpo", "nft", "best_of")
+CREDITS = ("image", "region")
 ESTIMATOR_HEADS = {"elbo": "diffusion", "trajectory": "diffusion", "exact": "discrete"}  # whose tokens each scores
 ESTIMATORS = tuple(ESTIMATOR_HEADS)
 DEFAULT_ESTIMATORS = {"diffusion": "elbo", "discrete": "exact"}  # by head

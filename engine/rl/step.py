@@ -1,8 +1,10 @@
-"""One update of stage 3: roll out, score, and take `inner_epochs` optimizer steps on the clipped surrogate.
+"""One update of stage 3: roll out, score, and take `inner_epochs` optimizer steps on an objective.
 
-    1. Every prompt of this step's batches is sampled G times and rewarded (engine/rl/rollout.py); advantages per group.
-    2. Everything random about the log-probabilities is drawn once. The old and the reference log-probabilities are
-       computed at this noise, without gradients, in the same passes in which the current ones will be.
+    1. Every prompt of this step's batches is sampled G times and rewarded (engine/rl/rollout.py); advantages per group,
+       of images or, by region, of tokens (engine/rl/credit.py).
+    2. Everything random about the log-probabilities is drawn once. The reference's and, where the objective needs them
+       (engine/rl/objectives.py), the old ones are computed at this noise, without gradients, in the same passes in
+       which the current ones will be.
     3. Per inner epoch: one forward and backward pass per mask of every rollout, then one clip, one AdamW step and one
        EMA update. In the first inner epoch every ratio is exactly 1 and, in the first update of all, the KL exactly 0.
 
@@ -13,7 +15,7 @@ rho = 1 no image is read; at rho = 0 nothing is sampled.
 Every process does the same number of backward passes: groups of equal rewards keep their zero advantages. A step whose
 gradient is not finite on one process is left out on all. Dropout is off but in the forward pass of L_SFT.
 
-Left out: weights of old policies (their log-probabilities are enough), value functions, filtering of groups.
+Left out: weights of old policies (their outputs are enough), value functions, filtering of groups.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from engine.data.inputs import MakeInputs
 from engine.rl.cost import describe_time_left
+from engine.rl.credit import region_advantages
 from engine.rl.grpo import group_advantages, kl_penalty, zero_std_share
 from engine.rl.objectives import Clipped, Objective, ScoredPass
 from engine.rl.rollout import Rollout, RolloutObserver, RolloutWorker
@@ -47,7 +50,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """objective: the loss on the rollouts. adv_clip bounds advantages (grpo.py). total_updates: the run's."""
+    """objective: the loss on the rollouts. credit: whose advantages are, of CREDITS; by region, adv_norm "batch" and
+    rewards of quality have no meaning. adv_clip bounds advantages (grpo.py). total_updates: the run's."""
 
     seed: int
     total_updates: int
@@ -55,6 +59,7 @@ class GrpoConfig:
     inner_epochs: int = 2
     kl_coef: float = 0.02
     kl_estimator: str = "k3"
+    credit: str = "image"
     adv_norm: str = "zscore"
     adv_clip: float = 5.0
     rl_step_ratio: float = 1.0
@@ -135,21 +140,30 @@ class GrpoStep:
 
     def score(self, rollout: Rollout, step: int, micro: int) -> list[ScoredPass]:
         """Draws the passes of a rollout and computes what does not change in the update."""
-        advantages = self._advantages(rollout.grouped_rewards()).flatten().to(self.dist.device)  # [n]
+        objective, samples = self.config.objective, rollout.samples
+        advantages = self._advantages(rollout).to(self.dist.device)  # [n] or [n, L]
         self._note({"advantage_abs": advantages.abs().mean()})
+        chosen = objective.scored_images(rollout.grouped_rewards())
+        if chosen is not None:
+            samples, advantages = samples.rows(chosen.to(self.dist.device)), advantages[chosen.to(self.dist.device)]
         noise_of_passes = self.estimator.draw_noise(
-            rollout.samples, generator(self.config.seed, "estimator", step, micro, self.dist.rank)
+            samples, generator(self.config.seed, "estimator", step, micro, self.dist.rank)
         )
-        passes = []
         self.state.model.eval()
         with torch.no_grad():
-            for noise in noise_of_passes:
-                old = self._outputs(self.state.wrapped, rollout.samples, noise)
-                old = replace(old, code_log_probs=None)  # large, and the reference's alone is needed
-                reference = None if self.reference is None else self._outputs(self.reference, rollout.samples, noise)
-                passes.append(ScoredPass(rollout.samples, advantages, noise, old, reference))
-                self._note_replay(rollout.samples, noise, old)
-        return passes
+            return [self._scored(samples, advantages, noise) for noise in noise_of_passes]
+
+    def _scored(self, samples: Samples, advantages: Tensor, noise: ScoringNoise) -> ScoredPass:
+        """advantages: [n] or [n, L]."""
+        old = reference = None
+        if self.config.objective.needs_old(self.config.inner_epochs):
+            old = self._outputs(self.state.wrapped, samples, noise)
+            old = replace(old, code_log_probs=None)  # large, and the reference's alone is needed
+            self._note_replay(samples, noise, old)
+        if self.reference is not None:
+            reference = self._outputs(self.reference, samples, noise)
+        own = advantages if advantages.dim() == 1 else advantages.gather(1, noise.token_ids)  # [n] or [n, p]
+        return ScoredPass(samples, own, noise, old, reference)
 
     def optimizer_step(
         self, passes: Sequence[ScoredPass], batches: Sequence[Any], rl_share: float, position: Position, inner: int
@@ -221,13 +235,18 @@ class GrpoStep:
         """Whose gradients are exchanged: the sharded model's, or those of DDP around the policy."""
         return self.state.model if isinstance(self.state.model, FSDPModule) else self.state.wrapped
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """rewards: [B, G] -> [B, G]."""
+    def _advantages(self, rollout: Rollout) -> Tensor:
+        """Of images, [n], or of their tokens, [n, L]."""
+        config, samples, rewards = self.config, rollout.samples, rollout.grouped_rewards()  # [B, G]
+        if config.credit == "region":
+            assert samples.layout is not None, "stage 3 has layouts"
+            way = (rollout.rewards.regions, samples.layout.to("cpu"), samples.grid, rollout.group_size)
+            return region_advantages(*way, config.adv_norm, config.adv_clip)
         batch_std = None
-        if self.config.adv_norm == "batch":
+        if config.adv_norm == "batch":
             centred = rewards - rewards.mean(1, keepdim=True)  # [B, G]
             batch_std = math.sqrt(reduce_mean({"variance": float(centred.square().mean())})["variance"])
-        return group_advantages(rewards, self.config.adv_norm, batch_std, self.config.adv_clip)
+        return group_advantages(rewards, config.adv_norm, batch_std, config.adv_clip).flatten()
 
     # --- what is logged --------------------------------------------------------------------------------------------
 

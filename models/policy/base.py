@@ -47,6 +47,12 @@ class Samples:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def rows(self, chosen: Tensor) -> Samples:
+        """chosen: [m] int64 -> these images alone, without the trace."""
+        text = None if self.text is None else self.text.rows(chosen)
+        layout = None if self.layout is None else self.layout.map(lambda part: part[chosen])
+        return Samples(self.tokens[chosen], self.orders[chosen], self.grid, text, layout)
+
 
 def collect_samples(output: SampleOutput, text: TextContext | None, layout: LayoutBatch | None) -> Samples:
     """The sampler's output as Samples; text and layout are those it was given."""

@@ -73,7 +73,8 @@ def _contender(case: UpdateCase, world: World, state: TrainState, precision: str
         return torch.zeros(())
 
     def log_probs() -> Tensor:
-        return torch.cat([each.old.log_prob.flatten() for each in step.score(rollout, 0, 0)])
+        old = [each.old for each in step.score(rollout, 0, 0)]
+        return torch.cat([each.log_prob.flatten() for each in old if each is not None])
 
     return Contender(OURS, precision, run, log_probs)
 
@@ -81,6 +82,6 @@ def _contender(case: UpdateCase, world: World, state: TrainState, precision: str
 def _rollout(world: World, group_size: int) -> Rollout:
     generator, shape = torch.Generator().manual_seed(4), (*world.orders.shape, world.model.config.token_dim)
     tokens = torch.randn(shape, generator=generator)  # [n, L, C]
-    rewards = RewardBatch(torch.rand(len(world), generator=generator), {}, [])
+    rewards = RewardBatch(torch.rand(len(world), generator=generator), {}, [], [])
     samples = Samples(tokens, world.orders, world.model.config.grid, world.text, world.layout)
     return Rollout([], samples, [], rewards, group_size)

@@ -21,7 +21,7 @@ import numpy as np
 
 from engine.eval import compare
 from engine.eval.compare import Evaluation, Measured, per_image_sums, precision, ratio
-from engine.rl.rewards import layout_reward_parts, total_reward
+from engine.rl.rewards import layout_verdict, total_reward
 from engine.rl.settings import RewardSettings, RewardWeights
 from util.boxes import xywh_to_xyxy
 
@@ -70,7 +70,7 @@ def image_rewards(evaluation: Evaluation, detections: Sequence[Json]) -> np.ndar
 
 def _reward_parts(wanted: Sequence[Json], found: Sequence[Json], size: tuple[int, int]) -> Mapping[str, float]:
     scale = np.array([*size, *size], dtype=np.float64)
-    return layout_reward_parts(
+    return layout_verdict(
         _boxes_xyxy(wanted) / scale,
         np.array([entry["category_id"] for entry in wanted]),
         _boxes_xyxy(found) / scale,
@@ -78,7 +78,7 @@ def _reward_parts(wanted: Sequence[Json], found: Sequence[Json], size: tuple[int
         np.array([entry["score"] for entry in found], dtype=np.float64),
         RewardSettings(),
         size,
-    )
+    ).parts
 
 
 def _boxes_xyxy(entries: Sequence[Json]) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from engine.data.inputs import StepInputs
+from engine.rl.credit import RegionRewards
 from engine.rl.rewards import RewardBatch
 from engine.rl.rollout import Rollout, RolloutWorker
 from engine.rl.step import GrpoConfig, GrpoStep
@@ -21,7 +22,8 @@ from engine.train.optim import build_optimizer
 from engine.train.parallel import wrap
 from engine.train.state import Position, TrainState
 from models.frozen.detections import Detections
-from models.policy.base import Estimator, Policy, collect_samples
+from models.layout import cells_inside
+from models.policy.base import Estimator, Policy, Samples, collect_samples
 from models.policy.elbo import ElboEstimator
 from models.policy.exact import ExactEstimator
 from models.policy.trajectory import TrajectoryEstimator
@@ -53,10 +55,20 @@ def brightness(tokens: Tensor) -> Tensor:
     return tokens[..., 0].mean(1)  # [n]
 
 
-def rewarded(total: Tensor) -> RewardBatch:
-    """total: [n]."""
+def rewarded(total: Tensor, samples: Samples) -> RewardBatch:
+    """total: [n]. A box earns the brightness of its tokens."""
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    return RewardBatch(total, {"iou": total}, [nothing] * len(total))
+    regions = [RegionRewards(own, torch.zeros(0, 4), torch.zeros(0)) for own in brightness_of_boxes(samples)]
+    return RewardBatch(total, {"iou": total}, [nothing] * len(total), regions)
+
+
+def brightness_of_boxes(samples: Samples) -> list[Tensor]:
+    """[k] for each image."""
+    if samples.layout is None:
+        return [torch.zeros(0)] * len(samples)
+    inside = cells_inside(samples.layout.boxes_xyxy, samples.grid).float()  # [n, L, N]
+    means = torch.einsum("nl,nlk->nk", samples.tokens[..., 0], inside) / inside.sum(1)  # [n, N]
+    return [row[valid] for row, valid in zip(means, samples.layout.valid, strict=True)]
 
 
 @dataclass
@@ -82,7 +94,11 @@ class TokenWorker:
         picture = np.zeros((32, 32, 3), dtype=np.uint8)
         total = self.reward(samples.tokens)  # [n]
         return Rollout(
-            [f"{row}" for row in range(len(batch))], samples, [picture] * count, rewarded(total), self.group_size
+            [f"{row}" for row in range(len(batch))],
+            samples,
+            [picture] * count,
+            rewarded(total, samples),
+            self.group_size,
         )
 
 

@@ -45,6 +45,20 @@ def colour_reward(batch_size: int = 2, **settings: float) -> LayoutReward:
     return LayoutReward(colour_judge(), CATEGORIES, RewardWeights(), RewardSettings(**settings), batch_size)
 
 
+@pytest.mark.parametrize("extra", [0.0, 0.05])
+def test_regions_add_up_to_the_reward(extra: float) -> None:
+    """Boxes in the layout's order, extras where they are; a weight of 0 leaves them out."""
+    weights = RewardWeights(extra=extra)
+    reward = LayoutReward(colour_judge(), CATEGORIES, weights, RewardSettings(), 2)
+    wanted = layouts([(2, BOTTOM_RIGHT), (0, TOP_LEFT)])
+    found = reward(painted((0, [0, 0, 24, 32]), (1, [32, 0, 64, 32]))[None], wanted, [""])
+    (region,) = found.regions
+    assert region.of_boxes[0] == pytest.approx(-weights.miss) and region.of_boxes[1] > 0.5
+    assert region.extra_xyxy.tolist() == ([[0.5, 0.0, 1.0, 0.5]] if extra else [])
+    total = region.of_boxes.mean() - extra * region.extra_presence.sum() / 2
+    torch.testing.assert_close(total, found.total[0])
+
+
 LAYOUT = layouts(
     [(0, [0.0, 0.0, 0.5, 0.5]), (2, [0.5, 0.5, 1.0, 1.0])],
     [(1, [0.25, 0.25, 0.75, 0.75])],

@@ -11,7 +11,7 @@ import pytest
 from engine.rl.rewards import (
     MAX_EXTRA,
     PARTS,
-    layout_reward_parts,
+    layout_verdict,
     total_reward,
 )
 from engine.rl.settings import RewardSettings, RewardWeights
@@ -31,7 +31,7 @@ def parts(
     settings: RewardSettings | None = None,
     aspect: tuple[float, float] = SQUARE,
 ) -> dict[str, float]:
-    return layout_reward_parts(
+    return layout_verdict(
         np.array([box for _, box in wanted], dtype=np.float64).reshape(-1, 4),
         np.array([category for category, _ in wanted], dtype=np.int64),
         np.array([box for _, box, _ in found], dtype=np.float64).reshape(-1, 4),
@@ -39,7 +39,7 @@ def parts(
         np.array([score for _, _, score in found], dtype=np.float64),
         RewardSettings() if settings is None else settings,
         aspect,
-    )
+    ).parts
 
 
 def total(wanted: Sequence[Box], found: Sequence[Found]) -> float:
@@ -126,11 +126,11 @@ def test_the_order_of_boxes_does_not_matter() -> None:
         wanted, found = boxes(5), boxes(9)
         wanted_ids, found_ids = draws.integers(1, 3, 5), draws.integers(1, 3, 9)
         scores = draws.choice([0.03, 0.3, 0.7, 0.9], 9)
-        first = layout_reward_parts(wanted, wanted_ids, found, found_ids, scores, RewardSettings(), (4, 3))
+        first = layout_verdict(wanted, wanted_ids, found, found_ids, scores, RewardSettings(), (4, 3)).parts
         p, q = draws.permutation(5), draws.permutation(9)
-        again = layout_reward_parts(
+        again = layout_verdict(
             wanted[p], wanted_ids[p], found[q], found_ids[q], scores[q], RewardSettings(), (4, 3)
-        )
+        ).parts
         assert first == again  # to the last bit
 
 
@@ -212,6 +212,6 @@ def test_parts_refuse() -> None:
     with pytest.raises(ValueError, match="detected boxes must be finite"):
         parts([(CAT, A)], [(CAT, [0.0, 0.0, math.inf, 1.0], 0.9)])
     with pytest.raises(ValueError, match=r"wanted boxes must be \[k, 4\] .* \(1, 3\)"):
-        layout_reward_parts(
+        layout_verdict(
             np.zeros((1, 3)), np.ones(1), np.zeros((0, 4)), np.zeros(0), np.zeros(0), RewardSettings(), SQUARE
         )
