@@ -1,16 +1,19 @@
-"""Counts the floating-point operations of an image: a training step of stages 1 and 2, and sampling. No weights needed.
+"""Counts the floating-point operations of an image: a training step of each stage and objective, and sampling. No
+weights needed.
 
     python -m scripts.count_flops --model mar_huge
 
 The model is built on the meta device and its own passes are counted as they run (`models/flops.py`). One multiply-add
-is two operations. Element-wise work, the frozen VAE and CLIP are not counted.
+is two operations. Element-wise work, the frozen VAE and CLIP are not counted; the gradient of a reward goes through
+MAR's VAE and the detector of photographs, which are. Objectives have their flags' defaults, NFT and best of a group one
+optimizer step on each rollout; the teacher of `distill` is guided by text and by layout.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engine.cli.arguments import script_parser
@@ -22,9 +25,12 @@ from util.failures import one_line_errors
 from util.ranges import whole, width_int
 
 if TYPE_CHECKING:
+    from engine.train.cost import RunCost
     from models.structmar import StructMAR
 
 MEAN_MASK_RATIO = {"truncnorm": 0.867, "arccos": 0.637}  # of the heads' own mask schedules
+MASK_RATIO_MIN = 0.1  # of what learns without sampling
+GROUP_SIZE = 4
 TERA = 1e12
 
 
@@ -81,6 +87,60 @@ def logits_flops(model: StructMAR, num_text: int) -> float:
     return flops
 
 
+def objective_costs(config: StructMARConfig, num_text: int, num_sampling_steps: int) -> dict[str, RunCost]:
+    """Of an update of one image, where nothing is sampled, or of one prompt: what stage 3 can do, and before it."""
+    from engine.rl.cost import estimate_cost
+    from engine.train.cost import distillation_cost
+
+    guided = default_sampling(config.head, cfg_text=3.0, cfg_layout=4.0)
+    masks = (config.mask_schedule, MASK_RATIO_MIN)
+    costs = {"distill": distillation_cost(config, guided, 1, config.diffusion_batch_mul, *masks, num_text, updates=1)}
+    if config.head == "discrete":
+        sampling = default_sampling("discrete", num_iter=8, order="random")
+        costs["grpo, 8 iterations"] = estimate_cost(
+            config, sampling, 1, GROUP_SIZE, "exact", sampling.num_iter, None, 2, True, num_text, updates=1
+        )
+        return costs
+    costs["reward_gradient"] = gradient_cost(config, num_text)
+    for num_iter, first, last in ((256, num_sampling_steps, None), (32, 50, 5)):
+        if num_iter > math.prod(config.unit_grid()):
+            continue
+        steps = {"num_sampling_steps": first, "num_sampling_steps_last": last}
+        sampling = default_sampling("diffusion", num_iter=num_iter, **steps)
+        said = f"{num_iter} iterations of {first}{'' if last is None else f' to {last}'} steps"
+        given = (config, sampling, 1, GROUP_SIZE, "elbo", 4, 8)
+        costs[f"grpo, {said}"] = estimate_cost(*given, 2, True, num_text, updates=1)
+        costs[f"nft, {said}"] = estimate_cost(*given, 1, True, num_text, updates=1, has_old=False)
+        costs[f"best_of, {said}"] = estimate_cost(
+            *given, 1, True, num_text, updates=1, has_old=False, scored_of_group=1
+        )
+    return costs
+
+
+def gradient_cost(config: StructMARConfig, num_text: int) -> RunCost:
+    """Of one image, by MAR's VAE and the detector of photographs."""
+    from engine.rl.cost_gradient import reward_gradient_cost
+    from models.config import RESNET50_FPN_V2
+    from models.flops import META
+    from models.frozen.faster_rcnn import build_detector
+    from models.frozen.flops import decoder_flops, detector_flops
+    from models.frozen.vae import KL16, LatentCodec, build_autoencoder
+
+    with META:
+        codec = LatentCodec(build_autoencoder(KL16), KL16, 1.0, "")
+        detector = build_detector(RESNET50_FPN_V2, num_classes=91)
+    side = config.img_size // codec.stride
+    frozen = (decoder_flops(codec, (side, side)), [detector_flops(detector)])
+    return reward_gradient_cost(config, 1, True, *frozen, config.mask_schedule, MASK_RATIO_MIN, num_text, updates=1)
+
+
+def print_objectives(costs: Mapping[str, RunCost]) -> None:
+    for name, cost in costs.items():
+        parts = ", ".join(f"{part} {flops / cost.images / TERA:.4g}" for part, flops in cost.parts.items())
+        calls = f", {cost.head_calls:,} head calls one after the other" if cost.head_calls else ""
+        print(f"{name}: {cost.update_flops / cost.images / TERA:.4g} TFLOP per image ({parts}){calls}")
+
+
 def count(name: str, config: StructMARConfig, num_text: int, num_sampling_steps: int) -> None:
     """Prints what a model of these sizes costs. PyTorch is imported only here, once the sizes are known to fit."""
     from models.flops import meta_model, sampling_flops
@@ -101,6 +161,7 @@ def count(name: str, config: StructMARConfig, num_text: int, num_sampling_steps:
                 sampling = default_sampling(config.head, num_iter=num_iter, **scales, **own_options)
                 flops = sampling_flops(model, sampling, num_text)
                 print(f"sampling, {num_iter} iterations, {guided}: {flops / TERA:.4g} TFLOP per image")
+    print_objectives(objective_costs(config, num_text, num_sampling_steps))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
