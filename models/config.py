@@ -31,7 +31,7 @@ _CHOICES = {"rope_mode": ROPE_MODES, "trunk": TRUNKS, "head": HEADS, "norm": NOR
 LARGEST_SIZE = 1 << 16
 _MAY_BE_ZERO = ("encoder_depth", "decoder_depth", "num_categories", "text_dim", "cross_attn_every", "codebook_size",
                 "code_dim")  # fmt: skip
-TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class")
+TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class", "distill")
 MAX_SCALE = 100.0  # of a box's strength; beyond, pictures are noise
 NUM_TRAIN_STEPS = 1000  # timesteps of the head's diffusion process
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # of matrix products: PyTorch's names of the dtypes

@@ -124,6 +124,34 @@ class StructMAR(Trunk):
         [B] int64, -1 for none; sizes: of the pictures, by default whole ones. Raises ValueError for noise of another
         number of tokens than the latents have.
         """
+        target, z = self.scored_tokens(latents, noise, labels, text, layout, sizes)  # [r, C'], [r, Z]
+        return self.head.token_loss(target, z, noise.head).mean()
+
+    def predictions(
+        self,
+        latents: Tensor,
+        noise: TrainingNoise,
+        labels: Tensor | None = None,
+        text: TextContext | None = None,
+        layout: LayoutBatch | None = None,
+        sizes: SizeBatch | None = None,
+    ) -> Tensor:
+        """What `forward` compares with the truth: the head's `prediction` of the scored tokens, M rows for each,
+        [M * r, ...]. Sharded models need this method registered, as `denoise`."""
+        target, z = self.scored_tokens(latents, noise, labels, text, layout, sizes)  # [r, C'], [r, Z]
+        return self.head.prediction(target, z, noise.head)  # [M * r, ...]
+
+    def scored_tokens(
+        self,
+        latents: Tensor,
+        noise: TrainingNoise,
+        labels: Tensor | None,
+        text: TextContext | None,
+        layout: LayoutBatch | None,
+        sizes: SizeBatch | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Those that are hidden, or all, by `config.loss_on`: clean [r, C'], and the head's condition [r, Z]. Arguments
+        as of `forward`."""
         tokens = self.patchify(latents)  # [B, L, C']
         if noise.mask.masked.shape != tokens.shape[:2]:
             found, wanted = tuple(noise.mask.masked.shape), tuple(tokens.shape[:2])
@@ -135,7 +163,7 @@ class StructMAR(Trunk):
         if self.config.loss_on == "masked":
             hidden = noise.mask.hidden_rows()  # [r]
             target, z = target.index_select(0, hidden), z.index_select(0, hidden)  # [r, C'], [r, Z]
-        return self.head.token_loss(target, z, noise.head).mean()
+        return target, z
 
     def code_logits(
         self,

@@ -35,15 +35,15 @@ def _belongs(name: str, parts: tuple[str, ...]) -> bool:
 def is_trainable(name: str, mode: str) -> bool:
     """Whether parameter `name` trains in a mode.
 
-    text_layout (stage 1): the new parts. text_proj: the text parts alone. full (stages 2 and 3): everything but the
-    class embedding, which images with captions never use. backbone: as full, without the token head. class: MAR
-    itself, with the strength of its rotations where it has any.
+    text_layout (stage 1): the new parts. text_proj: the text parts alone. full (stages 2 and 3) and distill (between
+    them): everything but the class embedding, which images with captions never use. backbone: as full, without the
+    token head. class: MAR itself, with the strength of its rotations where it has any.
     """
     if mode == "text_layout":
         return _belongs(name, NEW_PARTS)
     if mode == "text_proj":
         return _belongs(name, TEXT_PARTS)
-    if mode == "full":
+    if mode in ("full", "distill"):
         return not _belongs(name, CLASS_PARTS)
     if mode == "backbone":
         return not _belongs(name, (*CLASS_PARTS, *HEAD_PARTS))

@@ -2,9 +2,9 @@
 
 A training checkpoint is a dictionary of plain values and whole tensors (the same file under one process, DDP and FSDP):
     format, model, model_ema (what trains), optimizer (state by parameter name), epoch, step, images_in_epoch (files of
-    before: batch_in_epoch alone, batches of global_batch images), args and the entries of its `Identity`; of stage 3
-    (grpo) also reference (what trains, as it was at the start) and held_out; with --keep_best also best; with pictures
-    of several sizes also buckets (engine/data/buckets.py).
+    before: batch_in_epoch alone, batches of global_batch images), args and the entries of its `Identity`; of guidance
+    distillation and of stage 3 also reference (what trains, as it was at the start); of stage 3 also held_out; with
+    --keep_best also best; with pictures of several sizes also buckets (engine/data/buckets.py).
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 A training checkpoint holds it as entries of its dictionary, an exported `.safetensors` as strings of its metadata:
     config: the model's sizes. categories: [{"id", "name"}, ...]. vae: {"id", "latent_scale"}. text_encoder: {"id"}.
     stage. step. sampling: the options to sample with, where the file says so. reward_detector: where there was one.
-    class_names: of labels 0, 1, ..., where the weights were trained on labelled pictures.
+    class_names: of labels 0, 1, ..., where the weights were trained on labelled pictures. guidance: the scales of text
+    and layout, where guidance was trained into the weights.
     In an exported file also weights: "ema" or "raw", and format: "structmar-1".
 The VAE and the text encoder are frozen and not inside: they are named by their ids (sha256), and others are refused.
 """
@@ -19,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from models.config import StructMARConfig
-from models.sampling.config import SamplingConfig
+from models.sampling.config import MAX_GUIDANCE, SamplingConfig
 from util.plain import from_plain
 from util.read import short_repr
 from util.types import Category, require_distinct
 
 EXPORT_FORMAT = "structmar-1"
 METADATA_KEYS = ("format", "config", "categories", "vae", "text_encoder", "stage", "step", "weights")
-_JSON_KEYS = ("config", "categories", "vae", "text_encoder", "sampling", "class_names")
+_JSON_KEYS = ("config", "categories", "vae", "text_encoder", "sampling", "class_names", "guidance")
 
 TRAINING_FIELDS = (
     "diffusion_batch_mul",
@@ -49,7 +50,8 @@ class Identity:
     text_encoder_id: "" for a model without text parts. stage, step: where they were written; step counts that stage's
     optimizer steps. weights: "ema" or "raw". reward_detector_id: sha256 of the detector whose verdict they were trained
     on, None if on none. sampling: the options to sample them with, None if the file does not say. class_names: of the
-    labels 0, 1, ...; none where they were trained on captions.
+    labels 0, 1, ...; none where they were trained on captions. guidance: the scales of text and layout whose guided
+    predictions the weights give on their own; such weights are sampled without guidance. None: of no guidance.
     Raises ValueError if the number of categories is not the model's, or a value is out of range.
     """
 
@@ -64,6 +66,7 @@ class Identity:
     reward_detector_id: str | None = None
     sampling: SamplingConfig | None = None
     class_names: tuple[str, ...] = ()
+    guidance: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if len(self.categories) != self.config.num_categories:
@@ -81,6 +84,23 @@ class Identity:
             )
         if self.weights not in ("ema", "raw"):
             raise ValueError(f"weights must be 'ema' or 'raw', got '{self.weights}'")
+        for scale in self.guidance or ():
+            if not 0 <= scale <= MAX_GUIDANCE:  # NaN is refused too
+                raise ValueError(f"guidance must be scales in [0, {MAX_GUIDANCE:g}], got {scale}")
+        if self.sampling is not None:
+            self.require_guided_once(self.sampling, "the file")
+
+    def require_guided_once(self, sampling: SamplingConfig, source: str | Path) -> None:
+        """Raises ValueError naming the weights, the option and both values if it would guide what is guided already."""
+        if self.guidance is None:
+            return
+        text, layout = self.guidance
+        for name, scale in (("cfg_text", sampling.cfg_text), ("cfg_layout", sampling.cfg_layout)):
+            if scale != 1:
+                raise ValueError(
+                    f"{source} has guidance trained into its weights (text {text:g}, layout {layout:g}) and is sampled "
+                    f"without any: {name} must be 1, got {scale:g}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """As the plain entries of a training checkpoint: all but `weights`, as it holds raw and averaged ones."""
@@ -94,6 +114,8 @@ class Identity:
         }
         if self.class_names:
             entries["class_names"] = list(self.class_names)
+        if self.guidance is not None:
+            entries["guidance"] = list(self.guidance)
         if self.reward_detector_id is not None:
             entries["reward_detector"] = self.reward_detector_id
         if self.sampling is not None:
@@ -118,6 +140,7 @@ class Identity:
                 text_encoder_id=text_encoder_id,
                 categories=_categories(entries["categories"]),
                 class_names=_class_names(entries.get("class_names", [])),
+                guidance=_guidance(entries.get("guidance")),
                 stage=stage,
                 step=step,
                 weights=weights,
@@ -178,6 +201,14 @@ def _class_names(entries: Any) -> tuple[str, ...]:
     if not isinstance(entries, list) or not all(type(name) is str for name in entries):
         raise ValueError(f"class_names must be a list of texts, got {short_repr(entries)}")
     return tuple(entries)
+
+
+def _guidance(entries: Any) -> tuple[float, float] | None:
+    if entries is None:
+        return None
+    if not isinstance(entries, list) or len(entries) != 2 or any(type(each) not in (int, float) for each in entries):
+        raise ValueError(f"guidance must be the scales of text and of layout, got {short_repr(entries)}")
+    return float(entries[0]), float(entries[1])
 
 
 def require_same_identity(

@@ -43,8 +43,9 @@ def train_parser() -> argparse.ArgumentParser:
     """The parser of main_mar.py."""
     parser = Parser(
         prog="main_mar.py",
-        description="StructMAR stages 1 (--train_mode text_layout) and 2 (--train_mode full) on COCO, and what comes "
-        "before them: pretraining by class (--train_mode class) on a folder such as ImageNet's.",
+        description="StructMAR stages 1 (--train_mode text_layout) and 2 (--train_mode full) on COCO. Before them: "
+        "pretraining by class (--train_mode class) on a folder such as ImageNet's. After them: guidance trained into "
+        "the weights (--train_mode distill).",
     )
     add_config_arg(parser)
     add_model_args(parser)
@@ -127,7 +128,8 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
         "--train_mode",
         default="text_layout",
         help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts; "
-             "backbone: full without the head; class: pretraining on --class_root, without captions and boxes",
+             "backbone: full without the head; class: pretraining on --class_root, without captions and boxes; "
+             "distill: after stage 2, trains the guidance of --cfg_text and --cfg_layout into the weights",
     )  # fmt: skip
     group.add_argument("--buckets", action=SWITCH, default=False,
                        help="pictures of aspect ratios up to 4, about as large as --img_size's squares")  # fmt: skip
@@ -183,16 +185,18 @@ def add_sft_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--mask_ratio_min",
         type=Range(float, "must lie in (0, 1)", 0, 1, "()"),
-        default=0.7,
-        help="smallest fraction of tokens masked in training by --mask_schedule truncnorm",
+        default=None,
+        help="smallest fraction of tokens masked in training by --mask_schedule truncnorm; None: 0.7, or (--train_mode "
+        "distill, as sampling comes to all states) 0.1",
     )
     group.add_argument("--loss_on", default=None, choices=SCORED,
                        help="tokens that a discrete head is scored on; None: masked")  # fmt: skip
     group.add_argument("--label_smoothing", type=fraction_below_one, default=None,
                        help="of a discrete head's loss; None: 0.1")  # fmt: skip
     group.add_argument(
-        "--label_drop_prob", type=fraction, default=0.1, help="probability of dropping text and layout together"
-    )
+        "--label_drop_prob", type=fraction, default=None,
+        help="probability of dropping text and layout together; None: 0.1, or (--train_mode distill) 0"
+    )  # fmt: skip
     group.add_argument("--text_drop_prob", type=fraction, default=0.0, help="probability of dropping the text alone")
     group.add_argument(
         "--layout_drop_prob", type=fraction, default=0.0, help="probability of dropping the layout alone"

@@ -4,9 +4,9 @@
     build_train_state   the model with its weights, placed; optimizer and average, restored where a run continues
     prepare_run         the loop's TrainingRun around the step, previews and evaluation that a stage hands in
 
-build_train.py hands in what stages 1 and 2 need, build_class.py what pretraining by class needs, build_rl.py what stage
-3 needs. These files alone read `argparse.Namespace` below the mains. Everything that can be wrong is found here, before
-the run writes its first byte.
+build_train.py hands in what stages 1 and 2 need, build_class.py what pretraining by class needs, build_distill.py what
+guidance distillation needs, build_rl.py what stage 3 needs. These files alone read `argparse.Namespace` below the
+mains. Everything that can be wrong is found here, before the run writes its first byte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from engine.checkpoint.best import BestKeeper
-from engine.checkpoint.identity import Identity, require_same_categories
+from engine.checkpoint.guidance import Guidance, guidance_found, guidance_to_train, require_unguided_start
+from engine.checkpoint.identity import Identity
 from engine.checkpoint.load import require_fitting_codec
 from engine.checkpoint.resume import (
     Source,
@@ -39,7 +40,8 @@ from engine.checkpoint.resume import (
     resumed_position,
 )
 from engine.checkpoint.writer import CheckpointWriter
-from engine.cli.sampling import sampling_config
+from engine.cli.build_scores import build_online_targets
+from engine.cli.sampling import FLAGS, sampling_config
 from engine.cli.sizes import model_config
 from engine.data.cache import LatentCache, LatentCacheKey, TextCache, TextCacheKey
 from engine.data.check import DataCheck, check_dataset
@@ -50,8 +52,7 @@ from engine.data.loader import TrainingDataset, load_batches, sampler_of
 from engine.data.phrases import PhraseEncoder
 from engine.eval.judge import Judge
 from engine.eval.online import OnlineEvaluation
-from engine.eval.profiles import load_profile
-from engine.eval.targets import EvalSet, load_eval_set
+from engine.eval.targets import EvalSet
 from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import Step, TrainConfig, TrainingRun, course_of
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
@@ -60,20 +61,17 @@ from engine.train.profile import StepProfiler, profiled_steps
 from engine.train.state import Position, TrainState
 from models.build import build_model
 from models.frozen.codec import Codec, load_codec
-from models.frozen.detections import DetectorSettings
-from models.frozen.faster_rcnn import load_detector
 from models.frozen.text import ClipTextEncoder
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable, summarize_trainable
 from util.buckets import Size
 from util.coco import CocoIndex
-from util.config import resolved_dict
+from util.config import resolved_dict, told_as_flags
 from util.distributed import DistInfo, failing_together
 from util.ema import Ema
 from util.logging import MetricWriter
 from util.rng import derive_seed
-from util.types import Category
 
 logger = logging.getLogger(__name__)
 
@@ -156,24 +154,6 @@ def build_sampler(args: argparse.Namespace, dataset: TrainingDataset, dist: Dist
     return sampler
 
 
-def build_online_targets(
-    args: argparse.Namespace, config: StructMARConfig, categories: Sequence[Category], device: torch.device
-) -> tuple[EvalSet, Judge] | None:
-    """What --online_eval scores and what by; None without a detector. Raises ValueError where the parts do not fit."""
-    if not (args.online_eval and args.eval_detector):
-        return None
-    profile = load_profile(args.eval_profile)
-    if profile.resolution != config.img_size or profile.max_objects > config.max_objects:
-        raise ValueError(
-            f"--eval_profile {profile.name} has {profile.resolution} px and up to {profile.max_objects} objects, "
-            f"the model {config.img_size} px and {config.max_objects}"
-        )
-    eval_set = load_eval_set(args.coco_root, profile, args.eval_split or None, max_images=args.eval_images)
-    require_same_categories(eval_set.categories, categories, f"--coco_root {args.coco_root} {eval_set.split}")
-    settings = DetectorSettings(profile.min_score, profile.nms_iou, profile.max_detections)
-    return eval_set, Judge.of(load_detector(args.eval_detector, device, settings), eval_set.categories)
-
-
 BuildData = Callable[[argparse.Namespace, StructMARConfig, Frozen], TrainingDataset]
 
 
@@ -182,9 +162,10 @@ class Stage:
     """What `read_parts` must know of a stage. name: in checkpoints. has_pictures: whether it samples while it trains.
 
     keeps_sampling: its checkpoints name the sampling options of the weights it started from, where these name some,
-    instead of its own. free_flags: those of its own flags that a continued run may change without a word, see
-    FREE_FLAGS. has_captions: False where it trains on classes: without captions, layouts and the model's parts for
-    them.
+    instead of its own, and keep the guidance in these. folds_guidance: it trains the guidance of its sampling options
+    into the weights, and draws pictures without any. free_flags: those of its own flags that a continued run may change
+    without a word, see FREE_FLAGS. has_captions: False where it trains on classes: without captions, layouts and the
+    model's parts for them.
     """
 
     name: str
@@ -193,6 +174,7 @@ class Stage:
     keeps_sampling: bool
     free_flags: tuple[str, ...]
     has_captions: bool = True
+    folds_guidance: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,11 +230,13 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     sampler = build_sampler(args, dataset, dist)
     scored = build_online_targets(args, config, categories, dist.device)
     source = find_source(args.output_dir, args.resume, args.auto_resume, stage.name)
+    guidance = guidance_of(stage, source, sampling)
+    sampling = sampling.unguided() if stage.folds_guidance else sampling
     kept = source.identity.sampling if stage.keeps_sampling and source.identity is not None else None
     codec, text_encoder_id = frozen.codec, "" if encoder is None else encoder.id
     identity = Identity(
         config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling,
-        class_names=class_names,
+        class_names=class_names, guidance=guidance,
     )  # fmt: skip
     check_identity(source, identity)
     check_training_state(source)
@@ -260,6 +244,18 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     warmup = args.ema_warmup if args.ema_warmup is not None else source.has_ema_warmup
     flags = resolved_dict(args) | {"ema_warmup": warmup}
     return Parts(stage, dist, sampling, frozen, dataset, check, sampler, identity, source, scored, flags)
+
+
+def guidance_of(stage: Stage, source: Source, sampling: SamplingConfig) -> Guidance | None:
+    """What will be in the weights of this stage. Raises ValueError where it would be undone, or applied twice."""
+    if stage.folds_guidance:
+        return guidance_to_train(source, sampling)
+    if not stage.keeps_sampling:
+        require_unguided_start(source, stage.name)
+    elif source.identity is not None:
+        with told_as_flags(FLAGS):
+            source.identity.require_guided_once(sampling, str(source.path))
+    return guidance_found(source)
 
 
 def build_train_state(

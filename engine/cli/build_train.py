@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from engine.cli.build import (
     Frozen,
+    Parts,
     PreparedRun,
     Stage,
     build_best_keeper,
@@ -26,23 +28,41 @@ from engine.data.coco import CocoLayoutDataset
 from engine.data.scenes import Scene, scenes_from_dataset
 from engine.eval.previews import Preview
 from engine.train.loop import SupervisedStep, TrainConfig
+from engine.train.state import TrainState
 from models.structmar import StructMARConfig
 from util.distributed import DistInfo
 
+FREE_FLAGS = ("max_steps", "eval_freq")
 DEFAULT_PHRASE_PROB = 0.5  # of models that know phrases
 
 
 def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     """Everything stages 1 and 2 train with. Raises ValueError or FileNotFoundError, naming what does not fit."""
-    has_previews = args.online_eval or args.sample_freq > 0
-    free_flags = ("max_steps", "eval_freq")
-    stage = Stage(args.train_mode, build_images, has_previews, keeps_sampling=False, free_flags=free_flags)
+    stage = Stage(args.train_mode, build_images, has_previews(args), keeps_sampling=False, free_flags=FREE_FLAGS)
     parts = read_parts(args, dist, stage)
-    scenes = build_scenes(args, parts.captioned) if has_previews else []
-    state = build_train_state(args, parts, args.train_mode)
+    return prepare_on_images(args, parts, build_train_state(args, parts, args.train_mode))
+
+
+def has_previews(args: argparse.Namespace) -> bool:
+    return bool(args.online_eval or args.sample_freq > 0)
+
+
+def prepare_on_images(
+    args: argparse.Namespace,
+    parts: Parts,
+    state: TrainState,
+    has_dropout: bool = True,
+    extra: Callable[[], dict[str, Any]] = dict,
+    notes: Sequence[str] = (),
+) -> PreparedRun:
+    """A run whose step is `state.wrapped`'s loss on the batches' images, with previews and scores by epoch.
+
+    extra: what its checkpoints hold besides. notes: what its log says first.
+    """
+    scenes = build_scenes(args, parts.captioned) if parts.stage.has_pictures else []
     pipeline = build_pipeline(parts, state)
     preview = Preview(
-        pipeline, state.ema, scenes, parts.sampling, args.seed, args.eval_bsz, args.precision, dist,
+        pipeline, state.ema, scenes, parts.sampling, args.seed, args.eval_bsz, args.precision, parts.dist,
         Path(args.output_dir) / "samples",
     )  # fmt: skip
     config, keeper = train_config(args), build_best_keeper(args, parts, state)
@@ -51,10 +71,11 @@ def build_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         parts,
         state,
         config,
-        step=SupervisedStep(config, state, coco_inputs(args, parts), dist),
-        preview=preview if has_previews else None,
+        step=SupervisedStep(config, state, coco_inputs(args, parts), parts.dist, has_dropout),
+        preview=preview if parts.stage.has_pictures else None,
         evaluate=build_online_evaluation(args, parts, pipeline, state.ema, keeper),
-        extra=keeper.content,
+        extra=lambda: extra() | keeper.content(),
+        notes=notes,
     )
 
 

@@ -76,7 +76,8 @@ def parse_sampling_args(
     backbone_head: the head of published weights, which do not say it.
     for_rollouts: where nothing is asked for, what can be scored stands in for what cannot
     (`SamplingConfig.for_rollouts`).
-    Raises ValueError for a flag that is another head's.
+    Raises ValueError for a flag that is another head's, and for guidance of weights that have it in them, where a
+    command draws from these.
     """
     args, given = parse_args(parser, argv), given_options(parser, argv)
     said = {name for name in given & set(FLAGS) if vars(args)[name] is not None}
@@ -103,6 +104,9 @@ def parse_sampling_args(
     args = parse_args(parser, argv, defaults)
     _forget_foreign(args, said, head)
     check(args)
+    if identity is not None and (head_of is None or for_rollouts):
+        with told_as_flags(FLAGS):
+            identity.require_guided_once(sampling_config(args), args.resume)
     if named is None:
         return args, None
     standard, chosen_options = plain.to_dict(), chosen.to_dict()

@@ -24,6 +24,7 @@ def validate_train_args(args: argparse.Namespace) -> None:
     """Raises ValueError for the first arguments that do not go together, FileNotFoundError for a missing path."""
     if args.train_mode not in TRAIN_MODES:
         raise ValueError(f"--train_mode must be one of {', '.join(TRAIN_MODES)}, got '{args.train_mode}'")
+    _choose_by_mode(args, is_distilled=args.train_mode == "distill")
     is_class = args.train_mode == "class"
     if is_class != bool(args.class_root):
         raise ValueError(
@@ -39,6 +40,21 @@ def validate_train_args(args: argparse.Namespace) -> None:
     _require_paths(args, needed, optional=("resume", "eval_detector"))
 
 
+def _choose_by_mode(args: argparse.Namespace, is_distilled: bool) -> None:
+    """Sets what is not given to what goes with the loss. Raises ValueError for conditions dropped where guidance is
+    distilled, which is between conditions."""
+    if args.label_drop_prob is None:
+        args.label_drop_prob = 0.0 if is_distilled else 0.1
+    if args.mask_ratio_min is None:
+        args.mask_ratio_min = 0.1 if is_distilled else 0.7
+    for flag in ("label_drop_prob", "text_drop_prob", "layout_drop_prob"):
+        if is_distilled and vars(args)[flag]:
+            raise ValueError(
+                f"--{flag} {vars(args)[flag]} does not go with --train_mode distill: its teacher needs captions and "
+                "boxes, and drops them itself"
+            )
+
+
 def _refuse_captions(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that mean captions, boxes, their scores or sizes beside --train_mode class."""
     for flag in ("text_drop_prob", "layout_drop_prob", "online_eval", "buckets", "sizes", "size_condition",
@@ -52,6 +68,7 @@ def _refuse_captions(args: argparse.Namespace) -> None:
 
 def validate_rl_args(args: argparse.Namespace) -> None:
     """The same for stage 3."""
+    _choose_by_mode(args, is_distilled=False)
     _check_run(args)
     if args.crop != "center":
         raise ValueError(f"--crop {args.crop}: stage 3 takes centre crops, a random one may leave no box to reward")

@@ -81,6 +81,7 @@ class Studio:
         model = self.pipeline.model
         wish = read_wish(body, self.own, self.pipeline.known_labels, model.config)
         require_drawable(model.config, wish.config, [wish.scene])
+        self.pipeline.require_guided_once(wish.config)
         if wish.config.mask_threshold is not None:
             require_maps(model, f"mask_threshold {wish.config.mask_threshold}")
         return wish

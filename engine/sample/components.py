@@ -207,6 +207,11 @@ class PipelineComponents(DiffusionPipeline):
         named = None if self.identity is None else self.identity.sampling
         return default_sampling(self.model.config.head) if named is None else named
 
+    def require_guided_once(self, config: SamplingConfig) -> None:
+        """Raises ValueError for guidance of weights that have it in them."""
+        if self.identity is not None:
+            self.identity.require_guided_once(config, self.source or "the model")
+
     def describe(self) -> dict[str, Any]:
         """Which weights these are, for what is written beside images."""
         identity = self.identity

@@ -174,9 +174,14 @@ def read_generators(seed: Any, generator: Any, num_images: int) -> list[torch.Ge
     return [image_generator(seed + index) for index in range(num_images)]
 
 
-def read_options(own: SamplingConfig, given: Mapping[str, Any], num_tokens: int) -> SamplingConfig:
+def read_options(
+    own: SamplingConfig,
+    given: Mapping[str, Any],
+    num_tokens: int,
+    check: Callable[[SamplingConfig], None] = lambda config: None,
+) -> SamplingConfig:
     """The weights' own options with those of the call that are not None. Names as in the call or as the flags; "none"
-    takes away a bound that the weights name."""
+    takes away a bound that the weights name. check: raises ValueError for options that the weights cannot take."""
     unknown = sorted(given.keys() - OPTION_NAMES.keys() - CallOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"a call takes no argument {', '.join(unknown)}")
@@ -186,6 +191,7 @@ def read_options(own: SamplingConfig, given: Mapping[str, Any], num_tokens: int)
     try:
         require_options_of(own.head, renamed)
         config = from_plain(SamplingConfig, asdict(own) | renamed, "sampling options")
+        check(config)
     except ValueError as error:
         message = str(error)
         for name in changes.keys() & OPTION_NAMES.keys():

@@ -145,7 +145,8 @@ class StructMARPipeline(PipelineComponents):
             **others,
         }
         grid = grid_of_scenes(self.model.config, scenes)
-        config = read_options(self.own_sampling, given, math.prod(self.model.config.unit_grid(grid)))
+        num_tokens = math.prod(self.model.config.unit_grid(grid))
+        config = read_options(self.own_sampling, given, num_tokens, self.require_guided_once)
         scenes, starts = self._read_starts(scenes, num_images_per_prompt, image, of_edit, isinstance(prompt, str))
         grid = grid if starts is None else starts[0].grid
         if self.planner is not None and image is None:
@@ -176,10 +177,12 @@ class StructMARPipeline(PipelineComponents):
 
         Scenes of one size share batches. progress: called after every iteration of every batch; hooks: what is called
         instead. starts: what each begins from; those with as many tokens to draw share batches. Raises ValueError if
-        scenes and seeds differ in number, or the model cannot draw a scene's boxes or size.
+        scenes and seeds differ in number, the model cannot draw a scene's boxes or size, or the weights are guided
+        already.
         """
         if len(scenes) != len(seeds):
             raise ValueError(f"every scene needs its seed, got {len(scenes)} scenes and {len(seeds)} seeds")
+        self.require_guided_once(config)
         if starts is None:
             require_drawable(self.model.config, config, scenes)
         pictures: dict[int, Picture] = {}
@@ -220,6 +223,7 @@ class StructMARPipeline(PipelineComponents):
         record: bool = False,
     ) -> SampleOutput:
         """One batch as the sampler gives it: tokens, latents, orders and, if recorded, the trace."""
+        self.require_guided_once(config)
         return draw_batch(self.model, conditions, config, generators, precision, hooks, record)
 
     def pictures(self, latents: Tensor, starts: Starts | None = None) -> list[Picture]:

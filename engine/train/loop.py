@@ -312,17 +312,27 @@ DEFAULT_SIGNUM = 15  # SIGTERM, for a process that hears of the signal from anot
 
 
 class SupervisedStep:
-    """Stages 1 and 2: the loss on the batches' own images. A `Step`."""
+    """A loss on the batches' own images, that of `state.wrapped`: stages 1 and 2, and distillation. A `Step`.
+
+    has_dropout: False where what is learned is another model's word, which dropout would only blur."""
 
     shown = ("loss", "grad_norm")
 
-    def __init__(self, config: TrainConfig, state: TrainState, make_inputs: MakeInputs, dist: DistInfo) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        make_inputs: MakeInputs,
+        dist: DistInfo,
+        has_dropout: bool = True,
+    ) -> None:
         self.config, self.state, self.make_inputs, self.dist = config, state, make_inputs, dist
+        self.has_dropout = has_dropout
         self.meter = Meter(dist.device, dist.rank)
 
     def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
         config, state, meter, rank = self.config, self.state, self.meter, self.dist.rank
-        state.model.train()
+        state.model.train(self.has_dropout)
         num_images, losses = 0, []
         for micro, batch in enumerate(micro_batches):
             rng = generator(config.seed, "train", position.step, micro, rank)

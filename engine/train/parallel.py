@@ -56,9 +56,11 @@ def wrap(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
 
 @contextmanager
 def gradient_sync(wrapped: nn.Module, enabled: bool) -> Iterator[None]:
-    """Gradients are exchanged in this backward pass only if `enabled`: the last of a step's passes."""
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(enabled)
+    """Gradients are exchanged in this backward pass only if `enabled`: the last of a step's passes. wrapped: DDP, a
+    sharded model, or a module around one."""
+    sharded = next((module for module in wrapped.modules() if isinstance(module, FSDPModule)), None)
+    if sharded is not None:
+        sharded.set_requires_gradient_sync(enabled)
         yield
     elif isinstance(wrapped, DistributedDataParallel) and not enabled:
         with wrapped.no_sync():

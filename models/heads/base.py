@@ -93,5 +93,16 @@ class TokenHead(Protocol):
         """Loss of each row [r] float32, M copies of all tokens in turn. target: [r / M, C] clean; z: [r / M, D]; noise:
         of `sample_noise`."""
 
+    def prediction(self, target: Tensor, z: Tensor, noise: Any) -> Tensor:
+        """What `token_loss` looks at: the head's output for each row, [r, ...]; arguments as there."""
+
+    def guided(self, predictions: Tensor, guide: Guide) -> Tensor:
+        """Predictions of all guidance branches [G, r, ...], the full one's first -> the one that tokens are drawn from,
+        [r, ...]."""
+
+    def distance(self, prediction: Tensor, wanted: Tensor, noise: Any) -> Tensor:
+        """How far each row's prediction is from the one that is wanted: [r] float32, 0 where they are equal. Both:
+        [r, ...], at one `noise`."""
+
     def sampler(self, cast_head: Any, compile_mode: str | None) -> HeadSampler:
         """cast_head: this head in the dtype of sampling (itself for float32). compile_mode: None for eager."""

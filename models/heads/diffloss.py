@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from models.config import NUM_TRAIN_STEPS
 from models.heads.adaln_mlp import SimpleMLPAdaLN
-from models.heads.diffusion import add_noise, hybrid_loss, training_schedule
+from models.heads.base import Guide
+from models.heads.diffusion import add_noise, hybrid_loss, prediction_distance, training_schedule
 from models.heads.diffusion_sampler import DiffusionSampler
 
 
@@ -75,6 +76,20 @@ class DiffLoss(nn.Module):
         x = add_noise(target, noise.noise, tables)  # [r, C]
         output = self.net(x, noise.timesteps, z)  # [r, 2C]
         return hybrid_loss(target, x, noise.noise, output, noise.timesteps, tables)  # [r]
+
+    def prediction(self, target: Tensor, z: Tensor, noise: DiffusionNoise) -> Tensor:
+        """eps and variance fraction of each row, [r, 2C]; see `TokenHead`."""
+        target = target.float().repeat(len(noise.timesteps) // len(target), 1)  # [r, C]
+        return self.net(self.add_noise(target, noise.timesteps, noise.noise), noise.timesteps, z)  # [r, 2C]
+
+    def guided(self, predictions: Tensor, guide: Guide) -> Tensor:
+        """Guidance acts on eps; the variance is the full branch's. [G, r, 2C] -> [r, 2C]."""
+        eps, fraction = predictions.chunk(2, dim=-1)  # each [G, r, C]
+        return torch.cat([guide(eps), fraction[0]], dim=-1)  # [r, 2C]
+
+    def distance(self, prediction: Tensor, wanted: Tensor, noise: DiffusionNoise) -> Tensor:
+        """See `prediction_distance`: [r]."""
+        return prediction_distance(prediction, wanted, self.tables_at(noise.timesteps))  # [r]
 
     def sampler(self, cast_head: DiffLoss, compile_mode: str | None) -> DiffusionSampler:
         """See `TokenHead`."""

@@ -24,6 +24,8 @@ from torch import Tensor
 from models.config import NUM_TRAIN_STEPS, require_reverse_steps
 
 MAX_BETA = 0.999
+DISTANCE_WEIGHTS = (0.3, 10.0)  # of `prediction_distance`
+VARIANCE_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,22 @@ def hybrid_loss(
     nll = -_discretized_log_likelihood(x0, mean, 0.5 * log_variance).mean(-1)  # [r]
     bound = torch.where(timesteps == 0, nll, kl) / math.log(2.0)  # [r]
     return mse + bound  # [r]
+
+
+def prediction_distance(output: Tensor, wanted: Tensor, tables: dict[str, Tensor]) -> Tensor:
+    """How far a prediction is from another one of the same noisy tokens: [r] float32, means over the C channels of
+
+        w(t) (eps - eps')^2 + 0.05 (v - v')^2,    w(t) = (1 - bar) / bar, kept in [0.3, 10],
+
+    with v the variance fraction. w(t) makes it the error of the predicted token where neither bound holds: at low noise
+    the lower one keeps details in the sum, and the upper one keeps the first reverse steps from being all of it.
+    output, wanted: [r, 2C]; tables: [r, 1] each.
+    """
+    eps, fraction = output.float().chunk(2, dim=-1)  # each [r, C]
+    wanted_eps, wanted_fraction = wanted.float().chunk(2, dim=-1)  # each [r, C]
+    weight = tables["x0_from_eps"].square().clamp(*DISTANCE_WEIGHTS)  # [r, 1]
+    of_eps = weight * (eps - wanted_eps).square()  # [r, C]
+    return (of_eps + VARIANCE_WEIGHT * (fraction - wanted_fraction).square()).mean(-1)  # [r]
 
 
 def _gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.heads.base import Guide
 from models.heads.discrete_sampler import CodeSampler
 
 INIT_STD = 0.02
@@ -108,6 +109,20 @@ class DiscreteHead(nn.Module):
         codes = target.long().flatten()  # [r * C]
         loss = F.cross_entropy(logits, codes, reduction="none", label_smoothing=self.label_smoothing)  # [r * C]
         return loss.view(target.shape).mean(-1)  # [r]
+
+    def prediction(self, target: Tensor, z: Tensor, noise: NoNoise) -> Tensor:
+        """Logits of each row's codes, [r, C, K] float32; see `TokenHead`."""
+        padded = F.pad(z, (0, 0, 0, -len(z) % ROW_MULTIPLE))  # [R, z_dim]
+        return self.logits(padded)[: len(z)].float()  # [r, C, K]
+
+    def guided(self, predictions: Tensor, guide: Guide) -> Tensor:
+        """Guidance acts on logits. [G, r, C, K] -> [r, C, K]."""
+        return guide(predictions)  # [r, C, K]
+
+    def distance(self, prediction: Tensor, wanted: Tensor, noise: NoNoise) -> Tensor:
+        """The KL divergence in nats from the wanted distribution of codes, the mean over a row's codes: [r]."""
+        wanted_log_probs, log_probs = wanted.log_softmax(-1), prediction.log_softmax(-1)  # each [r, C, K]
+        return F.kl_div(log_probs, wanted_log_probs, reduction="none", log_target=True).sum(-1).mean(-1)  # [r]
 
     def sampler(self, cast_head: DiscreteHead, compile_mode: str | None) -> CodeSampler:
         """See `TokenHead`."""

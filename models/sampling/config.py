@@ -290,6 +290,14 @@ class SamplingConfig:
         return replace(plain, order=order, top_k=None, top_p=None, uncond_refresh=1)
 
     @property
+    def is_guided(self) -> bool:
+        return (self.cfg_text, self.cfg_layout) != (1, 1)
+
+    def unguided(self) -> SamplingConfig:
+        """The same for weights that give guided predictions on their own."""
+        return replace(self, cfg_text=1.0, cfg_layout=1.0, uncond_refresh=1)
+
+    @property
     def controls(self) -> dict[str, Any]:
         """What steers the layout or the captions, without what is left at its default."""
         defaults = {each.name: each.default for each in fields(self)}

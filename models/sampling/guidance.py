@@ -19,6 +19,8 @@ from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR
 from util.types import LayoutBatch, TextContext
 
+Scale = float | Tensor
+
 
 @dataclass(frozen=True)
 class Branches:
@@ -36,13 +38,14 @@ class Branches:
         """The same with other conditions of the full branch."""
         return replace(self, parts=(conditions, *self.parts[1:]))
 
-    def combine(self, eps: Tensor, w_text: float, w_layout: float) -> Tensor:
+    def combine(self, eps: Tensor, w_text: Scale, w_layout: Scale) -> Tensor:
         """eps: [G, r, C], a prediction per branch (or [1, r, C], of the full one alone); returns the guided [r, C]."""
         return combine_branches(dict(zip(self.names[: len(eps)], eps.unbind(0), strict=True)), w_text, w_layout)
 
 
-def combine_branches(eps: Mapping[str, Tensor], w_text: float, w_layout: float) -> Tensor:
-    """eps: the prediction of each branch that is there, each [..., C]; returns the guided [..., C]."""
+def combine_branches(eps: Mapping[str, Tensor], w_text: Scale, w_layout: Scale) -> Tensor:
+    """eps: the prediction of each branch that is there, each [..., C]; returns the guided [..., C]. Scales that
+    differ by row are tensors, which broadcast to these."""
     full = eps["full"]  # [..., C]
     if len(eps) == 1:
         return full
@@ -51,6 +54,8 @@ def combine_branches(eps: Mapping[str, Tensor], w_text: float, w_layout: float) 
     text = eps["text"]  # [..., C]
     if "null" not in eps:
         return lerp(text, full, w_layout)  # [..., C]
+    if isinstance(w_layout, Tensor):
+        return lerp(eps["null"], text, w_text).addcmul(w_layout, full - text)  # [..., C]
     return lerp(eps["null"], text, w_text).add(full - text, alpha=w_layout)  # [..., C]
 
 

@@ -249,6 +249,7 @@ def test_trainable_sets() -> None:
         "full": parts - {"class_emb"},
         "backbone": parts - {"class_emb", "head"},
         "class": parts - {"text", "layout"},
+        "distill": parts - {"class_emb"},
     }
     assert set(expected) == set(TRAIN_MODES)
     for mode, trained in expected.items():
