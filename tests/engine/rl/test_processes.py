@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from engine.rl.objectives import BestOf, Nft
 from engine.rl.step import GrpoStep
 from engine.train.parallel import gathered, shard
 from engine.train.state import Position
@@ -53,9 +54,9 @@ def gradients_of(found: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if not name.startswith("weight ")}
 
 
-def expected_gradients(estimator: str, reward: TokenReward) -> dict[str, Tensor]:
+def expected_gradients(estimator: str, reward: TokenReward, **settings: Any) -> dict[str, Tensor]:
     """One process, the rollouts of both ranks."""
-    step, passes = grpo_step(None, estimator, reward), []
+    step, passes = grpo_step(None, estimator, reward, **settings), []
     for rank in range(2):
         step.dist = info(rank)
         rollout = step.worker.collect(cast(Any, tiny_inputs(2, rank)), (0, 0, rank))
@@ -85,6 +86,13 @@ def test_mixed_gradients_are_the_mean_of_both_processes() -> None:
     mean = {name: (expected[0][name] + expected[1][name]) / 2 for name in expected[0]}
     for found in in_two_processes(lambda rank: update(rank, "elbo", brightness, rl_step_ratio=0.5)):
         assert_close(gradients_of(found), mean)
+
+
+@pytest.mark.parametrize("settings", [{"objective": Nft(), "credit": "region"}, {"objective": BestOf()}], ids=str)
+def test_so_it_is_with_the_other_objectives(settings: dict[str, Any]) -> None:
+    expected = expected_gradients("elbo", brightness, **settings)
+    for found in in_two_processes(lambda rank: update(rank, "elbo", brightness, **settings)):
+        assert_close(gradients_of(found), expected)
 
 
 def test_a_process_whose_groups_teach_nothing_takes_part() -> None:

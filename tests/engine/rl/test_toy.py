@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.data.inputs import StepInputs
-from engine.rl.objectives import Clipped
+from engine.rl.objectives import BestOf, Clipped, Nft
 from engine.train.optim import build_optimizer
 from engine.train.state import Position
 from models.policy.base import Estimator
@@ -114,6 +114,21 @@ def test_reward_rises_and_the_kl_stays_bounded(name: str) -> None:
     assert end > start + 0.3
     assert logged[0]["kl"] < 0.01
     assert 0.0 < mean(logged[-10:], "kl") < 3.0 and max(values["kl"] for values in logged) < 6.0
+    assert not any(values["skipped"] for values in logged)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("elbo", {"objective": Nft(), "kl_estimator": "eps"}),
+        ("elbo", {"objective": BestOf()}),
+        ("exact", {"objective": BestOf()}),
+    ],
+    ids=["nft", "best_of", "best_of codes"],
+)
+def test_the_other_objectives_learn_it_too(name: str, settings: dict[str, Any]) -> None:
+    logged = run(name, 24, inner_epochs=1, **settings)
+    assert mean(logged[-5:], "reward") > logged[0]["reward"] + 0.3
     assert not any(values["skipped"] for values in logged)
 
 
