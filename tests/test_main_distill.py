@@ -80,6 +80,12 @@ def test_its_weights_say_that_they_are_guided_and_are_sampled_without(world: Pat
     assert (identity.sampling.num_iter, identity.sampling.num_sampling_steps) == (4, 3)
 
 
+def test_its_log_says_what_it_costs(world: Path) -> None:
+    log = (world / "whole" / "log.txt").read_text()
+    assert "an update, per process: 4 images, no rollout; " in log and " student + " in log
+    assert "the run, per process: 5 updates, 20 images, " in log
+
+
 def test_nothing_is_dropped_and_all_states_are_trained_on(world: Path) -> None:
     args = load_checkpoint(world, "whole")["args"]
     assert (args["label_drop_prob"], args["text_drop_prob"], args["mask_ratio_min"]) == (0, 0, 0.1)

@@ -211,6 +211,11 @@ class Parts:
         """Where a run of that length goes on."""
         return resumed_position(self.source, course_of(config, len(self.dataset), self.sampler.global_batch))
 
+    def num_steps(self, config: TrainConfig) -> int:
+        """Of the whole run: those that are done and those that are left."""
+        start, course = self.start(config), course_of(config, len(self.dataset), self.sampler.global_batch)
+        return start.step + course.steps_left(start)
+
 
 def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     """Raises ValueError or FileNotFoundError, naming what is missing or does not fit."""

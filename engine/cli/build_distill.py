@@ -6,11 +6,12 @@ import argparse
 import math
 from dataclasses import replace
 
-from engine.cli.build import PreparedRun, Stage, build_train_state, read_parts
+from engine.cli.build import Parts, PreparedRun, Stage, build_train_state, read_parts
 from engine.cli.build_reference import build_reference, open_denoise, reference_content
-from engine.cli.build_train import FREE_FLAGS, build_images, has_previews, prepare_on_images
+from engine.cli.build_train import FREE_FLAGS, build_images, has_previews, prepare_on_images, train_config
 from engine.cli.sampling import FLAGS, sampling_config
 from engine.cli.sizes import picture_sizes
+from engine.train.cost import distillation_cost
 from models.distillation import Distilled, GuidedTeacher, require_teachable
 from models.sampling.config import SamplingConfig
 from models.structmar import StructMAR, StructMARConfig
@@ -35,11 +36,35 @@ def build_distillation(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         return Distilled(model, teacher)
 
     state = build_train_state(args, parts, args.train_mode, as_student)
+    told = (
+        f"the teacher is guided, text {cfg_text:g} and layout {cfg_layout:g} ({sampling.cfg_schedule}); the student, "
+        "its pictures and its scores are not"
+    )
     return prepare_on_images(
-        args, parts, state, has_dropout=False, extra=lambda: {"reference": reference_content(reference, state)},
-        notes=[f"the teacher is guided, text {cfg_text:g} and layout {cfg_layout:g} ({sampling.cfg_schedule}); the "
-               "student, its pictures and its scores are not"],
-    )  # fmt: skip
+        args,
+        parts,
+        state,
+        has_dropout=False,
+        extra=lambda: {"reference": reference_content(reference, state)},
+        notes=[told, *describe_cost(args, parts, sampling)],
+    )
+
+
+def describe_cost(args: argparse.Namespace, parts: Parts, teacher: SamplingConfig) -> list[str]:
+    """What the command implies, before anything is done."""
+    config = parts.config
+    cost = distillation_cost(
+        config,
+        teacher,
+        args.batch_size,
+        config.diffusion_batch_mul,
+        args.mask_schedule or config.mask_schedule,
+        args.mask_ratio_min,
+        parts.frozen.text_encoder.max_tokens,
+        parts.num_steps(train_config(args)),
+        args.accum_iter,
+    )
+    return cost.describe()
 
 
 def require_fitting_teacher(args: argparse.Namespace, config: StructMARConfig, sampling: SamplingConfig) -> None:

@@ -29,7 +29,6 @@ from engine.cli.build_rl_parts import (
     build_held_out,
     build_reward,
     extra_content,
-    num_updates,
     require_fitting_start,
     require_other_judge,
     rl_stage,
@@ -75,7 +74,7 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         pipeline, reward, parts.sampling, args.group_size, estimator.needs_trace, args.precision, args.seed
     )
     train_config = rl_train_config(args)
-    updates = num_updates(parts, train_config)
+    updates = parts.num_steps(train_config)
     make_inputs = coco_inputs(args, parts) if args.rl_step_ratio < 1 else None
     output_dir, keeper = Path(args.output_dir), build_best_keeper(args, parts, state)
     held_out = build_held_out(args, parts, pipeline, state.ema, keeper)

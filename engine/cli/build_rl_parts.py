@@ -25,7 +25,7 @@ from engine.rl.held_out import HeldOutEvaluation
 from engine.rl.rewards import LayoutReward, Quality, clip_quality
 from engine.rl.settings import RewardSettings, RewardWeights
 from engine.sample.pipeline import StructMARPipeline
-from engine.train.loop import TrainConfig, course_of
+from engine.train.loop import TrainConfig
 from engine.train.state import TrainState
 from models.frozen.clip_score import load_clip
 from models.frozen.detections import DetectorSettings
@@ -61,12 +61,6 @@ def drawn_images(index: CocoIndex, num_images: int, seed: int) -> CocoIndex:
         raise ValueError(f"--num_train_samples {num_images} is more than the {len(index)} images with boxes")
     chosen = torch.randperm(len(index), generator=generator(seed, "train samples"))[:num_images].sort().values
     return replace(index, images=tuple(index.images[position] for position in chosen.tolist()))
-
-
-def num_updates(parts: Parts, config: TrainConfig) -> int:
-    """Of the whole run: those that are done and those that are left."""
-    start, course = parts.start(config), course_of(config, len(parts.dataset), parts.sampler.global_batch)
-    return start.step + course.steps_left(start)
 
 
 def rl_train_config(args: argparse.Namespace) -> TrainConfig:
