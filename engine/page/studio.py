@@ -57,6 +57,7 @@ class Studio:
             "max_objects": known.max_objects,
             "has_phrases": known.has_phrases,
             "has_planner": self.pipeline.planner is not None,
+            "has_guidance": self.pipeline.identity is None or self.pipeline.identity.guidance is None,
             "has_detector": self.detector is not None,
             "size": [config.img_size, config.img_size],
             "num_tokens": rows * columns,

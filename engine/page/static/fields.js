@@ -40,13 +40,19 @@ export class Values {
 const range = (name, label, min, max, step, more = {}) => ({kind: "range", name, label, min, max, step, ...more});
 const whole = (name, label, min, max, more = {}) => ({kind: "number", name, label, min, max, step: 1, ...more});
 
+// None for weights that have guidance trained into them.
+function guidanceFields(facts) {
+  const title = "How strictly the picture follows it; 1: no guidance";
+  const names = [["options.cfg_text", "Caption guidance"], ["options.cfg_layout", "Box guidance"]];
+  return facts.has_guidance ? names.map(([name, label]) => range(name, label, 0, 12, 0.5, {title})) : [];
+}
+
 export function mainFields(facts) {
   return [
     {kind: "seed", name: "seed", label: "Seed", min: 0, max: facts.limits.seed},
     whole("num_images", "Pictures in a row", 1, facts.limits.images, {title: "with the seeds that follow"}),
     {kind: "select", name: "speed", label: "Speed", choices: Object.keys(facts.speeds)},
-    range("options.cfg_text", "Caption guidance", 0, 12, 0.5, {title: "How strictly the picture follows it; 1: no guidance"}),
-    range("options.cfg_layout", "Box guidance", 0, 12, 0.5, {title: "How strictly the picture follows it; 1: no guidance"}),
+    ...guidanceFields(facts),
     range("options.num_iter", "Iterations", 1, facts.num_tokens, 1),
   ];
 }
@@ -55,7 +61,7 @@ export function mainFields(facts) {
 export function moreFields(facts, auto) {
   const isDiffusion = facts.head === "diffusion";
   return [
-    {kind: "text", name: "options.negative_prompt", label: "Rather not", title: "What guidance by the caption leads away from", limit: facts.limits.text},
+    facts.has_guidance ? {kind: "text", name: "options.negative_prompt", label: "Rather not", title: "What guidance by the caption leads away from", limit: facts.limits.text} : null,
     isDiffusion ? whole("options.num_sampling_steps", "Diffusion steps", 1, 1000) : null,
     range("options.temperature", "Temperature", isDiffusion ? 0 : 0.05, 2, 0.05),
     range("options.layout_scale", "Strength of boxes", 0, 2, 0.05, {title: "Of those without one of their own; 1 as trained"}),
