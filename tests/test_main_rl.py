@@ -14,72 +14,35 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine.rl.step
-import main_mar
 import main_rl
 from engine.cli.arguments_rl import rl_parser
 from engine.cli.sizes import model_config, rl_estimator
-from engine.eval.profiles import load_profile
 from engine.rl.rollout import RolloutWorker
-from tests.helpers.coco_fixture import CATEGORIES, annotation_path
+from tests.helpers.coco_fixture import annotation_path
 from tests.helpers.eval_world import write_detector
 from tests.helpers.paper_commands import STAGE_3, words
 from tests.helpers.processes import in_two_processes
 from tests.helpers.runs import assert_same, in_child
-from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
+from tests.helpers.tiny_rl import held_out, rl_argv, write_rl_world
+from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics
 from util.config import parse_args
 from util.types import Category
 
-NAMES = tuple(sorted((Category(each["id"], each["name"]) for each in CATEGORIES), key=lambda each: each.id))
 TIMES = ("images_per_second", "rollout_seconds", "update_seconds")
 PARTS = ("iou", "confidence", "centroid", "miss", "extra")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """tests/helpers/tiny_run.py's world with a stage-2 checkpoint, two detectors and a profile."""
-    root = write_world(tmp_path_factory.mktemp("rl") / "world")
-    write_detector(root / "detector.pth", NAMES)
-    write_detector(root / "judge.pth", NAMES, seed=1)
-    settings = vars(load_profile("mini")) | {"name": "tiny", "split": "val2014", "resolution": 32, "max_objects": 4}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    (root / "tiny.yaml").write_text(yaml.safe_dump(plain))
-    main_mar.main(argv(root, "sft", train_mode="full", max_steps=1, log_freq=1))
-    return root
-
-
-def rl_argv(root: Path, output: str = "run", **flags: Any) -> list[str]:
-    """Flags of a short stage 3 in `root`; `flags` replace or add."""
-    values = {
-        "resume": root / "sft" / "checkpoint-last.pth",
-        "detector_path": root / "detector.pth",
-        "group_size": 2,
-        "num_iter": 3,
-        "num_sampling_steps": 6,
-        "clip_x0": 3.0,
-        "rl_masks": 2,
-        "rl_draws": 2,
-        "log_freq": 1,
-        "warmup_epochs": None,
-        "max_rl_steps": 2,
-        "sample_freq": 0,
-    } | flags
-    return argv(root, output, **values)
-
-
-HELD_OUT = {"eval_freq": 1, "eval_images": 2}
-
-
-def held_out(root: Path) -> dict[str, Any]:
-    return {"eval_detector": root / "judge.pth", "eval_profile": root / "tiny.yaml", **HELD_OUT}
-
-
 def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_rl_world(tmp_path_factory.mktemp("rl") / "world")
 
 
 @pytest.fixture(scope="module")
@@ -369,11 +332,6 @@ def test_prompts_without_boxes(world, tmp_path):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"annotations": []}))
     assert "images without boxes" in refused(world, coco_root=root)
-
-
-def test_another_objective_does_not_continue_a_run(world, finished):
-    with pytest.raises(SystemExit, match="was written by stage 'grpo', this run is stage 'nft'"):
-        main_rl.main(rl_argv(world, "finished", objective="nft", max_rl_steps=4))
 
 
 def test_another_detector_does_not_continue_a_run(world, finished):

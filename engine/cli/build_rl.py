@@ -33,6 +33,7 @@ from engine.cli.build_rl_parts import (
     require_other_judge,
     rl_stage,
     rl_train_config,
+    warn_of_guided_samples,
 )
 from engine.cli.sampling import sampling_config
 from engine.cli.sizes import kl_estimator, rl_estimator
@@ -67,6 +68,7 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     reward = build_reward(args, parts.identity.categories, dist.device)
     require_other_judge(args, parts, reward.detector_id)
     require_fitting_start(parts.source, reward.detector_id)
+    warn_of_guided_samples(parts)
     reference = build_reference(args, parts, f"--kl_coef {args.kl_coef}") if args.kl_coef > 0 else None
     state = build_train_state(args, parts, RL_TRAIN_MODES[args.rl_train], lambda model: as_policy(model, estimator))
     pipeline = build_pipeline(parts, state)
@@ -126,11 +128,10 @@ def build_estimator(args: argparse.Namespace, sampling: SamplingConfig) -> Estim
     if rl_estimator(args) == "exact":
         has_distribution = args.kl_coef > 0 and kl_estimator(args) == "exact"
         return ExactEstimator(sampling, args.rl_masks or sampling.num_iter, has_distribution)
-    is_guided = sampling.cfg_text != 1 or sampling.cfg_layout != 1
     if rl_estimator(args) == "trajectory":
         num_masks = min(16, sampling.num_iter) if args.rl_masks is None else args.rl_masks
         return TrajectoryEstimator(sampling, num_masks, args.rl_draws)
-    if is_guided:
+    if sampling.is_guided:
         meaning = OFF_POLICY[args.objective]
         logger.warning("--rl_estimator elbo scores without guidance what is sampled with it (--cfg): %s", meaning)
     num_masks = min(4, sampling.num_iter) if args.rl_masks is None else args.rl_masks

@@ -120,6 +120,17 @@ def require_fitting_start(source: Source, detector_id: str) -> None:
         )
 
 
+def warn_of_guided_samples(parts: Parts) -> None:
+    """Says so where the weights are sampled with guidance that training here does not see."""
+    deployed = parts.identity.sampling
+    if deployed is not None and deployed.is_guided and not parts.sampling.is_guided:
+        logger.warning(
+            "%s is sampled with guidance (text %g, layout %g), but this run trains it without: little of what it "
+            "learns is seen in such samples. Train guidance into the weights first (--train_mode distill)",
+            parts.source.path, deployed.cfg_text, deployed.cfg_layout,
+        )  # fmt: skip
+
+
 def build_held_out(
     args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema, keeper: BestKeeper
 ) -> HeldOutEvaluation | None:
