@@ -88,7 +88,7 @@ def test_its_log_says_what_it_costs(world: Path) -> None:
 
 def test_nothing_is_dropped_and_all_states_are_trained_on(world: Path) -> None:
     args = load_checkpoint(world, "whole")["args"]
-    assert (args["label_drop_prob"], args["text_drop_prob"], args["mask_ratio_min"]) == (0, 0, 0.1)
+    assert (args["label_drop_prob"], args["text_drop_prob"], args["mask_schedule"]) == (0, 0, "linear")
 
 
 def test_the_teacher_is_kept_as_far_as_the_student_can_leave_it(world: Path) -> None:

@@ -181,13 +181,13 @@ def add_sft_args(group: argparse._ArgumentGroup) -> None:
     """The loss on given images."""
     group.add_argument("--mask_schedule", default=None, choices=MASK_SCHEDULES,
                        help="how the fraction of tokens masked in training is drawn: MAR's Gaussian, or a curve of a "
-                            "uniform number; None: truncnorm, or (discrete head) arccos")  # fmt: skip
+                            "uniform number; None: truncnorm, or (discrete head) arccos, or (--train_mode distill) "
+                            "linear")  # fmt: skip
     group.add_argument(
         "--mask_ratio_min",
         type=Range(float, "must lie in (0, 1)", 0, 1, "()"),
-        default=None,
-        help="smallest fraction of tokens masked in training by --mask_schedule truncnorm; None: 0.7, or (--train_mode "
-        "distill, as sampling comes to all states) 0.1",
+        default=0.7,
+        help="smallest fraction of tokens masked in training by --mask_schedule truncnorm",
     )
     group.add_argument("--loss_on", default=None, choices=SCORED,
                        help="tokens that a discrete head is scored on; None: masked")  # fmt: skip

@@ -45,8 +45,8 @@ def _choose_by_mode(args: argparse.Namespace, is_distilled: bool) -> None:
     distilled, which is between conditions."""
     if args.label_drop_prob is None:
         args.label_drop_prob = 0.0 if is_distilled else 0.1
-    if args.mask_ratio_min is None:
-        args.mask_ratio_min = 0.1 if is_distilled else 0.7
+    if args.mask_schedule is None and is_distilled:
+        args.mask_schedule = "linear"  # a token is sampled beside any share of hidden ones alike
     for flag in ("label_drop_prob", "text_drop_prob", "layout_drop_prob"):
         if is_distilled and vars(args)[flag]:
             raise ValueError(
