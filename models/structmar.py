@@ -186,6 +186,21 @@ class StructMAR(Trunk):
         with torch.autocast(z.device.type, enabled=False):
             return self.code_head.logits(z.float())  # [B, p, C', K]
 
+    def token_conditions(
+        self,
+        tokens: Tensor,
+        kept_ids: Tensor,
+        token_ids: Tensor,
+        labels: Tensor | None = None,
+        text: TextContext | None = None,
+        layout: LayoutBatch | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """What the head is told of chosen tokens: one pass of the backbone, [B, p, D]. The arguments of `denoise`;
+        sharded models need this method registered as that one."""
+        conditions = self.embed_conditions(len(tokens), labels, text, layout, grid)
+        return gather_tokens(self.predict(tokens, kept_ids, self.prepare(conditions)), token_ids)  # [B, p, D]
+
     def denoise(
         self,
         tokens: Tensor,
@@ -207,8 +222,7 @@ class StructMAR(Trunk):
         full_precision_head: the head runs in float32 even under autocast. Sharded models (FSDP) run their hooks only in
         `forward`; `torch.distributed.fsdp.register_fsdp_forward_method(model, "denoise")` adds this method.
         """
-        conditions = self.embed_conditions(len(tokens), labels, text, layout, grid)
-        z = gather_tokens(self.predict(tokens, kept_ids, self.prepare(conditions)), token_ids)  # [B, p, D]
+        z = self.token_conditions(tokens, kept_ids, token_ids, labels, text, layout, grid)  # [B, p, D]
         z = z[:, :, None].expand(-1, -1, noisy.shape[2], -1).flatten(0, 2)  # [B * p * S, D]
         rows, steps = noisy.flatten(0, 2), timesteps.flatten()  # [B * p * S, C'], [B * p * S]
         if full_precision_head:

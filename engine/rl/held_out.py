@@ -16,7 +16,7 @@ from engine.rl.rollout_grid import rollout_grid
 from util.distributed import DistInfo
 from util.images import save_png
 from util.logging import MetricWriter
-from util.types import Category, Layout
+from util.types import Category, Layout, LayoutBatch
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,16 @@ def rollout_scenes(rollout: Rollout, categories: Sequence[Category]) -> list[Sce
     """What each of the n images was asked to be."""
     layout = rollout.samples.layout
     assert layout is not None, "stage 3 has layouts"
+    captions = [rollout.captions[row // rollout.group_size] for row in range(len(rollout))]
+    return layout_scenes(captions, layout, categories)
+
+
+def layout_scenes(captions: Sequence[str], layout: LayoutBatch, categories: Sequence[Category]) -> list[Scene]:
+    """What each image was asked to be. captions: one for each row of the layout."""
     layout, scenes = layout.to("cpu"), []
-    for row in range(len(rollout)):
+    for row, caption in enumerate(captions):
         valid = layout.valid[row]
         boxes = Layout(layout.boxes_xyxy[row][valid], layout.categories[row][valid])
         names = [categories[index].name for index in boxes.categories.tolist()]
-        scenes.append(Scene(rollout.captions[row // rollout.group_size], boxes, names))
+        scenes.append(Scene(caption, boxes, names))
     return scenes

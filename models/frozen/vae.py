@@ -165,7 +165,7 @@ def infer_config(ldm_state: Mapping[str, Tensor], norm_num_groups: int = NORM_NU
 
 
 class LatentCodec:
-    """Images <-> scaled latents. Frozen, in eval mode, without gradients.
+    """Images <-> scaled latents. Frozen, in eval mode, without gradients (`decode_with_gradient` has some).
 
     Attributes: id (sha256 of the file), latent_scale, latent_channels, stride (pixels per latent), config, device.
     """
@@ -263,6 +263,10 @@ class LatentCodec:
     def decode(self, latents: Tensor) -> Tensor:
         """latents: [B, C, h, w], scaled -> pixels [B, 3, H, W], clamped to [-1, 1]."""
         return self._decode_raw(latents / self.latent_scale).clamp(-1, 1)  # [B, 3, H, W]
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """latents: [B, C, h, w], scaled -> pixels [B, 3, H, W], not clamped, with gradients to the latents."""
+        return self._decode_raw(latents / self.latent_scale)  # [B, 3, H, W]
 
     def _decode_raw(self, latents: Tensor) -> Tensor:
         """latents: [B, C, h, w], unscaled -> pixels [B, 3, H, W], not clamped."""
