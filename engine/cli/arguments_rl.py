@@ -23,6 +23,7 @@ from engine.rl.settings import (
     ADV_NORMS,
     CREDITS,
     ESTIMATORS,
+    GRADIENT_STATES,
     GUARD_MODES,
     KL_ESTIMATORS,
     MIXES,
@@ -44,6 +45,7 @@ from util.ranges import (
     whole,
 )
 
+timestep_int = whole(0, 999)
 RL_TRAIN_MODES = {"all": "full", "backbone": "backbone", "adapters": "text_layout"}  # --rl_train -> train_mode
 DEFAULTS = {
     "output_dir": "./output/stage3_rl_grpo",
@@ -65,7 +67,8 @@ def rl_parser() -> argparse.ArgumentParser:
     """The parser of main_rl.py."""
     parser = Parser(
         prog="main_rl.py",
-        description="StructMAR stage 3: GRPO with a frozen detector as reward, on the captions and boxes of COCO.",
+        description="StructMAR stage 3: a frozen detector as reward, on captions and boxes of COCO, by GRPO or by the "
+        "gradient of its loss.",
     )
     add_config_arg(parser)
     add_model_args(parser)
@@ -73,6 +76,7 @@ def rl_parser() -> argparse.ArgumentParser:
     add_data_args(parser)
     add_rl_args(parser)
     add_reward_args(parser)
+    add_reward_gradient_args(parser)
     add_sft_args(parser.add_argument_group("the SFT part (where --rl_step_ratio is below 1)"))
     add_optim_args(parser)
     add_run_args(parser)
@@ -90,7 +94,8 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
         "--objective",
         default="grpo",
         choices=OBJECTIVES,
-        help="GRPO's clipped ratio; denoising errors weighted by advantages; likelihood of each group's best image",
+        help="GRPO's clipped ratio; denoising errors weighted by advantages; likelihood of each group's best image; "
+        "or, without rollouts, the gradient of the detector's loss through predicted pictures",
     )
     group.add_argument(
         "--credit",
@@ -212,6 +217,69 @@ def add_reward_args(parser: argparse.ArgumentParser) -> None:
         help="a detection that overlaps less with a wanted box is not that object",
     )
     group.add_argument("--reward_batch_size", type=batch_int, default=16, help="images the detector sees at a time")
+
+
+def add_reward_gradient_args(parser: argparse.ArgumentParser) -> None:
+    """What --objective reward_gradient has for itself."""
+    group = parser.add_argument_group("reward gradient (--objective reward_gradient)")
+    group.add_argument(
+        "--more_detectors", nargs="+", default=None, metavar="FILE",
+        help="detectors (Faster R-CNN .pth) beside --detector_path: an ensemble is harder to fool",
+    )  # fmt: skip
+    group.add_argument(
+        "--detector_weights", type=positive_float, nargs="+", default=None, metavar="WEIGHT",
+        help="of the losses of --detector_path and --more_detectors, in this order; None: 1 each",
+    )  # fmt: skip
+    group.add_argument(
+        "--w_colour",
+        type=nonnegative_float,
+        default=0.0,
+        help="weight of the distance of boxes' mean colours from those of the real picture",
+    )
+    group.add_argument(
+        "--anchor",
+        type=nonnegative_float,
+        default=0.3,
+        help="weight of the predicted noise's distance to the start, at all noise levels; 0: no reference model",
+    )
+    group.add_argument(
+        "--reward_t_min",
+        type=timestep_int,
+        default=200,
+        help="lowest noise level that is predicted from for the reward",
+    )
+    group.add_argument("--reward_t_max", type=timestep_int, default=850, help="highest such level")
+    group.add_argument(
+        "--gradient_states",
+        default="real",
+        choices=GRADIENT_STATES,
+        help="what is predicted from: training images with hidden tokens, or own rollouts (--num_iter and the like)",
+    )
+    group.add_argument(
+        "--gradient_steps",
+        type=whole(1, 50),
+        default=1,
+        help="steps of the head from a noise level to clean tokens, all with gradients",
+    )
+    group.add_argument(
+        "--gradient_mask_min",
+        type=Range(float, "must lie in (0, 1)", 0, 1, "()"),
+        default=0.1,
+        help="smallest fraction of hidden tokens of training images, by --mask_schedule truncnorm",
+    )
+    group.add_argument(
+        "--augment_shift",
+        type=fraction,
+        default=0.0,
+        help="width of a frame that the picture is set into before the detector, as a share of its sides",
+    )
+    group.add_argument(
+        "--augment_blur", type=Range(float, "must lie in [0, 20]", 0, 20), default=0.0, help="largest blur, in pixels"
+    )
+    group.add_argument("--augment_noise", type=fraction, default=0.0, help="largest noise, of pixels in [0, 1]")
+    group.add_argument(
+        "--augment_resize", type=fraction_below_one, default=0.0, help="largest change of size, as a share"
+    )
 
 
 def add_rl_preview_args(parser: argparse.ArgumentParser) -> None:

@@ -40,5 +40,5 @@ def reference_content(reference: StructMAR | None, state: TrainState) -> dict[st
 def open_denoise(model: StructMAR) -> None:
     """A sharded model gathers its weights for `forward` alone, unless it is told of other methods."""
     if isinstance(model, FSDPModule):
-        for method in ("denoise", "code_logits", "predictions"):
+        for method in ("denoise", "code_logits", "predictions", "token_conditions"):
             register_fsdp_forward_method(model, method)

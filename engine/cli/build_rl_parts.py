@@ -47,12 +47,14 @@ def rl_stage(args: argparse.Namespace) -> Stage:
 
 
 def build_prompts(args: argparse.Namespace, sizes: StructMARConfig, frozen: Frozen) -> CocoLayoutDataset:
-    """Images with at least one box: all, or --num_train_samples drawn by the seed. Pixels for the SFT part only."""
+    """Images with at least one box: all, or --num_train_samples drawn by the seed. Pixels where these are
+    looked at: for the SFT part, and for the gradient of a reward."""
     data = replace(data_config(args, sizes.img_size, sizes.max_objects), drop_empty=True)
     index = data.load_index()
     if args.num_train_samples is not None:
         index = drawn_images(index, args.num_train_samples, args.seed)
-    return build_dataset(args, data, index, frozen, has_images=args.rl_step_ratio < 1)
+    has_images = args.objective == "reward_gradient" or args.rl_step_ratio < 1
+    return build_dataset(args, data, index, frozen, has_images)
 
 
 def drawn_images(index: CocoIndex, num_images: int, seed: int) -> CocoIndex:

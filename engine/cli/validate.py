@@ -9,9 +9,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.cli.arguments_rl import rl_parser
 from engine.cli.sampling import FLAGS, check_sampling, sampling_config
 from engine.cli.sizes import head_of, kl_estimator, model_config, picture_sizes, rl_estimator
-from engine.rl.settings import ESTIMATOR_HEADS
+from engine.rl.settings import ESTIMATOR_HEADS, FLAGS_OF_GRADIENT, FLAGS_OF_SAMPLES
 from engine.train.profile import profiled_steps
 from models.config import TRAIN_MODES
 from models.sampling.config import OF_STAGE_3
@@ -72,7 +73,9 @@ def validate_rl_args(args: argparse.Namespace) -> None:
     _check_run(args)
     if args.crop != "center":
         raise ValueError(f"--crop {args.crop}: stage 3 takes centre crops, a random one may leave no box to reward")
-    if args.temperature == 0:
+    is_gradient = args.objective == "reward_gradient"
+    _refuse_foreign(args, FLAGS_OF_SAMPLES if is_gradient else FLAGS_OF_GRADIENT)
+    if args.temperature == 0 and not is_gradient:
         raise ValueError("--temperature 0 samples the same image for a whole group: there is nothing to compare")
     if not args.resume and not (Path(args.output_dir) / LAST_NAME).is_file():
         raise ValueError("--resume is needed: stage 3 starts from a stage-2 checkpoint")
@@ -80,9 +83,12 @@ def validate_rl_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--w_quality and --quality_clip_path belong together, got {args.w_quality} and '{args.quality_clip_path}'"
         )
-    _choose_estimators(args)
-    _check_objective(args)
-    _check_estimators(args)
+    if is_gradient:
+        _check_reward_gradient(args)
+    else:
+        _choose_estimators(args)
+        _check_objective(args)
+        _check_estimators(args)
     with told_as_flags(FLAGS):
         sampling_config(args).require_uncontrolled(OF_STAGE_3)
     _require_paths(
@@ -90,6 +96,30 @@ def validate_rl_args(args: argparse.Namespace) -> None:
         needed=("coco_root", "vae_path", "clip_path", "detector_path"),
         optional=("resume", "eval_detector", "quality_clip_path"),
     )
+    for path in args.more_detectors or ():
+        require_path("more_detectors", path)
+
+
+def _refuse_foreign(args: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Raises ValueError for a flag of another objective that is not at its default: it would do nothing."""
+    parser, values = rl_parser(), vars(args)
+    for flag in flags:
+        if values[flag] != parser.get_default(flag):
+            raise ValueError(f"--{flag} {values[flag]} does not go with --objective {args.objective}")
+
+
+def _check_reward_gradient(args: argparse.Namespace) -> None:
+    head = head_of(args)
+    if head != "diffusion":
+        raise ValueError(f"--objective reward_gradient needs a diffusion head: no reward has a gradient by codes, "
+                         f"which this model's {head} head draws")  # fmt: skip
+    if args.reward_t_min > args.reward_t_max:
+        raise ValueError(f"--reward_t_min {args.reward_t_min} is above --reward_t_max {args.reward_t_max}")
+    count = 1 + len(args.more_detectors or ())
+    if args.detector_weights is not None and len(args.detector_weights) != count:
+        given = " ".join(f"{weight:g}" for weight in args.detector_weights)
+        raise ValueError(f"--detector_weights {given} must be one for each of the {count} detectors (--detector_path, "
+                         "--more_detectors)")  # fmt: skip
 
 
 def _choose_estimators(args: argparse.Namespace) -> None:
@@ -175,6 +205,7 @@ WHERE_TO_GET = {
     "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar, vq_ds16_c2i.pt from https://github.com/FoundationVision/LlamaGen",
     "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
     "detector_path": "fasterrcnn_resnet50_fpn_v2's weights are linked from torchvision's documentation",
+    "more_detectors": "a Faster R-CNN (.pth), as --detector_path",
     "eval_detector": _DETECTOR_KINDS,
     "detector": _DETECTOR_KINDS,
     "quality_clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",

@@ -2,8 +2,8 @@
 sharpness alone does not pay.
 
 Each picture has its own changes, in this order: resized by a factor; set into a larger frame at a drawn place (its edge
-pixels fill the rest, so no box is cut off); blurred; given noise. Boxes follow. The detector brings every picture to its
-own input size again.
+pixels fill the rest, so no box is cut off); blurred; given noise. Boxes follow. The detector brings every picture to
+its own input size again.
 
 Shape letters: B pictures, n boxes of one, H x W pixels.
 """

@@ -4,12 +4,12 @@ An update of n images, with F_r and B_r the forward and the backward pass of one
 with r rows of the head for each hidden token, V and J decoder and detector with the gradient of their input:
 
     predictions   n * E[F_r + B_r]
-    reference     n * E[F_r]          where there is an anchor
+    reference     n * E[F_1]          where there is an anchor
     decoder       n * V
     detectors     n * sum J
     rollout       n * (an image, sampled without gradients), where the states are the sampler's own
 
-r is 1 for the reward and 1 for the anchor, which draws its own noise level.
+r is K for the reward, the steps to a clean token, and 1 for the anchor, which draws its own noise level.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ def reward_gradient_cost(
     updates: int,
     accum_iter: int = 1,
     rollout: SamplingConfig | None = None,
+    num_steps: int = 1,
 ) -> RunCost:
     """See the module's docstring. images: of a batch. decoder, detectors: of one image (models/frozen/flops.py).
 
-    rollout: how contexts are sampled; None where they are real latents. Raises ValueError for a count below 1.
+    rollout: how contexts are sampled; None where they are real latents. num_steps: K.
+    Raises ValueError for a count below 1.
     """
     model, read = meta_model(config), images * accum_iter
     scored = ScoringFlops(model, num_text_tokens)
-    rows = 1 + has_anchor
-    mean = mean_over_masks(scored, mask_schedule, mask_ratio_min, rows)
+    mean = mean_over_masks(scored, mask_schedule, mask_ratio_min, num_steps + has_anchor)
+    reference = mean_over_masks(scored, mask_schedule, mask_ratio_min, 1)
     parts = {
         "predictions and their gradients": read * (mean.forward + mean.backward),
-        "reference": read * mean.forward * has_anchor,
+        "reference": read * reference.forward * has_anchor,
         "decoder": read * (decoder.forward + decoder.backward),
         "detectors": read * sum(each.forward + each.backward for each in detectors),
     }

@@ -37,10 +37,7 @@ from util.rng import generator
 
 
 class StateSource(Protocol):
-    """needs_images: whether it begins with the latents of the training images."""
-
-    @property
-    def needs_images(self) -> bool: ...
+    """One of the two ways."""
 
     def draw(self, model: StructMAR, inputs: StepInputs, key: Sequence[int]) -> NoisyState:
         """States of as many images as there are inputs, on their device. key: step, pass and rank."""
@@ -95,10 +92,6 @@ class RealStates:
     mask_ratio_min: float = 0.1
     mask_schedule: str | None = None
 
-    @property
-    def needs_images(self) -> bool:
-        return True
-
     def draw(self, model: StructMAR, inputs: StepInputs, key: Sequence[int]) -> NoisyState:
         draws = generator(self.seed, "gradient state", *key)
         grid = model.grid_of(inputs.latents)
@@ -118,10 +111,6 @@ class RolloutStates:
     pipeline: StructMARPipeline
     config: SamplingConfig
     precision: str
-
-    @property
-    def needs_images(self) -> bool:
-        return False
 
     def draw(self, model: StructMAR, inputs: StepInputs, key: Sequence[int]) -> NoisyState:
         draws = generator(self.seed, "gradient state", *key)

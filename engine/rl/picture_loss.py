@@ -2,14 +2,15 @@
 
     loss = sum_d weight_d (the four training losses of detector d, with the wanted boxes) + w_colour colour
 
-Several detectors are an ensemble: what one of them alone can be fooled by counts less. Each sees its own augmentation of
-the pictures (engine/rl/augment.py). The losses ask for every wanted object at its place, and for background elsewhere.
+Several detectors are an ensemble: what one of them alone can be fooled by counts less. Each sees its own augmentation
+of the pictures (engine/rl/augment.py). The losses ask for every wanted object at its place, and for background
+elsewhere.
 
-`colour` is the squared distance between the mean colour of the middle of each box and that of the same place in the real
-picture, red, green and blue in [0, 1], meaned over boxes. It is the real picture's colour that counts, since captions
-do not name one for every box, and with several objects do not say which. What follows from that: where the caption
-decides the colour, the loss asks for it; where it does not, its minimum is the mean over what may be, so keep w_colour
-small where that is frequent. Objects in front of others are in both pictures.
+`colour` is the squared distance between the mean colour of the middle of each box and that of the same place in the
+real picture, red, green and blue in [0, 1], meaned over boxes. It is the real picture's colour that counts, since
+captions do not name one for every box, and with several objects do not say which. What follows from that: where the
+caption decides the colour, the loss asks for it; where it does not, its minimum is the mean over what may be, so keep
+w_colour small where that is frequent. Objects in front of others are in both pictures.
 
 Images without a valid box, because their layout was dropped, are left out: nothing is known of what they should hold.
 
@@ -61,8 +62,11 @@ class PictureLoss:
     def __call__(
         self, images: Tensor, layout: LayoutBatch, real: Tensor | None, key: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a scalar, and its parts by name, not weighted. images: [B, 3, H, W] in [0, 1], with gradients; real:
-        the real ones, for w_colour above 0. key: what makes the draws this pass's own. A batch without boxes gives 0."""
+        """The loss, a scalar, and its parts by name, not weighted; 0 for a batch without boxes.
+
+        images: [B, 3, H, W] in [0, 1], with gradients; real: the real ones, for w_colour above 0. key: what makes the
+        draws this pass's own.
+        """
         total = 0.0 * images.sum()
         parts: dict[str, Tensor] = {}
         for place, (detector, weight) in enumerate(self.detectors):

@@ -6,9 +6,9 @@ its layout, and backpropagation says what to change.
 1. States: images with hidden, noised tokens (engine/rl/gradient_states.py), of training images or own rollouts.
 2. The hidden tokens in K steps of the head (models/policy/clean.py); known ones stay.
 3. The frozen VAE decodes; pixels are clamped straight through. The picture's loss: engine/rl/picture_loss.py.
-4. The anchor holds the predicted noise to the start of the stage. Its levels are drawn over all of the diffusion, other
-   ones than the reward's: where colours and backgrounds are decided, at high noise, the reward says nothing. The norm is
-   summed over channels, meaned over tokens.
+4. The anchor holds the predicted noise to the start of the stage. Its levels are drawn over all of the diffusion,
+   other ones than the reward's: where colours and backgrounds are decided, at high noise, the reward says nothing. The
+   norm is summed over channels, meaned over tokens.
 
 Exact: the gradient of L over these states, by all weights. Biased: states of training images are not the sampler's; a
 prediction in few steps is blurrier than a sample; regions of the detector are cut from the graph; the unguided
@@ -106,12 +106,13 @@ class RewardGradientStep:
 
     def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
         self.notes.begin()
-        started, batches, rewards = time.perf_counter(), list(micro_batches), []
+        started, batches, rewards, num_images = time.perf_counter(), list(micro_batches), [], 0
         self.state.model.eval()
         for micro, batch in enumerate(batches):
             key = (position.step, micro, self.dist.rank)
             inputs = self.make_inputs(batch, position.epoch, generator(self.config.seed, "gradient inputs", *key))
             noisy = self.states.draw(self.state.model, inputs, key)
+            num_images += len(inputs)
             is_last = micro + 1 == len(batches)
             rewards.append(self.backward(inputs, noisy, key, 1 / len(batches), is_last))
         self.notes.note(self.update(position.step))
@@ -123,7 +124,7 @@ class RewardGradientStep:
         self.is_first = False
         self.notes.keep()
         self._show(rewards, lambda: self.predictions(inputs, noisy, batch.captions))
-        return sum(map(len, batches))
+        return num_images
 
     def check(self) -> None:
         """Steps that are not finite are left out as they happen: there is nothing to find later."""
@@ -173,9 +174,9 @@ class RewardGradientStep:
             found: CleanPrediction = self.state.wrapped(noisy)
         return found
 
-    def _anchor(self, found: CleanPrediction, noisy: NoisyState) -> Tensor:
-        if self.reference is None:
-            return 0.0 * found.second_eps.sum()  # the same graph: processes wait for each other's gradients
+    def _anchor(self, found: CleanPrediction, noisy: NoisyState) -> Tensor | float:
+        if self.reference is None or found.second_eps is None:
+            return 0.0
         with torch.no_grad(), self._autocast():
             eps = eps_at_second(self.reference, noisy)  # [B, m, C]
         return (found.second_eps - eps).square().sum(-1).mean()

@@ -58,24 +58,26 @@ class NoisyState:
 
 @dataclass(frozen=True)
 class CleanPrediction:
-    """tokens: [B, m, C] float32, clean. second_eps: [B, m, C] float32, the predicted noise at the second level."""
+    """tokens: [B, m, C] float32, clean. second_eps: [B, m, C] float32, the predicted noise at the second level, or
+    None."""
 
     tokens: Tensor
-    second_eps: Tensor
+    second_eps: Tensor | None
 
 
 class CleanPolicy(nn.Module):
     """A model and the way from noisy to clean tokens behind one `forward`, since wrappers such as DDP act on `forward`
-    alone. num_steps: K. clip_x0: bound of the predicted tokens, None for none.
+    alone. num_steps: K. clip_x0: bound of the predicted tokens, None for none. has_second: whether the second level is
+    looked at.
 
     Raises ValueError for a head of codes, which has no such gradients.
     """
 
-    def __init__(self, model: StructMAR, num_steps: int, clip_x0: float | None) -> None:
+    def __init__(self, model: StructMAR, num_steps: int, clip_x0: float | None, has_second: bool) -> None:
         super().__init__()
         if model.config.head != "diffusion":
             raise ValueError(f"codes have no gradient of a reward: the model has the {model.config.head} head")
-        self.model, self.num_steps, self.clip_x0 = model, num_steps, clip_x0
+        self.model, self.num_steps, self.clip_x0, self.has_second = model, num_steps, clip_x0, has_second
 
     def forward(self, state: NoisyState) -> CleanPrediction:
         """The model must be in eval mode."""
@@ -87,13 +89,7 @@ class CleanPolicy(nn.Module):
         target = state.hidden()  # [B, m, C]
         timesteps = state.timesteps[:, None].expand_as(state.token_ids)  # [B, m]
         noisy = head.add_noise(target, timesteps, state.noise)  # [B, m, C]
-        second = head.add_noise(target, state.second_timesteps, state.second_noise)  # [B, m, C]
-        both = self._eps(
-            torch.stack([noisy, second], dim=2),
-            torch.stack([timesteps, state.second_timesteps], dim=2),
-            z[:, :, None].expand(-1, -1, 2, -1),
-        )  # [B, m, 2, C]
-        eps, second_eps = both.unbind(2)  # each [B, m, C]
+        eps, second_eps = self._first_eps(state, noisy, timesteps, z)  # [B, m, C], [B, m, C] or None
         clean = self._clean(noisy, timesteps, eps)  # [B, m, C]
         for step in range(1, self.num_steps):
             timesteps = (state.timesteps * (self.num_steps - step) // self.num_steps)[:, None].expand_as(timesteps)
@@ -101,6 +97,20 @@ class CleanPolicy(nn.Module):
             eps = self._eps(noisy, timesteps, z)  # [B, m, C]
             clean = self._clean(noisy, timesteps, eps)  # [B, m, C]
         return CleanPrediction(clean, second_eps)
+
+    def _first_eps(
+        self, state: NoisyState, noisy: Tensor, timesteps: Tensor, z: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of both levels in one call: noisy is [B, m, C], timesteps [B, m], z [B, m, D]."""
+        if not self.has_second:
+            return self._eps(noisy, timesteps, z), None  # [B, m, C]
+        second = self.model.diffloss.add_noise(state.hidden(), state.second_timesteps, state.second_noise)  # [B, m, C]
+        eps = self._eps(
+            torch.stack([noisy, second], dim=2),
+            torch.stack([timesteps, state.second_timesteps], dim=2),
+            z[:, :, None].expand(-1, -1, 2, -1),
+        )  # [B, m, 2, C]
+        return eps[:, :, 0], eps[:, :, 1]  # each [B, m, C]
 
     def _eps(self, noisy: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
         """noisy: [..., C]; timesteps: [...]; z: [..., D]; gives [..., C] in the dtype of `noisy`."""

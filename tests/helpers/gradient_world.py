@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from engine.data.inputs import StepInputs
 from engine.rl.augment import Augmentation
@@ -28,6 +29,7 @@ from tests.helpers.tiny_run import LATENT_SCALE, VAE
 from tests.helpers.training import CPU, tiny_inputs
 from util.distributed import DistInfo
 from util.ema import Ema
+from util.types import LayoutBatch
 
 SEED = 5
 LEVELS = NoiseLevels(200, 850)
@@ -44,6 +46,9 @@ def tiny_detector(seed: int = 0) -> Detector:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build_detector(SMALL, len(CATEGORIES) + 1)
+        for weight in model.parameters():
+            if weight.dim() > 1:  # as they are built, what reaches the pixels is rounding
+                torch.nn.init.kaiming_normal_(weight)
     return Detector(model, SMALL, dict(enumerate(CATEGORIES, start=1)), f"{seed}" * 64)
 
 
@@ -53,11 +58,29 @@ def picture_loss(w_colour: float = 0.0, detectors: int = 1, **changes: float) ->
     return PictureLoss(losses, w_colour, Augmentation(**changes), SEED)
 
 
-def gradient_state_of(model: StructMAR, num_steps: int = 1, dist: DistInfo = CPU, lr: float = 1e-3) -> TrainState:
+class Darkness:
+    """Stands in for a `PictureLoss`: how bright pictures are. Smooth, and fast."""
+
+    w_colour = 0.0
+
+    def __call__(
+        self, images: Tensor, layout: LayoutBatch, real: Tensor | None, key: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return images.square().mean(), {}
+
+
+def darkness() -> PictureLoss:
+    return cast(PictureLoss, Darkness())
+
+
+def gradient_state_of(
+    model: StructMAR, num_steps: int = 1, has_anchor: bool = True, dist: DistInfo = CPU, lr: float = 1e-3
+) -> TrainState:
     """As engine/cli/build.py's; --ema_rate .9. dist: with more than one process, DDP if they have joined a group."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    called = CleanPolicy(model, num_steps, clip_x0=5.0)
-    wrapped = wrap(called, dist.device, dist.world_size if torch.distributed.is_initialized() else 1)
+    called = CleanPolicy(model, num_steps, clip_x0=5.0, has_second=has_anchor)
+    world_size = dist.world_size if torch.distributed.is_initialized() else 1
+    wrapped = called if isinstance(model, FSDPModule) else wrap(called, dist.device, world_size)
     return TrainState(model, wrapped, trainable, build_optimizer(trainable, lr, 0.0), Ema(trainable, 0.9))
 
 
@@ -68,18 +91,19 @@ def gradient_step(
     lr: float = 1e-3,
     num_steps: int = 1,
     observers: Sequence[PredictionObserver] = (),
+    reference: StructMAR | None = None,
     **settings: Any,
 ) -> RewardGradientStep:
-    """A step on `model` (None: a new one) with a reference of equal weights, unless anchor is 0."""
+    """A step on `model` (None: a new one). reference: None for a copy of the model; no part of it at anchor 0."""
     model = variant() if model is None else model
     config = RewardGradientConfig(**{"seed": SEED, "total_updates": 4, "grad_clip": 0.0} | settings)
     return RewardGradientStep(
         config,
-        gradient_state_of(model, num_steps, dist, lr),
+        gradient_state_of(model, num_steps, config.anchor > 0, dist, lr),
         RealStates(LEVELS, SEED),
         tiny_codec(),
         picture_loss() if loss is None else loss,
-        None if config.anchor == 0 else frozen_copy(model),
+        None if config.anchor == 0 else reference or frozen_copy(model),
         lambda batch, epoch, draws: batch,
         dist,
         observers,
@@ -90,8 +114,3 @@ def take_update(step: RewardGradientStep, number: int = 0, batches: Sequence[Ste
     """One update; returns what it logged."""
     step.take(Position(0, number, number), iter(batches or [tiny_inputs(2)]))
     return step.read()
-
-
-def moved(step: RewardGradientStep, number: int = 0) -> Tensor:
-    """How far the predicted noise is from the start's: what the anchor holds, a scalar."""
-    return torch.tensor(take_update(step, number)["anchor"])
