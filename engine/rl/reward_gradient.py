@@ -37,7 +37,7 @@ from engine.rl.cost import describe_time_left
 from engine.rl.gradient_states import StateSource
 from engine.rl.picture_loss import PictureLoss, straight_through_clamp
 from engine.rl.update import OptimizerUpdate, StepNotes
-from engine.train.parallel import gradient_sync
+from engine.train.parallel import gradient_sync, unsharded
 from engine.train.state import Position, TrainState
 from models.frozen.vae import LatentCodec
 from models.policy.clean import CleanPrediction, NoisyState, eps_at_second
@@ -162,7 +162,8 @@ class RewardGradientStep:
     @torch.no_grad()
     def predictions(self, inputs: StepInputs, noisy: NoisyState, captions: Sequence[str]) -> Predictions:
         """Of the weights as they are by now. A sharded model's processes must all ask."""
-        found = self._predict(noisy)
+        with unsharded(self.state.model):  # and sharded again: no backward pass follows that would do it
+            found = self._predict(noisy)
         predicted = self.pictures(noisy.with_tokens(found.tokens), noisy.grid)  # [B, 3, H, W]
         given = self.pictures(noisy.tokens, noisy.grid)  # [B, 3, H, W]
         return Predictions(predicted, given, noisy.timesteps.tolist(), self._layout_of(inputs), captions)
