@@ -30,11 +30,11 @@ from engine.cli.build_rl_parts import (
     build_held_out,
     build_reward,
     extra_content,
-    num_updates,
     require_fitting_start,
     require_other_judge,
     rl_stage,
     rl_train_config,
+    warn_of_guided_samples,
 )
 from engine.data.inputs import DropRates
 from engine.rl.augment import Augmentation
@@ -65,6 +65,7 @@ def build_reward_gradient(args: argparse.Namespace, dist: DistInfo) -> PreparedR
     for detector, _ in loss.detectors:
         require_other_judge(args, parts, detector.id)
     require_fitting_start(parts.source, loss.detector_id)
+    warn_of_guided_samples(parts)
     warn_of_guidance(parts)
     reference = build_reference(args, parts, f"--anchor {args.anchor:g}") if args.anchor > 0 else None
     state = build_train_state(
@@ -80,7 +81,7 @@ def build_reward_gradient(args: argparse.Namespace, dist: DistInfo) -> PreparedR
     observers: list[PredictionObserver] = [preview.note]
     if held_out is not None:
         observers.append(lambda _, mean_reward: held_out.note([], mean_reward))
-    updates = num_updates(parts, train_config)
+    updates = parts.num_steps(train_config)
     config = RewardGradientConfig(args.seed, updates, args.anchor, args.grad_clip, args.precision)
     # Without dropped conditions: a picture is held against boxes that the model was told of.
     make_inputs = replace(coco_inputs(args, parts), rates=DropRates(0.0, 0.0, 0.0))
@@ -141,11 +142,12 @@ def build_picture_loss(args: argparse.Namespace, parts: Parts, reward: LayoutRew
 
 
 def warn_of_guidance(parts: Parts) -> None:
+    """Says so where this run samples with guidance."""
     sampling = parts.sampling
-    if sampling.cfg_text != 1 or sampling.cfg_layout != 1:
+    if sampling.is_guided:
         logger.warning(
             "--objective reward_gradient teaches the prediction without guidance; scores and rollouts of this run have "
-            "--cfg_text %g and --cfg_layout %g: fold these into the weights first, or take 1",
+            "--cfg_text %g and --cfg_layout %g: train these into the weights first (--train_mode distill), or take 1",
             sampling.cfg_text, sampling.cfg_layout,
         )  # fmt: skip
 

@@ -32,14 +32,18 @@ def test_an_update_adds_up() -> None:
     cost = reward_gradient_cost(**GIVEN)
     flops = ScoringFlops(meta_model(CONFIG), NUM_TEXT)
     mean = mean_over_masks(flops, *MASKS, num_draws=2)  # the reward's noise level and the anchor's
+    reference = mean_over_masks(flops, *MASKS, num_draws=1)
     assert cost.parts == {
         "predictions and their gradients": pytest.approx(4 * (mean.forward + mean.backward)),
-        "reference": pytest.approx(4 * mean.forward),
+        "reference": pytest.approx(4 * reference.forward),
         "decoder": 12e6,
         "detectors": 44e6,
     }
     assert (cost.images, cost.learning_passes, cost.head_calls) == (4, 2, 0)
     assert "4 images, no rollout; " in cost.describe()[0]
+    longer = reward_gradient_cost(**GIVEN, num_steps=3).parts["predictions and their gradients"]
+    mean = mean_over_masks(flops, *MASKS, num_draws=4)
+    assert longer == pytest.approx(4 * (mean.forward + mean.backward))
 
 
 def test_without_an_anchor_there_is_no_reference_and_every_detector_of_an_ensemble_counts() -> None:
