@@ -46,9 +46,9 @@ def test_one_objective_starts_from_anothers_average(world, finished, caplog):
 def test_weights_that_are_sampled_with_guidance_are_no_start_without_a_warning(world, tmp_path, caplog):
     start, guided = tmp_path / "guided.safetensors", SamplingConfig(num_iter=3, cfg_text=6.0, cfg_layout=4.0)
     export_weights(world / "sft" / "checkpoint-last.pth", start, sampling=guided)
-    main_rl.main(rl_argv(world, "without", resume=start, cfg=1.0, max_rl_steps=1))
+    main_rl.main(rl_argv(world, "without", resume=start, cfg=1.0, check_data=True))
     assert "guided.safetensors is sampled with guidance (text 6, layout 4), but this run trains it" in caplog.text
     caplog.clear()
-    main_rl.main(rl_argv(world, "with", resume=start, max_rl_steps=1))
+    main_rl.main(rl_argv(world, "with", resume=start, check_data=True))
     assert "is sampled with guidance" not in caplog.text
     assert "--rl_estimator elbo scores without guidance what is sampled with it (--cfg): off-policy" in caplog.text
