@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,10 +18,15 @@ import torch
 import engine.train.loop
 import main_mar
 import main_rl
+import scripts.compare_heads
+import scripts.evaluate_layout
+import scripts.page
 import scripts.sample
 from engine.checkpoint.files import read_identity
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.load import export_weights
+from engine.cli.sampling import parse_sampling_args, sampling_config
+from engine.page.studio import Studio
 from engine.sample.pipeline import StructMARPipeline
 from models.sampling.config import SamplingConfig
 from tests.helpers.eval_world import write_detector
@@ -121,11 +128,11 @@ def test_previews_are_drawn_without_guidance(world: Path, monkeypatch: pytest.Mo
 # --- stops, kills and processes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [2, 3])
-def test_n_and_n_steps_are_two_n_steps(world: Path, first: int) -> None:
-    main_mar.main(flags(world, f"parts{first}", max_steps=first))
-    main_mar.main(flags(world, f"parts{first}"))
-    assert_same_run(world, f"parts{first}", "whole")
+def test_n_and_n_steps_are_two_n_steps(world: Path) -> None:
+    """Stopped in the middle of an epoch."""
+    main_mar.main(flags(world, "parts", max_steps=3))
+    main_mar.main(flags(world, "parts"))
+    assert_same_run(world, "parts", "whole")
 
 
 def test_killed_in_the_middle_of_a_step(world: Path) -> None:
@@ -206,13 +213,27 @@ def test_no_other_stage_undoes_it_and_nobody_distils_twice(world: Path) -> None:
     assert not (world / "refused").exists()
 
 
+PROGRAMS: dict[ModuleType, list[str]] = {
+    scripts.sample: [],
+    scripts.evaluate_layout: ["--profile", "mini"],
+    scripts.page: [],
+    scripts.compare_heads: [],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(("flag", "named"), [("--cfg", "--cfg_text"), ("--cfg_layout", "--cfg_layout")])
+def test_no_command_guides_it_twice(world: Path, program: ModuleType, flag: str, named: str) -> None:
+    words = [*PROGRAMS[program], "--resume", str(weights(world))]
+    expected = f"{weights(world)} has guidance trained into its weights (text 3, layout 2) and is sampled without any: "
+    with pytest.raises(ValueError, match=re.escape(f"{expected}{named} must be 1, got 4")):
+        parse_sampling_args(program.get_parser(), [*words, flag, "4"])
+    args, _ = parse_sampling_args(program.get_parser(), words)
+    assert not sampling_config(args).is_guided
+
+
 def test_it_is_never_guided_twice(world: Path) -> None:
-    """By the command line, by a call, by stage 3, by what an export names."""
-    words = ["--resume", str(weights(world)), "--vae_path", str(world / "vae.ckpt"), "--clip_path", str(world / "clip")]
-    words += ["--output_dir", str(world / "refused"), "--num_images", "1", "--prompt", "a dog", "--device", "cpu"]
-    expected = "(text 3, layout 2) and is sampled without any: "
-    assert f"{expected}--cfg_text must be 1, got 4" in refused(scripts.sample.main, [*words, "--cfg", "4"])
-    assert f"{expected}--cfg_layout must be 1, got 4" in refused(scripts.sample.main, [*words, "--cfg_layout", "4"])
+    """By a call, on the page, by what an export names."""
     pipe = StructMARPipeline.from_checkpoint(weights(world), world / "vae.ckpt", world / "clip")
     with pytest.raises(ValueError, match="guidance_scale must be 1, got 7.5"):
         pipe("a dog", guidance_scale=7.5)
@@ -220,7 +241,18 @@ def test_it_is_never_guided_twice(world: Path) -> None:
         pipe.draw([], SamplingConfig(num_iter=2, cfg_text=2.0), [])
     with pytest.raises(ValueError, match="cfg_text must be 1, got 2"):
         export_weights(weights(world), world / "other.safetensors", sampling=SamplingConfig(cfg_text=2.0))
-    assert not (world / "refused").exists()
+    studio = Studio(pipe, pipe.own_sampling, (), {})
+    assert studio.facts()["has_guidance"] is False
+    wish = {"scene": {"prompt": "a dog", "objects": []}, "options": {"cfg_layout": 2.0}}
+    with pytest.raises(ValueError, match="cfg_layout must be 1, got 2"):
+        studio.read(wish)
+
+
+@pytest.mark.parametrize("guidance", ["3", "[3.0]", "[3.0, true]", "[3.0, 1000.0]", "[NaN, 2.0]", "{}"])
+def test_scales_that_are_none_are_refused(world: Path, guidance: str) -> None:
+    metadata = read_identity(weights(world)).to_metadata() | {"guidance": guidance}  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"file\.safetensors has malformed metadata: guidance must be"):
+        Identity.from_metadata(metadata, "file.safetensors")
 
 
 # --- where it goes on ------------------------------------------------------------------------------------------------
