@@ -30,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, note = parse_sampling_args(parser, argv, validate_train_args, head_of)
         from engine.cli.build_class import build_class_training
         from engine.cli.build_distill import build_distillation
+        from engine.cli.build_few_step import build_few_step
         from engine.cli.build_train import build_training
         from engine.cli.main import run_main
-    own = {"class": build_class_training, "distill": build_distillation}
+    own = {"class": build_class_training, "distill": build_distillation, "few_step": build_few_step}
     return run_main(parser.prog, args, own.get(args.train_mode, build_training), note)
 
 

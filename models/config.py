@@ -31,8 +31,9 @@ _CHOICES = {"rope_mode": ROPE_MODES, "trunk": TRUNKS, "head": HEADS, "norm": NOR
 LARGEST_SIZE = 1 << 16
 _MAY_BE_ZERO = ("encoder_depth", "decoder_depth", "num_categories", "text_dim", "cross_attn_every", "codebook_size",
                 "code_dim")  # fmt: skip
-TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class", "distill")
+TRAIN_MODES = ("full", "text_layout", "text_proj", "backbone", "class", "distill", "few_step")
 MAX_SCALE = 100.0  # of a box's strength; beyond, pictures are noise
+MAX_HEAD_EVALS = 8  # of the few-step head, for a token
 NUM_TRAIN_STEPS = 1000  # timesteps of the head's diffusion process
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # of matrix products: PyTorch's names of the dtypes
 EXPORT_PRECISIONS = PRECISIONS | {"fp16": "float16"}
@@ -62,6 +63,7 @@ class StructMARConfig:
     phrases: boxes may have a phrase beside or instead of their class (`layout.py`).
     rope_scale: on grids that are not `grid`, positions are counted in tokens (`index`), or so that as large an area
     turns as far (`fit`: times the square root of the ratio of the numbers of tokens).
+    few_step_head: a second network of the diffusion head draws tokens in a few evaluations (`heads/few_step.py`).
 
     A new field needs a default that leaves models as they were before it: the files of today lack it."""
 
@@ -109,6 +111,7 @@ class StructMARConfig:
     size_condition: bool = False
     rope_scale: str = "index"
     phrases: bool = False
+    few_step_head: bool = False
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -134,6 +137,8 @@ class StructMARConfig:
             raise ValueError(f"a discrete head has one code in a cell: vae_embed_dim 1, got {self.vae_embed_dim}")
         if self.head == "discrete" and self.diffusion_batch_mul != 1:
             raise ValueError(f"a discrete head has no noise: diffusion_batch_mul 1, got {self.diffusion_batch_mul}")
+        if self.head == "discrete" and self.few_step_head:
+            raise ValueError(f"few_step_head with head {self.head!r}: a discrete head needs one evaluation as it is")
         if self.head != "discrete" and self.loss_on != "masked":
             raise ValueError(f"loss_on {self.loss_on!r} with head {self.head!r}: a discrete head alone scores all")
         single = (self.encoder_depth, self.encoder_embed_dim) == (0, self.decoder_embed_dim)

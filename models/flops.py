@@ -30,6 +30,7 @@ from models.context import Context
 from models.heads.diffusion_sampler import ReverseOptions
 from models.heads.discrete import ROW_MULTIPLE
 from models.heads.discrete_sampler import CodeOptions
+from models.heads.few_step import FewOptions
 from models.masking import num_masked_at
 from models.sampling.condition_cache import plan_iterations
 from models.sampling.config import SamplingConfig
@@ -193,20 +194,22 @@ def _backbone_flops(model: StructMAR, context: Context, num_branches: int) -> By
 
 def _token_flops(
     model: StructMAR, context: Context, num_branches: int
-) -> Callable[[ReverseOptions | CodeOptions], float]:
+) -> Callable[[ReverseOptions | FewOptions | CodeOptions], float]:
     """Of drawing a token under guidance, by the options of the head."""
     head, z = context.head, torch.zeros(num_branches, 1, model.head.z_dim, device=META)  # [G, 1, Z]
     assert head is not None, "a context for sampling has a head"
 
     @lru_cache
-    def count(options: ReverseOptions | CodeOptions) -> int:
+    def count(options: ReverseOptions | FewOptions | CodeOptions) -> int:
         step = head.at(options)
         noise = step.draw_noise([torch.Generator()], 1).flatten(-3, -2)  # [..., 1, C]
         return count_flops(lambda: step.sample(z, lambda eps: eps[0], noise))[1]
 
-    def flops(options: ReverseOptions | CodeOptions) -> float:
+    def flops(options: ReverseOptions | FewOptions | CodeOptions) -> float:
         if isinstance(options, CodeOptions):
             return count(CodeOptions())
+        if isinstance(options, FewOptions):
+            return count(FewOptions(options.num_evals))
         one, two = count(ReverseOptions(1)), count(ReverseOptions(2))
         return one + (options.num_calls - 1) * (two - one)
 

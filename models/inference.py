@@ -38,12 +38,13 @@ def inference_copy(model: Trunk, dtype: torch.dtype) -> Trunk:
             _cast(linear, dtype)
             linear.register_forward_pre_hook(_cast_input)
         if has_diffusion:
-            net = copy.diffloss.net
-            _cast(net.res_blocks, dtype)
-            _cast(net.final_layer.adaLN_modulation, dtype)
-            net.final_layer.linear.register_forward_pre_hook(_cast_input)
+            for net in copy.diffloss.networks():
+                _cast(net.res_blocks, dtype)
+                _cast(net.final_layer.adaLN_modulation, dtype)
+                net.final_layer.linear.register_forward_pre_hook(_cast_input)
     if packs:
-        pack(copy.diffloss.net)
+        for net in copy.diffloss.networks():
+            pack(net)
     return copy
 
 

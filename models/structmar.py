@@ -70,7 +70,7 @@ class StructMAR(Trunk):
     def fsdp_units(self) -> list[nn.Module]:
         """Modules that are sharded on their own; the caller shards the root last."""
         blocks = [*self.encoder_blocks, *self.decoder_blocks]
-        return [*blocks, self.diffloss.net] if self.config.head == "diffusion" else blocks
+        return [*blocks, *self.diffloss.networks()] if self.config.head == "diffusion" else blocks
 
     def patchify(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, L, C * p * p], p cells of the latents along a token's side."""

@@ -25,6 +25,7 @@ SIZE_PARTS = ("size_embed.",)
 NEW_PARTS = (*TEXT_PARTS, *LAYOUT_PARTS, *ROPE_PARTS, *SIZE_PARTS)
 CLASS_PARTS = ("class_emb.",)
 HEAD_PARTS = ("diffloss.", "code_head.")
+FEW_PARTS = ("diffloss.few.",)  # of the head parts
 TOKEN_PARTS = ("z_proj.", *HEAD_PARTS)  # what knows the tokens
 
 
@@ -37,8 +38,13 @@ def is_trainable(name: str, mode: str) -> bool:
 
     text_layout (stage 1): the new parts. text_proj: the text parts alone. full (stages 2 and 3) and distill (between
     them): everything but the class embedding, which images with captions never use. backbone: as full, without the
-    token head. class: MAR itself, with the strength of its rotations where it has any.
+    token head. class: MAR itself, with the strength of its rotations where it has any. few_step: the few-step head
+    alone, which no other mode trains.
     """
+    if mode == "few_step":
+        return _belongs(name, FEW_PARTS)
+    if _belongs(name, FEW_PARTS):
+        return False
     if mode == "text_layout":
         return _belongs(name, NEW_PARTS)
     if mode == "text_proj":
@@ -125,6 +131,13 @@ def load_mar_weights(model: StructMAR, state: Mapping[str, Tensor], source: str)
     if not model.config.learned_pos:
         ignorable += [name for name in state if "pos_embed_learned" in name]
     return _load(model, state, source, new_parts=new_parts, ignorable=tuple(ignorable))
+
+
+def with_few_step(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with a few-step head, which begins as the diffusion network where they have none."""
+    few, net = FEW_PARTS[0], "diffloss.net."
+    begun = {few + name.removeprefix(net): tensor for name, tensor in state.items() if name.startswith(net)}
+    return {**begun, **state}
 
 
 def load_structmar_weights(

@@ -1,10 +1,11 @@
-"""Do few reverse steps draw the same tokens as many? Distances between the head's samples under fixed conditions.
+"""Do few reverse steps, or evaluations, draw the same tokens as many? Distances between the head's samples.
 
-    python -m scripts.compare_heads --resume CKPT --coco_root data/coco --coco_split val2014 --steps 50 50:5
+    python -m scripts.compare_heads --resume CKPT --coco_root data/coco --coco_split val2014 --steps 50 50:5 few:2
 
-Steps are written FIRST or, annealed over the iterations, FIRST:LAST. A row is accepted where its energy distance is at
-most 1.1 of the floor (the full number of steps, other noise) and no channel's mean (in deviations) or deviation moves
-by more than 2 % beyond the floor's.
+Steps are written FIRST or, annealed over the iterations, FIRST:LAST; N evaluations of a few-step head few:N. Such a
+head is compared with what taught it: give its teacher's options where the weights name others (--head_evals none
+--cfg_text 6 ...). A row is accepted where its energy distance is at most 1.1 of the floor (the full number of steps,
+other noise) and no channel's mean (in deviations) or deviation moves by more than 2 % beyond the floor's.
 
 How it is measured: engine/sample/step_comparison.py.
 """
@@ -27,6 +28,8 @@ from engine.cli.arguments import (
 )
 from engine.cli.arguments_sampling import add_sampling_args, steps_int
 from engine.cli.sampling import FLAGS, parse_sampling_args, sampling_config
+from models.sampling.config import SamplingConfig
+from models.sampling.few import few_sampling, require_head_of
 from util.config import told_as_flags
 from util.failures import one_line_errors
 from util.ranges import positive_int, threads_int, whole
@@ -49,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_sampling_args(parser)
     group = parser.add_argument_group("comparison")
     group.add_argument(
-        "--steps", nargs="+", default=["100", "50", "50:5"], help="what is compared: FIRST or FIRST:LAST"
+        "--steps", nargs="+", default=["100", "50", "50:5"], help="what is compared: FIRST, FIRST:LAST or few:N"
     )
     group.add_argument("--full_steps", type=steps_int, default=100, help="with what it is compared")
     group.add_argument(
@@ -61,12 +64,15 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_steps(text: str) -> tuple[int, int | None]:
-    """ "50" -> (50, None), "50:5" -> (50, 5). Raises ValueError for anything else."""
+def read_steps(text: str, config: SamplingConfig) -> SamplingConfig:
+    """`config` with other steps: "50" or "50:5" reverse steps, or "few:2" evaluations. Raises ValueError for anything
+    else."""
     first, colon, last = text.partition(":")
-    if not first.isdecimal() or (colon and not last.isdecimal()):
-        raise ValueError(f"--steps takes FIRST or FIRST:LAST, got {text!r}")
-    return int(first), int(last) if colon else None
+    if (first != "few" and not first.isdecimal()) or (bool(colon) or first == "few") != last.isdecimal():
+        raise ValueError(f"--steps takes FIRST, FIRST:LAST or few:N, got {text!r}")
+    if first == "few":
+        return few_sampling(config, int(last))
+    return replace(config, num_sampling_steps=int(first), num_sampling_steps_last=int(last) if colon else None)
 
 
 def run(args: argparse.Namespace) -> list[HeadComparison]:
@@ -81,14 +87,16 @@ def run(args: argparse.Namespace) -> list[HeadComparison]:
     from util.coco import BoxFilters, CocoIndex
     from util.distributed import init_distributed
 
-    steps = [read_steps(text) for text in args.steps]
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     config = sampling_config(args)
+    options = [read_steps(text, config) for text in args.steps]
     device = init_distributed(args.device).device
     parts = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device, args.ema)
     model, identity = parts.model, parts.identity
     assert identity is not None, "a checkpoint says what it is made for"
+    for each in options:
+        require_head_of(each, model.config)
     index = CocoIndex.load(
         args.coco_root, args.coco_split, BoxFilters(max_objects=model.config.max_objects), model.config.img_size
     )
@@ -100,19 +108,23 @@ def run(args: argparse.Namespace) -> list[HeadComparison]:
     iterations = [int((number + 0.5) * spacing) for number in range(args.num_iterations)]
     inputs = head_inputs(model, config, conditions.text, conditions.layout, iterations)
     print(f"{sum(given.z.shape[1] for given in inputs)} tokens, {args.num_draws} draws each", flush=True)
-    return compare_steps(model, config, inputs, steps, args.num_draws, args.full_steps)
+    return compare_steps(model, config, inputs, options, args.num_draws, args.full_steps)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError for steps that are none and options that contradict one another."""
+    config = sampling_config(args)
+    if config.head_evals is not None:
+        raise ValueError(
+            f"--head_evals {config.head_evals}: few evaluations are compared with the reverse process (--steps few:N): "
+            "give --head_evals none and the options of what taught the head"
+        )
     for text in args.steps:
-        first, last = read_steps(text)
-        replace(sampling_config(args), num_sampling_steps=first, num_sampling_steps_last=last)
+        read_steps(text, config)
     with told_as_flags(FLAGS):
-        sampling_config(args).require_uncontrolled("scripts.compare_heads, which repeats single iterations")
-    num_iter = sampling_config(args).num_iter
-    if args.num_iterations > num_iter:
-        raise ValueError(f"--num_iterations {args.num_iterations} is more than --num_iter {num_iter}")
+        config.require_uncontrolled("scripts.compare_heads, which repeats single iterations")
+    if args.num_iterations > config.num_iter:
+        raise ValueError(f"--num_iterations {args.num_iterations} is more than --num_iter {config.num_iter}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-import engine.train.loop
+import engine.train.supervised
 import main_mar
 import main_rl
 import scripts.compare_heads
@@ -137,7 +137,7 @@ def test_n_and_n_steps_are_two_n_steps(world: Path) -> None:
 
 def test_killed_in_the_middle_of_a_step(world: Path) -> None:
     def run() -> int:
-        take = engine.train.loop.SupervisedStep.take
+        take = engine.train.supervised.SupervisedStep.take
         count = itertools.count()
 
         def killing(*args: Any) -> int:
@@ -145,7 +145,7 @@ def test_killed_in_the_middle_of_a_step(world: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return take(*args)
 
-        engine.train.loop.SupervisedStep.take = killing  # type: ignore[method-assign]
+        engine.train.supervised.SupervisedStep.take = killing  # type: ignore[method-assign]
         return main_mar.main(flags(world, "killed", save_freq_steps=1))
 
     assert in_child(run) == -signal.SIGKILL

@@ -30,7 +30,7 @@ _NEEDED: dict[str, type] = {
     "categories": list,
 }
 _OPTIONAL: dict[str, type] = {"images_in_epoch": int, "sampling": dict, "reward_detector": str, "reference": dict,
-                             "class_names": list, "buckets": dict, "guidance": list}  # fmt: skip
+                             "class_names": list, "buckets": dict, "guidance": list, "teacher": dict}  # fmt: skip
 
 
 def check_content(state: Mapping[str, Any], file: Path) -> None:

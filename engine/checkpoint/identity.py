@@ -21,6 +21,7 @@ from typing import Any
 
 from models.config import StructMARConfig
 from models.sampling.config import MAX_GUIDANCE, SamplingConfig
+from models.sampling.few import require_head_of
 from util.plain import from_plain
 from util.read import short_repr
 from util.types import Category, require_distinct
@@ -40,7 +41,7 @@ TRAINING_FIELDS = (
 )  # may change between runs
 NOT_OF_BACKBONES = ("num_categories", "text_dim", "rope_mode", "max_objects", "class_num", "cross_attn_every",
                     "layout_bias_value", "layout_bias_encoder", "layout_bias_decoder", "layout_fourier",
-                    "size_condition", "phrases")  # fmt: skip
+                    "size_condition", "phrases", "few_step_head")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,8 @@ class Identity:
             raise ValueError(f"latent_scale must be positive and finite, got {self.latent_scale}")
         if self.step < 0:
             raise ValueError(f"step must not be negative, got {self.step}")
-        if self.sampling is not None and self.sampling.head != self.config.head:
-            raise ValueError(
-                f"sampling options of the {self.sampling.head} head, the model has the {self.config.head} head"
-            )
+        if self.sampling is not None:
+            require_head_of(self.sampling, self.config)
         if self.weights not in ("ema", "raw"):
             raise ValueError(f"weights must be 'ema' or 'raw', got '{self.weights}'")
         for scale in self.guidance or ():
@@ -212,16 +211,23 @@ def _guidance(entries: Any) -> tuple[float, float] | None:
 
 
 def require_same_identity(
-    found: Identity, expected: Identity, source: str | Path | None, is_backbone: bool, is_start: bool = False
+    found: Identity,
+    expected: Identity,
+    source: str | Path | None,
+    is_backbone: bool,
+    is_start: bool = False,
+    adds_few_step: bool = False,
 ) -> None:
     """Raises ValueError naming the file, the field and both values if the weights were made for something else.
 
     is_backbone: the weights have no text or layout parts, hence know no captions and no categories. is_start: a run
-    begins with them, and may add the parts for phrases of boxes.
+    begins with them, and may add the parts for phrases of boxes. adds_few_step: it may add a few-step head too.
     """
     skipped = {*TRAINING_FIELDS, *(NOT_OF_BACKBONES if is_backbone else ())}
     if is_start and expected.config.phrases:
         skipped |= {"phrases"}
+    if is_start and adds_few_step:
+        skipped |= {"few_step_head"}
     if found.config.rope_mode != "off":  # weights that were trained with rotations need them
         skipped -= {"rope_mode"}
     require_same_config(found.config, expected.config, source, skipped)

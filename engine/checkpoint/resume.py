@@ -28,11 +28,20 @@ from engine.checkpoint.content import CHECKPOINT_FORMAT, check_optimizer
 from engine.checkpoint.files import MAR_STAGE, identity_of, read_weights_file
 from engine.checkpoint.identity import Identity, require_same_classes, require_same_identity
 from engine.data.coco import ResumableSampler
+from engine.train.loop import Step
 from engine.train.parallel import gathered
 from engine.train.state import Course, Position, TrainState
 from models.structmar import StructMAR
-from models.weights import PHRASE_PARTS, LoadReport, is_mar_state, load_mar_weights, load_structmar_weights
+from models.weights import (
+    PHRASE_PARTS,
+    LoadReport,
+    is_mar_state,
+    load_mar_weights,
+    load_structmar_weights,
+    with_few_step,
+)
 from util.checkpoint import resolve_checkpoint
+from util.distributed import DistInfo
 from util.names import BEST_NAME, LAST_NAME
 from util.weights import tensor_problem
 
@@ -98,15 +107,16 @@ def find_source(output_dir: str | Path, resume: str, auto_resume: bool, stage: s
     return Source("continue" if can_continue else "start", path, state)
 
 
-def check_identity(source: Source, expected: Identity) -> None:
+def check_identity(source: Source, expected: Identity, adds_few_step: bool = False) -> None:
     """Raises ValueError naming the file, the field and both values if the weights were made for something else.
+    adds_few_step: a run that starts may have a few-step head which they lack.
 
     Weights without text or layout parts (MAR's, or our class-conditional ones) know no captions and no categories.
     """
     found = source.identity
     if found is not None:
         is_start = source.kind == "start"
-        require_same_identity(found, expected, source.path, is_start and is_backbone(source), is_start)
+        require_same_identity(found, expected, source.path, is_start and is_backbone(source), is_start, adds_few_step)
         if not is_start:
             require_same_classes(found, expected, source.path)
 
@@ -140,6 +150,8 @@ def load_weights(model: StructMAR, source: Source, stage: str) -> LoadReport | N
     state = source.state
     averaged: dict[str, Tensor] = {} if source.kind == "continue" else state["model_ema"]
     weights = {**state["model"], **averaged}
+    if source.kind == "start" and model.config.few_step_head:
+        weights = with_few_step(weights)
     if source.kind == "start" and is_backbone(source):
         report = load_mar_weights(model, weights, str(source.path))
     else:
@@ -197,6 +209,13 @@ def restore_order(sampler: ResumableSampler, source: Source) -> None:
         sampler.restore(source.state, position.epoch, position.images)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
+
+
+def restore_open_interval(step: Step, source: Source, dist: DistInfo) -> None:
+    """What was noted since the last log line, if as many processes go on as wrote it: each has its own part."""
+    parts: list[dict[str, Any]] = source.state.get("open_interval", [])
+    if len(parts) == dist.world_size:
+        step.reopen(parts[dist.rank])
 
 
 def resumed_position(source: Source, course: Course) -> Position:

@@ -13,7 +13,8 @@ from engine.cli.arguments_model import add_model_args
 from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.arguments_scores import add_preview_args
 from engine.cli.speed import SPEEDS, speed_preset
-from models.config import MASK_SCHEDULES, RESNET50_FPN_V2, SCORED
+from models.config import MASK_SCHEDULES, MAX_HEAD_EVALS, RESNET50_FPN_V2, SCORED
+from models.sampling.few import DEFAULT_EVALS
 from util.config import Parser, PresetAction, Switch
 from util.names import BEST_BY
 from util.ranges import (
@@ -29,6 +30,7 @@ from util.ranges import (
     positive_int,
     seed_int,
     threads_int,
+    whole,
     workers_int,
 )
 
@@ -45,7 +47,7 @@ def train_parser() -> argparse.ArgumentParser:
         prog="main_mar.py",
         description="StructMAR stages 1 (--train_mode text_layout) and 2 (--train_mode full) on COCO. Before them: "
         "pretraining by class (--train_mode class) on a folder such as ImageNet's. After them: guidance trained into "
-        "the weights (--train_mode distill).",
+        "the weights (--train_mode distill), and a head that draws in few evaluations (--train_mode few_step).",
     )
     add_config_arg(parser)
     add_model_args(parser)
@@ -53,6 +55,7 @@ def train_parser() -> argparse.ArgumentParser:
     add_data_args(parser)
     add_class_args(parser)
     add_train_args(parser)
+    add_few_step_args(parser)
     add_optim_args(parser)
     add_run_args(parser)
     add_sampling_args(parser)
@@ -201,6 +204,18 @@ def add_sft_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--layout_drop_prob", type=fraction, default=0.0, help="probability of dropping the layout alone"
     )
+
+
+def add_few_step_args(parser: argparse.ArgumentParser) -> None:
+    """What a few-step head learns from."""
+    group = parser.add_argument_group("few-step head", "for --train_mode few_step; its teacher draws by the sampling "
+                                      "flags")  # fmt: skip
+    group.add_argument("--few_evals", type=whole(1, MAX_HEAD_EVALS), default=DEFAULT_EVALS,
+                       help="evaluations that previews and scores take, and that the weights name; all up to "
+                            f"{MAX_HEAD_EVALS} are trained")  # fmt: skip
+    group.add_argument("--few_tokens", type=positive_int, default=8, help="tokens that are drawn of each image")
+    group.add_argument("--few_draws", type=whole(2, 64), default=4,
+                       help="draws of each, by the teacher and by the head")  # fmt: skip
 
 
 def add_optim_args(parser: argparse.ArgumentParser) -> None:

@@ -91,6 +91,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--phrases", action=SWITCH, default=False,
                        help="boxes may have a phrase beside or instead of their class")  # fmt: skip
+    group.add_argument("--few_step_head", action=SWITCH, default=False,
+                       help="a second network of the diffusion head, which draws in a few evaluations")  # fmt: skip
     group.add_argument("--cross_attn_every", type=nonnegative_int, default=1,
                        help="every k-th block attends to the caption; 0: none, the pooled text is left")  # fmt: skip
     add_family_args(parser)

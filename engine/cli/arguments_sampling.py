@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from models.config import MAX_SCALE, NUM_TRAIN_STEPS
+from models.config import MAX_HEAD_EVALS, MAX_SCALE, NUM_TRAIN_STEPS
 from models.sampling.config import (
     CFG_SCHEDULES,
     MAX_CHOICE_TEMPERATURE,
@@ -66,6 +66,11 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
         "--num_sampling_steps_last", type=or_none(steps_int), default=None,
         help="diffusion steps per token in the last iteration, linear from --num_sampling_steps in the first; "
              "None: the same in all"
+    )  # fmt: skip
+    group.add_argument(
+        "--head_evals", type=or_none(whole(1, MAX_HEAD_EVALS)), default=None,
+        help="evaluations per token of the few-step head, of weights that have one, instead of diffusion steps; "
+             "None: diffusion steps"
     )  # fmt: skip
     group.add_argument(
         "--order", default=None, choices=ORDERS,

@@ -4,9 +4,9 @@
     build_train_state   the model with its weights, placed; optimizer and average, restored where a run continues
     prepare_run         the loop's TrainingRun around the step, previews and evaluation that a stage hands in
 
-build_train.py hands in what stages 1 and 2 need, build_class.py what pretraining by class needs, build_distill.py what
-guidance distillation needs, build_rl.py what stage 3 needs. These files alone read `argparse.Namespace` below the
-mains. Everything that can be wrong is found here, before the run writes its first byte.
+build_train.py hands in what stages 1 and 2 need, build_class.py what pretraining by class needs, build_distill.py and
+build_few_step.py what the distillations need, build_rl.py what stage 3 needs. These files alone read
+`argparse.Namespace` below the mains. Everything that can be wrong is found here, before the run writes its first byte.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from engine.checkpoint.resume import (
     log_changed_args,
     log_continuation,
     restore,
+    restore_open_interval,
     restore_order,
     resumed_position,
 )
@@ -57,12 +58,13 @@ from engine.sample.pipeline import StructMARPipeline
 from engine.train.loop import Step, TrainConfig, TrainingRun, course_of
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import compile_parts, shard, wrap
-from engine.train.profile import StepProfiler, profiled_steps
+from engine.train.profile import build_profiler
 from engine.train.state import Position, TrainState
 from models.build import build_model
 from models.frozen.codec import Codec, load_codec
 from models.frozen.text import ClipTextEncoder
 from models.sampling.config import SamplingConfig
+from models.sampling.few import few_sampling
 from models.structmar import StructMAR, StructMARConfig
 from models.weights import select_trainable, summarize_trainable
 from util.buckets import Size
@@ -163,9 +165,10 @@ class Stage:
 
     keeps_sampling: its checkpoints name the sampling options of the weights it started from, where these name some,
     instead of its own, and keep the guidance in these. folds_guidance: it trains the guidance of its sampling options
-    into the weights, and draws pictures without any. free_flags: those of its own flags that a continued run may change
-    without a word, see FREE_FLAGS. has_captions: False where it trains on classes: without captions, layouts and the
-    model's parts for them.
+    into the weights, and draws pictures without any. few_evals: it trains a few-step head, and draws pictures in so
+    many evaluations of it, which its checkpoints name; None: it trains none. free_flags: those of its own flags that a
+    continued run may change without a word, see FREE_FLAGS. has_captions: False where it trains on classes: without
+    captions, layouts and the model's parts for them.
     """
 
     name: str
@@ -175,6 +178,7 @@ class Stage:
     free_flags: tuple[str, ...]
     has_captions: bool = True
     folds_guidance: bool = False
+    few_evals: int | None = None
 
 
 @dataclass(frozen=True)
@@ -236,14 +240,14 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     scored = build_online_targets(args, config, categories, dist.device)
     source = find_source(args.output_dir, args.resume, args.auto_resume, stage.name)
     guidance = guidance_of(stage, source, sampling)
-    sampling = sampling.unguided() if stage.folds_guidance else sampling
+    sampling = sampling_of(stage, sampling)
     kept = source.identity.sampling if stage.keeps_sampling and source.identity is not None else None
     codec, text_encoder_id = frozen.codec, "" if encoder is None else encoder.id
     identity = Identity(
         config, codec.id, codec.latent_scale, text_encoder_id, categories, sampling=kept or sampling,
         class_names=class_names, guidance=guidance,
     )  # fmt: skip
-    check_identity(source, identity)
+    check_identity(source, identity, adds_few_step=stage.few_evals is not None)
     check_training_state(source)
     restore_order(sampler, source)
     warmup = args.ema_warmup if args.ema_warmup is not None else source.has_ema_warmup
@@ -251,11 +255,18 @@ def read_parts(args: argparse.Namespace, dist: DistInfo, stage: Stage) -> Parts:
     return Parts(stage, dist, sampling, frozen, dataset, check, sampler, identity, source, scored, flags)
 
 
+def sampling_of(stage: Stage, sampling: SamplingConfig) -> SamplingConfig:
+    """How the weights of this stage are sampled. sampling: the options that were asked for."""
+    if stage.few_evals is not None:
+        return few_sampling(sampling, stage.few_evals)
+    return sampling.unguided() if stage.folds_guidance else sampling
+
+
 def guidance_of(stage: Stage, source: Source, sampling: SamplingConfig) -> Guidance | None:
     """What will be in the weights of this stage. Raises ValueError where it would be undone, or applied twice."""
     if stage.folds_guidance:
         return guidance_to_train(source, sampling)
-    if not stage.keeps_sampling:
+    if not stage.keeps_sampling and stage.few_evals is None:
         require_unguided_start(source, stage.name)
     elif source.identity is not None:
         with told_as_flags(FLAGS):
@@ -374,7 +385,7 @@ def prepare_run(
         save_alone=None if args.fsdp else written.save_alone,
         preview=preview,
         evaluate=evaluate,
-        profiler=build_profiler(args, parts.start(config), dist),
+        profiler=build_profiler(args.profile_steps, parts.start(config).step, args.output_dir, dist.is_main),
     )
     start, course = parts.start(config), run.course
     log_continuation(parts.source, course, global_batch)
@@ -383,17 +394,3 @@ def prepare_run(
         f"{start.step + course.steps_left(start)} steps in all, {dist.world_size} processes on {dist.device}"
     )
     return PreparedRun(run, start, stage, parts.flags, (size, *notes), parts.check)
-
-
-def build_profiler(args: argparse.Namespace, start: Position, dist: DistInfo) -> StepProfiler | None:
-    """On rank 0, where --profile_steps asks for it."""
-    if not args.profile_steps or not dist.is_main:
-        return None
-    return StepProfiler(profiled_steps(args.profile_steps, start.step), Path(args.output_dir) / "profile")
-
-
-def restore_open_interval(step: Step, source: Source, dist: DistInfo) -> None:
-    """What was noted since the last log line, if as many processes go on as wrote it: each has its own part."""
-    parts: list[dict[str, Any]] = source.state.get("open_interval", [])
-    if len(parts) == dist.world_size:
-        step.reopen(parts[dist.rank])

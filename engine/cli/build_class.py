@@ -12,7 +12,7 @@ from engine.data.classes import SPLIT, ClassDataset, ClassIndex
 from engine.data.inputs import ClassInputs
 from engine.data.scenes import text_scene
 from engine.eval.previews import Preview
-from engine.train.loop import SupervisedStep
+from engine.train.supervised import SupervisedStep
 from models.structmar import StructMARConfig
 from util.distributed import DistInfo
 

@@ -27,8 +27,9 @@ from engine.cli.sizes import picture_sizes
 from engine.data.coco import CocoLayoutDataset
 from engine.data.scenes import Scene, scenes_from_dataset
 from engine.eval.previews import Preview
-from engine.train.loop import SupervisedStep, TrainConfig
+from engine.train.loop import TrainConfig
 from engine.train.state import TrainState
+from engine.train.supervised import DrawNoise, SupervisedStep
 from models.structmar import StructMARConfig
 from util.distributed import DistInfo
 
@@ -52,12 +53,13 @@ def prepare_on_images(
     parts: Parts,
     state: TrainState,
     has_dropout: bool = True,
+    draw_noise: DrawNoise | None = None,
     extra: Callable[[], dict[str, Any]] = dict,
     notes: Sequence[str] = (),
 ) -> PreparedRun:
     """A run whose step is `state.wrapped`'s loss on the batches' images, with previews and scores by epoch.
 
-    extra: what its checkpoints hold besides. notes: what its log says first.
+    draw_noise: see `SupervisedStep`. extra: what its checkpoints hold besides. notes: what its log says first.
     """
     scenes = build_scenes(args, parts.captioned) if parts.stage.has_pictures else []
     pipeline = build_pipeline(parts, state)
@@ -71,7 +73,7 @@ def prepare_on_images(
         parts,
         state,
         config,
-        step=SupervisedStep(config, state, coco_inputs(args, parts), parts.dist, has_dropout),
+        step=SupervisedStep(config, state, coco_inputs(args, parts), parts.dist, has_dropout, draw_noise),
         preview=preview if parts.stage.has_pictures else None,
         evaluate=build_online_evaluation(args, parts, pipeline, state.ema, keeper),
         extra=lambda: extra() | keeper.content(),

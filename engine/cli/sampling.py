@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.sampling.config import OPTIONS_OF_HEAD, SamplingConfig, default_sampling, require_options_of
+from models.sampling.few import DEFAULT_EVALS, few_sampling
 from util.config import given_options, parse_args, told_as_flags
 from util.read import require_text
 
@@ -97,8 +98,11 @@ def parse_sampling_args(
     named = None if identity is None or identity.sampling is None or identity.config.head != head else identity.sampling
     plain = default_sampling(head)
     own = plain if named is None else named
+    is_few = identity is not None and _is_few(args, identity, own, given)
+    if is_few:
+        own = few_sampling(own, DEFAULT_EVALS)
     chosen = own.for_rollouts() if for_rollouts else own
-    defaults = _defaults(parser, chosen, given, is_named=named is not None)
+    defaults = _defaults(parser, chosen, given, is_named=named is not None or is_few)
     if for_rollouts and head == "discrete" and "num_iter" not in {*given, *defaults}:
         defaults["num_iter"] = chosen.num_iter  # the parser's is for reverse processes
     args = parse_args(parser, argv, defaults)
@@ -117,6 +121,12 @@ def parse_sampling_args(
         if is_own[name] and vars(args)[name] == value != standard[name]
     ]
     return args, f"sampling options from the weights: {', '.join(used)}" if used else None
+
+
+def _is_few(args: argparse.Namespace, identity: Identity, own: SamplingConfig, given: set[str]) -> bool:
+    """Whether --speed puts the few-step head in the place of the options that the weights name, or a head's own."""
+    asks_less = "speed" in vars(args) and args.speed != "exact"
+    return asks_less and identity.config.few_step_head and own.head_evals is None and not given & {"cfg", *SCALES}
 
 
 def _settled(parser: argparse.ArgumentParser, args: argparse.Namespace, given: Collection[str]) -> argparse.Namespace:

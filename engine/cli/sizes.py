@@ -33,6 +33,7 @@ def model_config(args: argparse.Namespace, num_categories: int, text_dim: int) -
         layout_bias_decoder=args.layout_bias_decoder,
         layout_fourier=args.layout_fourier,
         cross_attn_every=args.cross_attn_every,
+        few_step_head=args.few_step_head,
         phrases=args.phrases and num_categories > 0 and text_dim > 0,
         **chosen,
     )

@@ -3,7 +3,8 @@
 A preset on the command line wins over the YAML file, but every other flag on the command line wins over the preset.
 A preset in the YAML file loses to every other key of that file. A preset lowers numbers of iterations and steps; where
 the number is lower already, it stays. What a preset costs in quality is measured by `scripts.evaluate_layout` and
-`scripts.compare_heads` (models/sampling/README.md).
+`scripts.compare_heads` (models/sampling/README.md). Weights with a few-step head draw with it in all presets but exact,
+unless the command line or its file asks for guidance, which that head does not take (engine/cli/sampling.py).
 """
 
 from __future__ import annotations

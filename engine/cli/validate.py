@@ -25,7 +25,8 @@ def validate_train_args(args: argparse.Namespace) -> None:
     """Raises ValueError for the first arguments that do not go together, FileNotFoundError for a missing path."""
     if args.train_mode not in TRAIN_MODES:
         raise ValueError(f"--train_mode must be one of {', '.join(TRAIN_MODES)}, got '{args.train_mode}'")
-    _choose_by_mode(args, is_distilled=args.train_mode == "distill")
+    _choose_by_mode(args, is_distilled=args.train_mode in ("distill", "few_step"))
+    _choose_few_step(args)
     is_class = args.train_mode == "class"
     if is_class != bool(args.class_root):
         raise ValueError(
@@ -51,9 +52,23 @@ def _choose_by_mode(args: argparse.Namespace, is_distilled: bool) -> None:
     for flag in ("label_drop_prob", "text_drop_prob", "layout_drop_prob"):
         if is_distilled and vars(args)[flag]:
             raise ValueError(
-                f"--{flag} {vars(args)[flag]} does not go with --train_mode distill: its teacher needs captions and "
-                "boxes, and drops them itself"
+                f"--{flag} {vars(args)[flag]} does not go with --train_mode {args.train_mode}: its teacher needs "
+                "captions and boxes, and drops them itself"
             )
+
+
+def _choose_few_step(args: argparse.Namespace) -> None:
+    """Sets --few_step_head where it is trained. Raises ValueError for it in other modes, and for --fsdp beside it."""
+    if args.train_mode != "few_step":
+        if args.few_step_head:
+            raise ValueError(
+                f"--few_step_head does not go with --train_mode {args.train_mode}, which would leave it behind: "
+                "--train_mode few_step adds it to the weights when all else is trained"
+            )
+        return
+    args.few_step_head = True
+    if args.fsdp:
+        raise ValueError("--fsdp does not go with --train_mode few_step, which trains one small network: leave it out")
 
 
 def _refuse_captions(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Distances between what the head draws in few reverse steps and in many, under the same conditions.
+"""Distances between what the head draws in few steps or evaluations and in many steps, under the same conditions.
 
 The conditions z are those of sampled images: once every token is known, each iteration's z can be computed again. Every
 token is then drawn R times with the steps in question (X), with the full number of steps (Y) and, for the floor, with
@@ -99,7 +99,8 @@ def draw_tokens(
     drawn = []
     for given in inputs:
         step = head.at(config.head_options(given.iteration))
-        z = given.z.repeat_interleave(num_draws, dim=1)  # [G, n * R, D]
+        heard = given.z if config.head_evals is None else given.z[:1]  # [G or 1, n, D]: it has learned guidance
+        z = heard.repeat_interleave(num_draws, dim=1)  # [G or 1, n * R, D]
         noise = step.draw_noise([generator("head draws", seed, given.iteration)], z.shape[1])[:, 0]  # [S + 1, n * R, C]
         w_text, w_layout = given.scales
         guide = partial(given.branches.combine, w_text=w_text, w_layout=w_layout)
@@ -138,16 +139,15 @@ def compare_steps(
     model: StructMAR,
     config: SamplingConfig,
     inputs: Sequence[HeadInputs],
-    steps: Sequence[tuple[int, int | None]],
+    options: Sequence[SamplingConfig],
     num_draws: int = 8,
     full_steps: int = 100,
 ) -> list[HeadComparison]:
-    """A comparison for each (num_sampling_steps, num_sampling_steps_last) of `steps` with `full_steps` in all."""
+    """A comparison of each of `options` with `full_steps` reverse steps by `config` in all iterations."""
     plain = replace(config, num_sampling_steps=full_steps, num_sampling_steps_last=None)
     reference, floor = (draw_tokens(model, plain, inputs, num_draws, seed) for seed in (0, 1))
     found = []
-    for first, last in steps:
-        tried = replace(config, num_sampling_steps=first, num_sampling_steps_last=last)
+    for tried in options:
         calls = sum(tried.head_options(iteration).num_calls for iteration in range(tried.num_iter))
         found.append(compare(draw_tokens(model, tried, inputs, num_draws, 2), reference, floor, calls))
     return found

@@ -1,10 +1,8 @@
 """The training loop of every stage: takes ready objects, parses nothing, writes through the callbacks it is given.
 
-What a step does is a `Step`. The one of stages 1 and 2 is here (stage 3's: engine/rl/step.py): `accum_iter` passes over
-a batch each, one clip, one AdamW update, one EMA update. Everything random in a pass comes from a generator keyed by
-(seed, step, pass, rank), so a run that stops and continues makes the random choices of one that did not: N + N steps
-are 2N steps, bit for bit on a CPU. Dropout has no generator of its own: PyTorch's global one is re-seeded by the same
-key before each pass.
+What a step does is a `Step`: on given images `supervised.py`, in stage 3 engine/rl/step.py and its neighbours.
+Everything random in it comes from generators keyed by (seed, step, pass, rank), so a run that stops and continues makes
+the random choices of one that did not: N + N steps are 2N steps, bit for bit on a CPU.
 
 Left out: gradient scaling (bf16 needs none), dynamic batch sizes, several data sources.
 """
@@ -18,20 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from engine.data.inputs import MakeInputs, StepInputs
-from engine.train.meter import Meter
-from engine.train.optim import LrSchedule, clip_gradients, set_lr
-from engine.train.parallel import gradient_sync
+from engine.train.optim import LrSchedule, set_lr
 from engine.train.profile import StepProfiler
-from engine.train.state import Course, Position, Trained, TrainState
-from models.structmar import TrainingNoise
+from engine.train.state import Course, Position, Trained
 from util.distributed import DistInfo, any_rank, failing_together, reduce_mean
 from util.failures import RanksFailed, one_line
 from util.logging import MetricWriter, progress
-from util.rng import derive_seed, generator
 from util.run_info import memory_gb
 
 logger = logging.getLogger(__name__)
@@ -309,90 +299,6 @@ class _Loop:
 
 YOUNG_SHARE = 0.1  # of an average that is the start: more is worth a warning
 DEFAULT_SIGNUM = 15  # SIGTERM, for a process that hears of the signal from another one
-
-
-class SupervisedStep:
-    """A loss on the batches' own images, that of `state.wrapped`: stages 1 and 2, and distillation. A `Step`.
-
-    has_dropout: False where what is learned is another model's word, which dropout would only blur."""
-
-    shown = ("loss", "grad_norm")
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        state: TrainState,
-        make_inputs: MakeInputs,
-        dist: DistInfo,
-        has_dropout: bool = True,
-    ) -> None:
-        self.config, self.state, self.make_inputs, self.dist = config, state, make_inputs, dist
-        self.has_dropout = has_dropout
-        self.meter = Meter(dist.device, dist.rank)
-
-    def take(self, position: Position, micro_batches: Iterator[Any]) -> int:
-        config, state, meter, rank = self.config, self.state, self.meter, self.dist.rank
-        state.model.train(self.has_dropout)
-        num_images, losses = 0, []
-        for micro, batch in enumerate(micro_batches):
-            rng = generator(config.seed, "train", position.step, micro, rank)
-            inputs = self.make_inputs(batch, position.epoch, rng)
-            noise = state.model.sample_training_noise(
-                len(inputs), rng, config.mask_ratio_min, state.model.grid_of(inputs.latents), config.mask_schedule
-            )
-            torch.manual_seed(derive_seed(config.seed, "dropout", position.step, micro, rank))
-            is_last = micro + 1 == config.accum_iter
-            loss = backward_pass(state.wrapped, inputs, noise, config.precision, config.accum_iter, is_last)
-            meter.watch("latents", inputs.latents, position.step)
-            if inputs.text is not None:
-                meter.watch("text", inputs.text.pooled, position.step)
-            losses.append(loss)
-            num_images += len(inputs)
-        assert micro + 1 == config.accum_iter, "an epoch's batches ended in the middle of a step"
-        for loss in losses:
-            meter.add_loss(loss, position.step)
-        meter.add_norm(clip_gradients(state.trainable.values(), config.grad_clip), position.step)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.ema.update(position.step)
-        return num_images
-
-    def check(self) -> None:
-        self.meter.check()
-
-    def read(self) -> dict[str, float]:
-        loss, grad_norm = self.meter.read()
-        return {"loss": loss, "grad_norm": grad_norm}
-
-    def open_interval(self) -> dict[str, Any]:
-        return self.meter.state()
-
-    def reopen(self, interval: Mapping[str, Any]) -> None:
-        self.meter.restore(interval)
-
-
-def backward_pass(
-    wrapped: nn.Module,
-    inputs: StepInputs,
-    noise: TrainingNoise,
-    precision: str,
-    accum_iter: int,
-    is_last: bool,
-) -> Tensor:
-    """Adds this pass's share of a step's gradients. Processes exchange them if `is_last`. Returns the loss."""
-    device = inputs.latents.device
-    with gradient_sync(wrapped, is_last):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = wrapped(
-                inputs.latents,
-                noise.to(device),
-                labels=inputs.labels,
-                text=inputs.text,
-                layout=inputs.layout,
-                sizes=inputs.sizes,
-            )
-        (loss / accum_iter).backward()
-    return loss.detach()
 
 
 def _is_due(count: int, interval: int) -> bool:

@@ -69,3 +69,10 @@ class StepProfiler:
             profile.export_chrome_trace(str(temporary))
             os.replace(temporary, path)
         logger.info("trace of steps %d to %d: %s", first, self._end, path)
+
+
+def build_profiler(steps: str, start: int, output_dir: str | Path, is_main: bool) -> StepProfiler | None:
+    """On rank 0, where steps are asked for. steps: of `profiled_steps`, "" for none; start: the first one to come."""
+    if not steps or not is_main:
+        return None
+    return StepProfiler(profiled_steps(steps, start), Path(output_dir) / "profile")

@@ -20,7 +20,12 @@ def build_embedding(config: StructMARConfig) -> nn.Module:
 
 def build_diffusion_head(config: StructMARConfig) -> DiffLoss:
     return DiffLoss(
-        config.token_dim, config.decoder_embed_dim, config.diffloss_w, config.diffloss_d, config.grad_checkpointing
+        config.token_dim,
+        config.decoder_embed_dim,
+        config.diffloss_w,
+        config.diffloss_d,
+        config.grad_checkpointing,
+        config.few_step_head,
     )
 
 

@@ -36,11 +36,15 @@ class DiffLoss(nn.Module):
 
     tables: Tensor
 
-    def __init__(self, channels: int, z_channels: int, width: int, depth: int, grad_checkpointing: bool) -> None:
+    def __init__(
+        self, channels: int, z_channels: int, width: int, depth: int, grad_checkpointing: bool, has_few: bool = False
+    ) -> None:
+        """has_few: with a network of the same kind that draws in a few evaluations (`few_step.py`)."""
         super().__init__()
         self.channels = channels
         self.z_dim = z_channels
         self.net = SimpleMLPAdaLN(channels, z_channels, width, depth, grad_checkpointing)
+        self.few = SimpleMLPAdaLN(channels, z_channels, width, depth, grad_checkpointing) if has_few else None
         tables = training_schedule().tables()
         self.table_names = tuple(tables)
         stacked = torch.stack([torch.tensor(table, dtype=torch.float32) for table in tables.values()])
@@ -49,6 +53,10 @@ class DiffLoss(nn.Module):
     @property
     def token_dim(self) -> int:
         return self.channels
+
+    def networks(self) -> list[SimpleMLPAdaLN]:
+        """Of reverse steps and, where there is one, the few-step head's."""
+        return [self.net] if self.few is None else [self.net, self.few]
 
     def empty_tokens(self, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:
         """Stand-ins for tokens that are not known yet: [B, L, C] float32."""
@@ -93,4 +101,5 @@ class DiffLoss(nn.Module):
 
     def sampler(self, cast_head: DiffLoss, compile_mode: str | None) -> DiffusionSampler:
         """See `TokenHead`."""
-        return DiffusionSampler(self.net, cast_head.net, self.channels, self.tables.device, compile_mode)
+        networks = (self.net, cast_head.net, cast_head.few)
+        return DiffusionSampler(*networks, self.channels, self.tables.device, compile_mode)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from models.compiled import compiled
 from models.heads.adaln_mlp import Modulation, SimpleMLPAdaLN
-from models.heads.base import Guide, HeadOutput
+from models.heads.base import Guide, HeadOutput, HeadStep
 from models.heads.diffusion import ReverseStep, normal_log_prob, reverse_steps
+from models.heads.few_step import FewOptions, FewStep
 
 MODULATED_ROWS = 512  # rows of adaLN computed at once: enough for fast matmuls, little memory
 
@@ -69,10 +70,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class DiffusionSampler:
-    """A `HeadSampler`. first: the network of the first reverse step, in float32; net: of all others, on `device`."""
+    """A `HeadSampler`. first: the network of the first reverse step, in float32; net: of all others, on `device`; few:
+    the few-step head's, which draws where the options are `FewOptions`; None without one."""
 
     first: SimpleMLPAdaLN
     net: SimpleMLPAdaLN
+    few: SimpleMLPAdaLN | None
     channels: int
     device: torch.device
     compile_mode: str | None = None
@@ -85,8 +88,11 @@ class DiffusionSampler:
     def has_grid_noise(self) -> bool:
         return False
 
-    def at(self, options: ReverseOptions) -> DiffusionStep:
+    def at(self, options: ReverseOptions | FewOptions) -> HeadStep:
         """See `HeadSampler`."""
+        if isinstance(options, FewOptions):
+            assert self.few is not None, "the options are checked against the model's config (models/sampling/few.py)"
+            return FewStep(self.few, options, self.channels, self.device, self.compile_mode)
         timesteps = torch.tensor([step.timestep for step in options.steps], device=self.device)  # [S]
         return DiffusionStep(self, options, self.first.time_embed(timesteps))
 

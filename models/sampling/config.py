@@ -21,16 +21,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.config import HEADS, MAX_SCALE, NUM_TRAIN_STEPS, require_reverse_steps
+from models.sampling.few import require_few
 
 if TYPE_CHECKING:
     from models.heads.diffusion_sampler import ReverseOptions
     from models.heads.discrete_sampler import CodeOptions
+    from models.heads.few_step import FewOptions
 
 ORDERS = ("random", "gtr", "halton", "halton_fixed", "raster", "confidence")
 SCHEDULES = ("mar", "root", "linear", "square", "cosine", "arccos", "halton")
 CFG_SCHEDULES = ("linear", "constant", "step_linear")
 OPTIONS_OF_HEAD = {
-    "diffusion": ("num_sampling_steps", "num_sampling_steps_last", "clip_x0", "t_max"),
+    "diffusion": ("num_sampling_steps", "num_sampling_steps_last", "clip_x0", "t_max", "head_evals"),
     "discrete": ("choice_temperature", "top_k", "top_p"),
 }
 HEAD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -64,6 +66,9 @@ class SamplingConfig:
     an iteration unmasks (`schedules.py`). choice_temperature: of the noise on confidences in the first iteration, falls
     to 0 in the last; for order `confidence`. top_k: likeliest codes that are drawn from; top_p: of these the likeliest
     up to the first with which their share exceeds it; None: all.
+
+    head_evals: how often the few-step head runs for a token (`heads/few_step.py`), instead of reverse steps, whose
+    options then mean nothing; None: the reverse process. It has learned guidance with all else, so it takes none.
 
     prefix_k: tokens that are drawn before, row by row, one in an iteration at constant guidance; num_iter is then that
     of the others.
@@ -101,6 +106,7 @@ class SamplingConfig:
     start_step: int | None = None
     auto_update: bool = False
     negative_prompt: str | None = None
+    head_evals: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("head", HEADS), ("schedule", SCHEDULES)):
@@ -124,6 +130,7 @@ class SamplingConfig:
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval must be two rising numbers in [0, 1], got {low} and {high}")
         self._require_layout_options()
+        require_few(self)
         if self.uncond_refresh < 1:
             raise ValueError(f"uncond_refresh must be at least 1, got {self.uncond_refresh}")
         require_reverse_steps(self.num_sampling_steps, self.t_max)
@@ -201,7 +208,7 @@ class SamplingConfig:
         """Whether the order of the tokens does not depend on what is drawn."""
         return self.order != "confidence"
 
-    def head_options(self, iteration: int) -> ReverseOptions | CodeOptions:
+    def head_options(self, iteration: int) -> ReverseOptions | FewOptions | CodeOptions:
         """What the head is told in an iteration (`HeadSampler.at`)."""
         share = iteration / max(1, self.num_iter - 1)
         if self.head == "discrete":
@@ -209,6 +216,10 @@ class SamplingConfig:
 
             choice = self.choice_temperature * (1 - share) if self.order == "confidence" else 0.0
             return CodeOptions(self.temperature, self.top_k, self.top_p, choice)
+        if self.head_evals is not None:
+            from models.heads.few_step import FewOptions
+
+            return FewOptions(self.head_evals, self.temperature, self.clip_x0)
         from models.heads.diffusion_sampler import ReverseOptions
 
         first, last, t_max = self.num_sampling_steps, self.num_sampling_steps_last, self.t_max
@@ -327,6 +338,11 @@ class SamplingConfig:
         self.require_uncontrolled(OF_STAGE_3)
         if self.temperature == 0:
             raise ValueError("recording needs draws, which have no density at temperature 0")
+        if self.head_evals is not None:
+            raise ValueError(
+                "recorded reverse processes (the trajectory estimator) need reverse steps, which a few-step head does "
+                f"not take, got head_evals {self.head_evals}: take elbo"
+            )
         if self.prefix_k:
             raise ValueError(f"recordings (stage 3) know no prefix, got prefix_k {self.prefix_k}")
         if self.is_annealed:

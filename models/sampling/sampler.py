@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models.sampling.config import SamplingConfig
 from models.sampling.controls import Controls, own_controls, starting_layout
+from models.sampling.few import require_head_of
 from models.sampling.guidance import embed_branches
 from models.sampling.orders import DecodeState, Order, commit_steps
 from models.sampling.run import Contexts, KnownTokens, NoiseSource, OnIteration, SampleOutput, SamplingRun, unmask
@@ -63,8 +64,7 @@ def sample(
     """
     batch_size = len(generators)
     grid = model.config.grid if grid is None else grid
-    if config.head != model.config.head:
-        raise ValueError(f"these are options of the {config.head} head, the model has the {model.config.head} head")
+    require_head_of(config, model.config)
     for name, given in (("text", text), ("layout", layout), ("labels", labels)):
         if given is not None and len(given) != batch_size:
             raise ValueError(f"{name} is for {len(given)} images, but there are {batch_size} generators")

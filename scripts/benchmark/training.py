@@ -1,5 +1,5 @@
 """A training step: the public code's (its engine_mar.py, without gradient scaling, which does nothing on a CPU) and
-ours (`engine.train.loop.SupervisedStep`), on the same masks, timesteps and noise; and stage 1 against stage 2.
+ours (`engine.train.supervised.SupervisedStep`), on the same masks, timesteps and noise; and stage 1 against stage 2.
 
 A step is forward, backward, clipping, AdamW and EMA. Latents are given: no VAE, no text encoder. Every step makes the
 same draws, so that all have as many masked tokens. No dropout. The output that is compared is the loss and the
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.inputs import StepInputs
-from engine.train.loop import SupervisedStep, TrainConfig
+from engine.train.loop import TrainConfig
 from engine.train.optim import build_optimizer, parameter_groups
 from engine.train.state import Position, TrainState
+from engine.train.supervised import SupervisedStep
 from models.heads.diffloss import DiffusionNoise
 from models.masking import TokenMask
 from models.structmar import StructMAR, TrainingNoise

@@ -27,9 +27,10 @@ from engine.checkpoint.writer import CheckpointWriter
 from engine.data.classes import ClassBatch
 from engine.data.inputs import ClassInputs
 from engine.sample.pipeline import StructMARPipeline
-from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, train
+from engine.train.loop import TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
 from engine.train.state import TrainState
+from engine.train.supervised import SupervisedStep
 from models.build import build_model
 from models.frozen.codec import Codec, load_codec
 from models.sampling.config import SamplingConfig

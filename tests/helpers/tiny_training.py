@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.data.inputs import StepInputs
-from engine.train.loop import SupervisedStep, TrainConfig, TrainingRun, train
+from engine.train.loop import TrainConfig, TrainingRun, train
 from engine.train.optim import LrSchedule, build_optimizer
 from engine.train.state import Position, TrainState
+from engine.train.supervised import SupervisedStep
 from tests.helpers.training import CPU, tiny_inputs, tiny_model
 from util.ema import Ema
 from util.logging import MetricWriter

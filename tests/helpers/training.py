@@ -51,7 +51,7 @@ def tiny_inputs(batch_size: int, seed: int = 0, dropped: bool = False) -> StepIn
     return StepInputs(latents, text=text, layout=layout)
 
 
-def rows_of(inputs: StepInputs, rows: slice) -> StepInputs:
+def rows_of(inputs: StepInputs, rows: slice | list[int]) -> StepInputs:
     text, layout = inputs.text, inputs.layout
     assert text is not None
     assert layout is not None

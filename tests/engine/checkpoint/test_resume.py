@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import engine.checkpoint.writer
-import engine.train.loop
+import engine.train.supervised
 import main_mar
 from engine.checkpoint.files import read_weights_file
 from engine.checkpoint.identity import Identity
@@ -85,7 +85,7 @@ def test_explicit_resume_into_another_folder_continues(world, reference, caplog)
 
 def test_killed_in_the_middle_of_a_step(world, reference):
     def run() -> int:
-        take = engine.train.loop.SupervisedStep.take
+        take = engine.train.supervised.SupervisedStep.take
         count = itertools.count()
 
         def killing(*args: Any) -> int:
@@ -93,7 +93,7 @@ def test_killed_in_the_middle_of_a_step(world, reference):
                 os.kill(os.getpid(), signal.SIGKILL)
             return take(*args)
 
-        engine.train.loop.SupervisedStep.take = killing
+        engine.train.supervised.SupervisedStep.take = killing
         return main_mar.main(flags(world, "killed", max_steps=5, save_freq_steps=1))
 
     assert in_child(run) == -signal.SIGKILL
@@ -130,7 +130,7 @@ def test_a_signal_saves_and_gives_the_exit_code(world, reference, signum):
     output = f"signal{int(signum)}"
 
     def run() -> int:
-        take = engine.train.loop.SupervisedStep.take
+        take = engine.train.supervised.SupervisedStep.take
         count = itertools.count()
 
         def interrupted(*args: Any) -> int:
@@ -138,7 +138,7 @@ def test_a_signal_saves_and_gives_the_exit_code(world, reference, signum):
                 os.kill(os.getpid(), signum)
             return take(*args)
 
-        engine.train.loop.SupervisedStep.take = interrupted
+        engine.train.supervised.SupervisedStep.take = interrupted
         return main_mar.main(flags(world, output, max_steps=5))
 
     assert in_child(run) == 128 + signum

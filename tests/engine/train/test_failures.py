@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from engine.data.inputs import StepInputs
-from engine.train.loop import SupervisedStep
 from engine.train.profile import StepProfiler, profiled_steps
 from engine.train.state import Position
+from engine.train.supervised import SupervisedStep
 from tests.helpers.processes import in_two_processes
 from tests.helpers.rl_world import grpo_step
 from tests.helpers.tiny_training import FakeBatches, Stop, Tiny, tiny_run

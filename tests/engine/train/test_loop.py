@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import engine.train.loop
+import engine.train.supervised
 from engine.data.inputs import StepInputs
-from engine.train.loop import backward_pass
 from engine.train.meter import Meter
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer, clip_gradients, parameter_groups
 from engine.train.state import Course, Position
+from engine.train.supervised import backward_pass
 from tests.helpers.tiny_training import Stop, tiny_run
 from tests.helpers.training import (
     gradients,
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_raises(monkeypatch):
         loss = backward_pass(*args)
         return loss * math.inf if tiny.run.state.optimizer.state else loss
 
-    monkeypatch.setattr(engine.train.loop, "backward_pass", broken)
+    monkeypatch.setattr(engine.train.supervised, "backward_pass", broken)
     with pytest.raises(FloatingPointError, match="loss is not finite at step 1 on rank 0"):
         tiny.train()
 

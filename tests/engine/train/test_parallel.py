@@ -15,10 +15,10 @@ import main_mar
 from engine.checkpoint.identity import Identity
 from engine.checkpoint.resume import Source, checkpoint_content, restore
 from engine.data.inputs import StepInputs
-from engine.train.loop import backward_pass
 from engine.train.optim import build_optimizer, clip_gradients
 from engine.train.parallel import gathered, shard, unsharded, wrap
 from engine.train.state import Position, TrainState
+from engine.train.supervised import backward_pass
 from models.sampling.config import SamplingConfig
 from models.sampling.sampler import sample
 from models.structmar import StructMAR, TrainingNoise

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.data.inputs import StepInputs
-from engine.train.loop import backward_pass
 from engine.train.parallel import gathered, shard, wrap
+from engine.train.supervised import backward_pass
 from models.masking import TokenMask
 from models.structmar import StructMAR, TrainingNoise
 from models.weights import select_trainable

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.checkpoint.load import load_for_sampling
 from engine.data.inputs import StepInputs
-from engine.train.loop import SupervisedStep, TrainConfig, backward_pass
+from engine.train.loop import TrainConfig
 from engine.train.optim import build_optimizer
 from engine.train.state import Position, TrainState
+from engine.train.supervised import SupervisedStep, backward_pass
 from models.blocks import attention
 from models.heads.diffloss import DiffusionNoise
 from models.heads.diffusion import add_noise, hybrid_loss

@@ -243,7 +243,8 @@ def test_a_comparison_notices_too_few_steps() -> None:
     inputs = head_inputs(model, config, *conditions(model), iterations=[1, 5])
     counts = cosine_masked_counts(64, 8)
     assert [given.z.shape[:2] for given in inputs] == [(2, 2 * (counts[i] - counts[i + 1])) for i in (1, 5)]
-    many, few = compare_steps(model, config, inputs, [(40, None), (2, None)], num_draws=6, full_steps=40)
+    tried = [replace(config, num_sampling_steps=steps) for steps in (40, 2)]
+    many, few = compare_steps(model, config, inputs, tried, num_draws=6, full_steps=40)
     assert (many.calls, few.calls) == (8 * 40, 8 * 2)
     assert many.floor_energy == few.floor_energy > 0 and many.energy < 1.3 * many.floor_energy
     assert few.energy > 2 * few.floor_energy and not few.is_accepted
