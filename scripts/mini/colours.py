@@ -219,6 +219,12 @@ def accuracy(right: np.ndarray, index: np.ndarray, weights: np.ndarray) -> Inter
     return interval(float(right.mean()) if len(right) else math.nan, samples)
 
 
+def counts_by_image(right: np.ndarray, index: np.ndarray, num_images: int) -> dict[str, list[int]]:
+    """Objects of each image over all seeds: those that are right, and all. right: [n] bool; index: [n] image places."""
+    wanted, hits = (np.bincount(each, minlength=num_images).tolist() for each in (index, index[right]))
+    return {"right": hits, "wanted": wanted}
+
+
 def result_row(
     name: str, kind: str, colour_set: ColourSet, runs: Sequence[Sequence[str]], weights: np.ndarray
 ) -> dict[str, Any]:
@@ -242,6 +248,7 @@ def result_row(
         "accuracy": asdict(accuracy(right, index, weights)),
         "accuracy_determined": asdict(accuracy(right[determined], index[determined], weights)),
         "accuracy_several": asdict(accuracy(right[~determined], index[~determined], weights)),
+        "determined_by_image": counts_by_image(right[determined], index[determined], len(place)),
         "per_class": shares([CLASS_BY_ID[item.category_id].name for item in items], right),
         "per_colour": shares(colours, right),
         "confusion": {wanted: confusion[wanted] for wanted in COLOURS if wanted in confusion},
