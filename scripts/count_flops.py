@@ -131,7 +131,7 @@ def gradient_cost(config: StructMARConfig, num_text: int) -> RunCost:
         detector = build_detector(RESNET50_FPN_V2, num_classes=91)
     side = config.img_size // codec.stride
     frozen = (decoder_flops(codec, (side, side)), [detector_flops(detector)])
-    return reward_gradient_cost(config, 1, True, *frozen, config.mask_schedule, MASK_RATIO_MIN, num_text, updates=1)
+    return reward_gradient_cost(config, 1, True, *frozen, "linear", MASK_RATIO_MIN, num_text, updates=1)
 
 
 def print_objectives(costs: Mapping[str, RunCost]) -> None:

@@ -184,8 +184,8 @@ def add_sft_args(group: argparse._ArgumentGroup) -> None:
     """The loss on given images."""
     group.add_argument("--mask_schedule", default=None, choices=MASK_SCHEDULES,
                        help="how the fraction of tokens masked in training is drawn: MAR's Gaussian, or a curve of a "
-                            "uniform number; None: truncnorm, or (discrete head) arccos, or (--train_mode distill) "
-                            "linear")  # fmt: skip
+                            "uniform number; None: truncnorm, or (discrete head) arccos, or (--train_mode distill, "
+                            "--objective reward_gradient) linear")  # fmt: skip
     group.add_argument(
         "--mask_ratio_min",
         type=Range(float, "must lie in (0, 1)", 0, 1, "()"),

@@ -237,6 +237,12 @@ def add_reward_gradient_args(parser: argparse.ArgumentParser) -> None:
         help="weight of the distance of boxes' mean colours from those of the real picture",
     )
     group.add_argument(
+        "--w_pixels",
+        type=nonnegative_float,
+        default=0.0,
+        help="weight of the mean absolute distance of all pixels from those of the real picture",
+    )
+    group.add_argument(
         "--anchor",
         type=nonnegative_float,
         default=0.3,
@@ -260,12 +266,6 @@ def add_reward_gradient_args(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 50),
         default=1,
         help="steps of the head from a noise level to clean tokens, all with gradients",
-    )
-    group.add_argument(
-        "--gradient_mask_min",
-        type=Range(float, "must lie in (0, 1)", 0, 1, "()"),
-        default=0.1,
-        help="smallest fraction of hidden tokens of training images, by --mask_schedule truncnorm",
     )
     group.add_argument(
         "--augment_shift",

@@ -45,6 +45,7 @@ from engine.rl.prediction_preview import PredictionPreview
 from engine.rl.reward_gradient import PredictionObserver, RewardGradientConfig, RewardGradientStep
 from engine.rl.rewards import LayoutReward
 from engine.sample.pipeline import StructMARPipeline
+from models.flops import PassFlops
 from models.frozen.detections import BoxDetector
 from models.frozen.detector_loss import DetectorLoss
 from models.frozen.faster_rcnn import Detector, load_detector
@@ -115,7 +116,7 @@ def build_states(args: argparse.Namespace, parts: Parts, pipeline: StructMARPipe
     levels = NoiseLevels(args.reward_t_min, args.reward_t_max)
     if args.gradient_states == "rollout":
         return RolloutStates(levels, args.seed, pipeline, parts.sampling, args.precision)
-    return RealStates(levels, args.seed, args.gradient_mask_min, args.mask_schedule)
+    return RealStates(levels, args.seed, args.mask_schedule, args.mask_ratio_min)
 
 
 def build_picture_loss(args: argparse.Namespace, parts: Parts, reward: LayoutReward) -> PictureLoss:
@@ -138,7 +139,7 @@ def build_picture_loss(args: argparse.Namespace, parts: Parts, reward: LayoutRew
             raise ValueError(f"{said}: {error}") from error
     weights: Sequence[float] = args.detector_weights or [1.0] * len(losses)
     changes = Augmentation(args.augment_shift, args.augment_blur, args.augment_noise, args.augment_resize)
-    return PictureLoss([*zip(losses, weights, strict=True)], args.w_colour, changes, args.seed)
+    return PictureLoss([*zip(losses, weights, strict=True)], args.w_colour, args.w_pixels, changes, args.seed)
 
 
 def warn_of_guidance(parts: Parts) -> None:
@@ -155,14 +156,17 @@ def warn_of_guidance(parts: Parts) -> None:
 def describe_cost(args: argparse.Namespace, parts: Parts, loss: PictureLoss, updates: int) -> list[str]:
     """What the command implies, before anything is done."""
     codec, side = codec_of(parts), parts.config.img_size
+    decoder = decoder_flops(codec, (side // codec.stride, side // codec.stride))
+    if loss.needs_real:
+        decoder = PassFlops(2 * decoder.forward, decoder.backward)
     cost = reward_gradient_cost(
         parts.config,
         args.batch_size,
         args.anchor > 0,
-        decoder_flops(codec, (side // codec.stride, side // codec.stride)),
+        decoder,
         [detector_flops(detector.model) for detector, _ in loss.detectors],
-        args.mask_schedule or parts.config.mask_schedule,
-        args.gradient_mask_min,
+        args.mask_schedule,
+        args.mask_ratio_min,
         parts.frozen.text_encoder.max_tokens,
         updates,
         args.accum_iter,

@@ -128,6 +128,8 @@ def _check_reward_gradient(args: argparse.Namespace) -> None:
     if head != "diffusion":
         raise ValueError(f"--objective reward_gradient needs a diffusion head: no reward has a gradient by codes, "
                          f"which this model's {head} head draws")  # fmt: skip
+    if args.mask_schedule is None:
+        args.mask_schedule = "linear"  # a token is sampled beside any share of hidden ones alike
     if args.reward_t_min > args.reward_t_max:
         raise ValueError(f"--reward_t_min {args.reward_t_min} is above --reward_t_max {args.reward_t_max}")
     count = 1 + len(args.more_detectors or ())

@@ -1,6 +1,6 @@
 """Where the gradient of a reward is taken: images with hidden tokens, noise on these, and how much.
 
-    real     the latents of training images, a random order, a mask ratio of training from `mask_ratio_min` up
+    real     the latents of training images, a random order, any share of hidden tokens alike
     rollout  tokens and order of the model's own short rollouts, hidden as before one of the sampler's iterations
 
 Hidden tokens are noised to one level per image, uniform in t_min ... t_max; a second level for each token is uniform
@@ -85,19 +85,18 @@ class NoiseLevels:
 
 @dataclass(frozen=True)
 class RealStates:
-    """See the module's docstring. mask_schedule: of `masking.mask_ratio`, None for the model's own."""
+    """See the module's docstring. mask_schedule, mask_ratio_min: of `masking.mask_ratio`."""
 
     levels: NoiseLevels
     seed: int
-    mask_ratio_min: float = 0.1
-    mask_schedule: str | None = None
+    mask_schedule: str = "linear"
+    mask_ratio_min: float = 0.7
 
     def draw(self, model: StructMAR, inputs: StepInputs, key: Sequence[int]) -> NoisyState:
         draws = generator(self.seed, "gradient state", *key)
         grid = model.grid_of(inputs.latents)
         num_tokens = math.prod(model.config.unit_grid(grid))
-        schedule = self.mask_schedule or model.config.mask_schedule
-        num_masked = sample_num_masked(num_tokens, self.mask_ratio_min, draws, schedule)
+        num_masked = sample_num_masked(num_tokens, self.mask_ratio_min, draws, self.mask_schedule)
         orders = sample_orders(len(inputs), num_tokens, [draws])  # [B, L]
         return self.levels.noisy(model.patchify(inputs.latents), orders, num_masked, grid, inputs, draws)
 

@@ -1,6 +1,7 @@
 """A differentiable reward: how far a picture is from its layout, as a loss with gradients to the pixels.
 
     loss = sum_d weight_d (the four training losses of detector d, with the wanted boxes) + w_colour colour
+           + w_pixels pixels
 
 Several detectors are an ensemble: what one of them alone can be fooled by counts less. Each sees its own augmentation
 of the pictures (engine/rl/augment.py). The losses ask for every wanted object at its place, and for background
@@ -11,6 +12,9 @@ real picture, red, green and blue in [0, 1], meaned over boxes. It is the real p
 captions do not name one for every box, and with several objects do not say which. What follows from that: where the
 caption decides the colour, the loss asks for it; where it does not, its minimum is the mean over what may be, so keep
 w_colour small where that is frequent. Objects in front of others are in both pictures.
+
+`pixels` is the mean absolute difference of all pixels from the real picture's. It says nothing of layouts: it holds
+what detectors do not look at, backgrounds and textures, at the price of blur.
 
 Images without a valid box, because their layout was dropped, are left out: nothing is known of what they should hold.
 
@@ -30,18 +34,19 @@ from models.frozen.detector_loss import LOSSES, DetectorLoss
 from util.rng import derive_seed, generator
 from util.types import LayoutBatch
 
-COLOUR_SHARE = 0.5  # of a box's sides: the middle, whose colour counts
+COLOUR_SHARE = 0.6  # of a box's sides: the middle, whose colour counts
 
 
 @dataclass(frozen=True)
 class PictureLoss:
     """See the module's docstring. detectors: with their weights, at least one. seed: the run's.
 
-    Raises ValueError for no detector, weights that are not positive, and a negative w_colour.
+    Raises ValueError for no detector, weights that are not positive, and negative w_colour or w_pixels.
     """
 
     detectors: Sequence[tuple[DetectorLoss, float]]
     w_colour: float
+    w_pixels: float
     augmentation: Augmentation
     seed: int
 
@@ -49,8 +54,14 @@ class PictureLoss:
         weights = [weight for _, weight in self.detectors]
         if not weights or min(weights) <= 0:
             raise ValueError(f"a differentiable reward needs detectors of positive weights, got {weights}")
-        if self.w_colour < 0:
-            raise ValueError(f"w_colour must not be negative, got {self.w_colour}")
+        for name in ("w_colour", "w_pixels"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
+
+    @property
+    def needs_real(self) -> bool:
+        """Whether anything is compared with the real pictures."""
+        return self.w_colour > 0 or self.w_pixels > 0
 
     @property
     def detector_id(self) -> str:
@@ -64,7 +75,7 @@ class PictureLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar, and its parts by name, not weighted; 0 for a batch without boxes.
 
-        images: [B, 3, H, W] in [0, 1], with gradients; real: the real ones, for w_colour above 0. key: what makes the
+        images: [B, 3, H, W] in [0, 1], with gradients; real: the real ones, where `needs_real`. key: what makes the
         draws this pass's own.
         """
         total = 0.0 * images.sum()
@@ -74,11 +85,13 @@ class PictureLoss:
             total = total + weight * torch.stack(list(losses.values())).sum()
             prefix = "detector" if len(self.detectors) == 1 else f"detector{place}"
             parts |= {f"{prefix}/{name.removeprefix('loss_')}": loss.detach() for name, loss in losses.items()}
-        if self.w_colour > 0:
-            assert real is not None, "a colour term compares with the real pictures"
-            colour = colour_distance(images, real, layout)
-            total = total + self.w_colour * colour
-            parts["colour"] = colour.detach()
+        distances = {"colour": (self.w_colour, colour_distance), "pixels": (self.w_pixels, pixel_distance)}
+        for name, (weight, distance_of) in distances.items():
+            if weight > 0:
+                assert real is not None, "distances are to the real pictures"
+                distance = distance_of(images, real, layout)
+                total = total + weight * distance
+                parts[name] = distance.detach()
         return total, parts
 
     def _detector_losses(
@@ -102,6 +115,13 @@ def colour_distance(images: Tensor, real: Tensor, layout: LayoutBatch) -> Tensor
     gaps = mean_colours(images, boxes) - mean_colours(real, boxes)  # [B, N, 3]
     distances = gaps.square().sum(-1) * layout.valid  # [B, N]
     return distances.sum() / layout.valid.sum().clamp(min=1)
+
+
+def pixel_distance(images: Tensor, real: Tensor, layout: LayoutBatch) -> Tensor:
+    """A scalar, the mean over pixels and channels of images with a valid box; 0 where none has one."""
+    has_boxes = layout.valid.any(1)  # [B]
+    distances = (images - real).abs().mean((1, 2, 3)) * has_boxes  # [B]
+    return distances.sum() / has_boxes.sum().clamp(min=1)
 
 
 def mean_colours(images: Tensor, boxes_xyxy: Tensor) -> Tensor:

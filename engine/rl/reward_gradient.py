@@ -1,14 +1,16 @@
 """Stage 3 by the gradient of a reward: the model predicts clean tokens, frozen networks say how far the picture is from
 its layout, and backpropagation says what to change.
 
-    L = picture_loss(decode(tokens, hidden ones as predicted)) + anchor mean ||eps_theta - eps_ref||^2
+    L = picture_loss(decode(tokens, hidden ones as predicted))
+        + anchor (mean ||eps_theta - eps_ref||^2 + 0.1 mean (v_theta - v_ref)^2)
 
 1. States: images with hidden, noised tokens (engine/rl/gradient_states.py), of training images or own rollouts.
 2. The hidden tokens in K steps of the head (models/policy/clean.py); known ones stay.
 3. The frozen VAE decodes; pixels are clamped straight through. The picture's loss: engine/rl/picture_loss.py.
-4. The anchor holds the predicted noise to the start of the stage. Its levels are drawn over all of the diffusion,
-   other ones than the reward's: where colours and backgrounds are decided, at high noise, the reward says nothing. The
-   norm is summed over channels, meaned over tokens.
+4. The anchor holds the predicted noise, and the variance fraction v that no reward looks at, to the start of the stage.
+   Its levels are drawn over all of the diffusion, other ones than the reward's: where colours and backgrounds are
+   decided, at high noise, the reward says nothing. The norm is summed over channels, meaned over tokens; v is meaned
+   over both.
 
 Exact: the gradient of L over these states, by all weights. Biased: states of training images are not the sampler's; a
 prediction in few steps is blurrier than a sample; regions of the detector are cut from the graph; the unguided
@@ -40,13 +42,16 @@ from engine.rl.update import OptimizerUpdate, StepNotes
 from engine.train.parallel import gradient_sync, unsharded
 from engine.train.state import Position, TrainState
 from models.frozen.vae import LatentCodec
-from models.policy.clean import CleanPrediction, NoisyState, eps_at_second
+from models.policy.clean import CleanPrediction, NoisyState, output_at_second
 from models.structmar import StructMAR
 from util.distributed import DistInfo, reduce_mean
 from util.rng import generator
 from util.types import LayoutBatch
 
 logger = logging.getLogger(__name__)
+
+
+VARIANCE_SHARE = 0.1  # of the variance fraction in the anchor, against 1 for the noise
 
 
 @dataclass(frozen=True)
@@ -148,10 +153,10 @@ class RewardGradientStep:
             found = self._predict(noisy)
             images = self.pictures(noisy.with_tokens(found.tokens), noisy.grid)  # [B, 3, H, W]
             picture, parts = self.picture_loss(images, self._layout_of(inputs), self._real(inputs), key)
-            anchor = self._anchor(found, noisy)
-            loss = picture + self.config.anchor * anchor
+            anchor, variance = self._anchor(found, noisy)
+            loss = picture + self.config.anchor * (anchor + VARIANCE_SHARE * variance)
             (weight * loss).backward()
-        self.notes.note({**parts, "reward": -picture, "anchor": anchor, "loss": loss})
+        self.notes.note({**parts, "reward": -picture, "anchor": anchor, "variance": variance, "loss": loss})
         return -picture.detach()
 
     def pictures(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -175,17 +180,19 @@ class RewardGradientStep:
             found: CleanPrediction = self.state.wrapped(noisy)
         return found
 
-    def _anchor(self, found: CleanPrediction, noisy: NoisyState) -> Tensor | float:
-        if self.reference is None or found.second_eps is None:
-            return 0.0
+    def _anchor(self, found: CleanPrediction, noisy: NoisyState) -> tuple[Tensor | float, Tensor | float]:
+        """The distances of noise and variance."""
+        if self.reference is None or found.second is None:
+            return 0.0, 0.0
         with torch.no_grad(), self._autocast():
-            eps = eps_at_second(self.reference, noisy)  # [B, m, C]
-        return (found.second_eps - eps).square().sum(-1).mean()
+            start = output_at_second(self.reference, noisy)  # [B, m, 2C]
+        eps_gap, variance_gap = (found.second - start).chunk(2, dim=-1)  # each [B, m, C]
+        return eps_gap.square().sum(-1).mean(), variance_gap.square().mean()
 
     @torch.no_grad()
     def _real(self, inputs: StepInputs) -> Tensor | None:
         """The training images as the VAE gives them back: [B, 3, H, W] in [0, 1]; None where nobody compares."""
-        if self.picture_loss.w_colour == 0:
+        if not self.picture_loss.needs_real:
             return None
         return (self.codec.decode(inputs.latents) + 1) / 2  # [B, 3, H, W]
 

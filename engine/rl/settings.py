@@ -9,8 +9,8 @@ CREDITS = ("image", "region")
 GRADIENT_STATES = ("real", "rollout")
 FLAGS_OF_SAMPLES = ("group_size", "credit", "nft_beta", "rl_estimator", "rl_masks", "rl_draws", "inner_epochs",
                     "clip_range", "kl_coef", "kl_estimator", "adv_norm", "rl_step_ratio", "rl_mix")  # fmt: skip
-FLAGS_OF_GRADIENT = ("more_detectors", "detector_weights", "w_colour", "anchor", "reward_t_min", "reward_t_max",
-                     "gradient_states", "gradient_steps", "gradient_mask_min", "augment_shift", "augment_blur",
+FLAGS_OF_GRADIENT = ("more_detectors", "detector_weights", "w_colour", "w_pixels", "anchor", "reward_t_min",
+                     "reward_t_max", "gradient_states", "gradient_steps", "augment_shift", "augment_blur",
                      "augment_noise", "augment_resize")  # fmt: skip
 ESTIMATOR_HEADS = {"elbo": "diffusion", "trajectory": "diffusion", "exact": "discrete"}  # whose tokens each scores
 ESTIMATORS = tuple(ESTIMATOR_HEADS)

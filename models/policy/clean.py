@@ -6,8 +6,8 @@ noise level t of an image to t (K - 1) / K, t (K - 2) / K, ... and to the clean 
 
     x0 = clip((x_t - sqrt(1 - bar_t) eps_theta) / sqrt(bar_t)),    x_s = sqrt(bar_s) x0 + sqrt(1 - bar_s) eps_theta.
 
-K = 1 is the one-step prediction. The first of these calls also gives eps_theta at a second level for each token, where
-it is compared with another model's.
+K = 1 is the one-step prediction. The first of these calls also gives the head's output at a second level for each
+token, where it is compared with another model's.
 
 Exact: derivatives of these K steps by all weights. Not what a sampler does: one step from a high t predicts a mean over
 all that may come, which is blurry; hidden tokens know nothing of each other; nothing is drawn on the way.
@@ -58,11 +58,11 @@ class NoisyState:
 
 @dataclass(frozen=True)
 class CleanPrediction:
-    """tokens: [B, m, C] float32, clean. second_eps: [B, m, C] float32, the predicted noise at the second level, or
-    None."""
+    """tokens: [B, m, C] float32, clean. second: [B, m, 2C] float32, noise and variance fraction that are predicted at
+    the second level, or None."""
 
     tokens: Tensor
-    second_eps: Tensor | None
+    second: Tensor | None
 
 
 class CleanPolicy(nn.Module):
@@ -89,33 +89,35 @@ class CleanPolicy(nn.Module):
         target = state.hidden()  # [B, m, C]
         timesteps = state.timesteps[:, None].expand_as(state.token_ids)  # [B, m]
         noisy = head.add_noise(target, timesteps, state.noise)  # [B, m, C]
-        eps, second_eps = self._first_eps(state, noisy, timesteps, z)  # [B, m, C], [B, m, C] or None
+        eps, at_second = self._first(state, noisy, timesteps, z)  # [B, m, C], [B, m, 2C] or None
         clean = self._clean(noisy, timesteps, eps)  # [B, m, C]
         for step in range(1, self.num_steps):
             timesteps = (state.timesteps * (self.num_steps - step) // self.num_steps)[:, None].expand_as(timesteps)
             noisy = head.add_noise(clean, timesteps, eps)  # [B, m, C]
             eps = self._eps(noisy, timesteps, z)  # [B, m, C]
             clean = self._clean(noisy, timesteps, eps)  # [B, m, C]
-        return CleanPrediction(clean, second_eps)
+        return CleanPrediction(clean, at_second)
 
-    def _first_eps(
-        self, state: NoisyState, noisy: Tensor, timesteps: Tensor, z: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Of both levels in one call: noisy is [B, m, C], timesteps [B, m], z [B, m, D]."""
+    def _first(self, state: NoisyState, noisy: Tensor, timesteps: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """eps [B, m, C], and the output at the second level [B, m, 2C], in one call. noisy: [B, m, C]; timesteps:
+        [B, m]; z: [B, m, D]."""
         if not self.has_second:
             return self._eps(noisy, timesteps, z), None  # [B, m, C]
         second = self.model.diffloss.add_noise(state.hidden(), state.second_timesteps, state.second_noise)  # [B, m, C]
-        eps = self._eps(
+        outputs = self._outputs(
             torch.stack([noisy, second], dim=2),
             torch.stack([timesteps, state.second_timesteps], dim=2),
             z[:, :, None].expand(-1, -1, 2, -1),
-        )  # [B, m, 2, C]
-        return eps[:, :, 0], eps[:, :, 1]  # each [B, m, C]
+        )  # [B, m, 2, 2C]
+        return outputs[:, :, 0].chunk(2, dim=-1)[0], outputs[:, :, 1]  # [B, m, C], [B, m, 2C]
 
     def _eps(self, noisy: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
-        """noisy: [..., C]; timesteps: [...]; z: [..., D]; gives [..., C] in the dtype of `noisy`."""
-        output = self.model.diffloss.net(noisy.flatten(0, -2), timesteps.flatten(), z.flatten(0, -2))  # [r, 2C]
-        return output.chunk(2, dim=-1)[0].to(noisy.dtype).view_as(noisy)  # [..., C]
+        return self._outputs(noisy, timesteps, z).chunk(2, dim=-1)[0]  # [..., C]
+
+    def _outputs(self, noisy: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
+        """noisy: [..., C]; timesteps: [...]; z: [..., D]; gives [..., 2C] in the dtype of `noisy`."""
+        rows = self.model.diffloss.net(noisy.flatten(0, -2), timesteps.flatten(), z.flatten(0, -2))  # [r, 2C]
+        return rows.to(noisy.dtype).unflatten(0, noisy.shape[:-1])  # [..., 2C]
 
     def _clean(self, noisy: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
         """The token [B, m, C] that a noise means."""
@@ -124,8 +126,8 @@ class CleanPolicy(nn.Module):
         return clean if self.clip_x0 is None else clean.clamp(-self.clip_x0, self.clip_x0)  # [B, m, C]
 
 
-def eps_at_second(model: StructMAR, state: NoisyState) -> Tensor:
-    """What another model predicts at the second level: [B, m, C] float32."""
+def output_at_second(model: StructMAR, state: NoisyState) -> Tensor:
+    """What another model's head says at the second level: [B, m, 2C] float32."""
     noisy = model.diffloss.add_noise(state.hidden(), state.second_timesteps, state.second_noise)  # [B, m, C]
     output = model.denoise(
         state.tokens,
@@ -137,4 +139,4 @@ def eps_at_second(model: StructMAR, state: NoisyState) -> Tensor:
         layout=state.layout,
         grid=state.grid,
     )  # [B, m, 1, 2C]
-    return output[:, :, 0].chunk(2, dim=-1)[0].float()  # [B, m, C]
+    return output[:, :, 0].float()  # [B, m, 2C]

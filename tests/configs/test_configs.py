@@ -27,10 +27,11 @@ EVERY = sorted((ROOT / "configs").glob("*.yaml"))
 SAMPLE = [path for path in EVERY if path.stem.endswith("_sample")]
 EVALUATE = [path for path in EVERY if path.stem.endswith("_eval")]
 PROFILES = [path for path in EVERY if path.stem.startswith("eval_")]
-MAIN_RL = [path for path in EVERY if "stage3" in path.stem]
+GRADIENT = [path for path in EVERY if path.stem.endswith("reward_gradient")]
+MAIN_RL = [path for path in EVERY if "stage3" in path.stem and path not in GRADIENT]
 PAGES = [path for path in EVERY if path.stem.endswith("page")]
 PLANNER = [path for path in EVERY if path.stem.endswith("_planner")]
-MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES + MAIN_RL + PLANNER + PAGES]
+MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES + MAIN_RL + GRADIENT + PLANNER + PAGES]
 
 
 def parse(*argv: str) -> dict:
@@ -54,6 +55,23 @@ def test_settings_of_stage_3_parse_and_fit_together(path):
     assert grpo_config(args, total_updates=1).kl_coef > 0
     assert rl_train_config(args).epochs >= args.warmup_epochs
     assert args.detector_path != args.eval_detector
+
+
+@pytest.mark.parametrize("path", GRADIENT, ids=lambda path: path.name)
+def test_settings_of_the_reward_gradient_parse_and_fit_together(path):
+    args, _ = parse_sampling_args(rl_parser(), ["--config", str(path)], head_of=head_of, for_rollouts=True)
+    assert args.objective == "reward_gradient" and not sampling_config(args).is_guided
+    assert model_config(args, num_categories=80, text_dim=64).num_tokens >= args.num_iter
+    assert rl_train_config(args).epochs >= args.warmup_epochs
+    assert args.anchor > 0 and args.reward_t_min < args.reward_t_max
+    distilled = yaml.safe_load((path.parent / distill_file(path)).read_text())
+    assert args.resume == f"{distilled['output_dir']}/checkpoint-last.pth" and args.model == distilled["model"]
+    assert args.detector_path != args.eval_detector
+
+
+def distill_file(path: Path) -> str:
+    """Of the stage before."""
+    return "mini_distill.yaml" if path.stem.startswith("mini") else "stage2_distill.yaml"
 
 
 @pytest.mark.parametrize("path", SAMPLE, ids=lambda path: path.name)
@@ -91,6 +109,7 @@ def test_there_is_something_to_parse():
     }  # fmt: skip
     assert {path.name for path in PAGES} >= {"page.yaml"}
     assert {path.name for path in PLANNER} >= {"coco_planner.yaml", "mini_planner.yaml"}
+    assert {path.name for path in GRADIENT} == {"mini_reward_gradient.yaml", "stage3_reward_gradient.yaml"}
     assert {path.name for path in MAIN_RL} >= {"stage3_grpo.yaml", "mini_stage3.yaml"}
 
 

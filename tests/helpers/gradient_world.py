@@ -52,16 +52,16 @@ def tiny_detector(seed: int = 0) -> Detector:
     return Detector(model, SMALL, dict(enumerate(CATEGORIES, start=1)), f"{seed}" * 64)
 
 
-def picture_loss(w_colour: float = 0.0, detectors: int = 1, **changes: float) -> PictureLoss:
+def picture_loss(w_colour: float = 0.0, detectors: int = 1, w_pixels: float = 0.0, **changes: float) -> PictureLoss:
     """changes: of the augmentation."""
     losses = [(DetectorLoss(tiny_detector(seed), CATEGORIES), 1.0) for seed in range(detectors)]
-    return PictureLoss(losses, w_colour, Augmentation(**changes), SEED)
+    return PictureLoss(losses, w_colour, w_pixels, Augmentation(**changes), SEED)
 
 
 class Darkness:
     """Stands in for a `PictureLoss`: how bright pictures are. Smooth, and fast."""
 
-    w_colour = 0.0
+    needs_real = False
 
     def __call__(
         self, images: Tensor, layout: LayoutBatch, real: Tensor | None, key: Sequence[int]

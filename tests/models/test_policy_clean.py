@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.heads.diffloss import DiffLoss
-from models.policy.clean import CleanPolicy, NoisyState, eps_at_second
+from models.policy.clean import CleanPolicy, NoisyState, output_at_second
 from models.structmar import StructMAR
 from tests.helpers.gradient_world import LEVELS
 from tests.helpers.rl_world import code_variant, variant
@@ -103,9 +103,9 @@ def test_all_steps_have_gradients() -> None:
 def test_the_second_level_is_another_models_too() -> None:
     model = variant()
     state = state_of(model)
-    found = policy(model)(state).second_eps
+    found = policy(model)(state).second
     assert found is not None
-    torch.testing.assert_close(found, eps_at_second(model, state), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, output_at_second(model, state), rtol=1e-5, atol=1e-5)
     low, high = int(state.second_timesteps.min()), int(state.second_timesteps.max())
     assert low < LEVELS.t_min and high > LEVELS.t_max  # beyond what the reward sees
 

@@ -31,7 +31,7 @@ def tensors(state: NoisyState) -> dict[str, Tensor]:
 
 def test_every_token_is_known_or_hidden_and_levels_lie_where_they_should() -> None:
     counts, levels, second = set(), [], []
-    for number in range(40):
+    for number in range(80):
         state = real(number, levels=NoiseLevels(300, 310))
         both = torch.cat([state.kept_ids, state.token_ids], dim=1).sort(dim=1).values
         assert torch.equal(both, torch.arange(16).expand(2, -1))
@@ -40,7 +40,7 @@ def test_every_token_is_known_or_hidden_and_levels_lie_where_they_should() -> No
         second += state.second_timesteps.flatten().tolist()
     assert set(levels) == set(range(300, 311))
     assert min(second) < 30 and max(second) > 970
-    assert min(counts) < 11 and max(counts) == 16  # stages 1 and 2 hide 0.7 of the 16 at least
+    assert counts == set(range(1, 17))  # any share alike
 
 
 def test_tokens_are_the_latents_and_draws_are_keyed() -> None:

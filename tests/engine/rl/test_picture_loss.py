@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.rl.picture_loss import PictureLoss, colour_distance, mean_colours, straight_through_clamp
+from engine.rl.picture_loss import PictureLoss, colour_distance, mean_colours, pixel_distance, straight_through_clamp
 from tests.helpers.gradient_world import picture_loss, tiny_codec
 from tests.helpers.rl_world import variant
 from tests.helpers.training import tiny_inputs
@@ -42,10 +42,19 @@ def test_the_colour_of_a_boxs_middle_counts() -> None:
     _, y0, _, y1 = (layout.boxes_xyxy[0, 0] * 32).tolist()
     assert float(colour_distance(real, real, layout)) == 0.0
     changed = real.clone()
-    changed[:, 0, : int(y0 + (y1 - y0) / 4)] += 0.3  # above the middle
+    changed[:, 0, : int(y0 + (y1 - y0) / 5)] += 0.3  # above the middle
     torch.testing.assert_close(colour_distance(changed, real, layout), torch.tensor(0.0))
     changed[:, 0] = real[:, 0] + 0.3
     torch.testing.assert_close(colour_distance(changed, real, layout), torch.tensor(0.09))
+
+
+def test_the_distance_of_pixels() -> None:
+    layout, real = layout_of(), pictures()
+    changed = real.clone()
+    changed[0] += 0.2
+    torch.testing.assert_close(pixel_distance(changed, real, layout), torch.tensor(0.1))
+    first = layout.dropped(torch.tensor([False, True]))
+    torch.testing.assert_close(pixel_distance(changed, real, first), torch.tensor(0.2))
 
 
 def test_the_clamp_shows_what_is_shown_and_has_gradient_1() -> None:
@@ -59,7 +68,7 @@ def test_the_clamp_shows_what_is_shown_and_has_gradient_1() -> None:
 def test_dropped_layouts_ask_for_nothing() -> None:
     """Their images count neither as background nor for their colours; the others' loss is that without them."""
     layout, images, real = layout_of(3), pictures(3), pictures(3).flip(0)
-    loss = picture_loss(w_colour=2.0)
+    loss = picture_loss(w_colour=2.0, w_pixels=0.5)
     dropped = layout.dropped(torch.tensor([False, True, False]))
     images.requires_grad_()
     total, parts = loss(images, dropped, real, KEY)
@@ -121,7 +130,11 @@ def freeze_in_float64(loss: PictureLoss, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_gradient_by_one_token_is_that_of_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     """From a token's channels through the VAE, the clamp's inside, augmentation, detector and colours."""
-    loss, codec, model = picture_loss(w_colour=3.0, shift=0.2, blur=1.0, resize=0.2), tiny_codec(), variant()
+    loss, codec, model = (
+        picture_loss(w_colour=3.0, w_pixels=0.5, shift=0.2, blur=1.0, resize=0.2),
+        tiny_codec(),
+        variant(),
+    )
     freeze_in_float64(loss, monkeypatch)
     codec.autoencoder.double()
     inputs, layout = tiny_inputs(1), layout_of(1)
@@ -137,7 +150,7 @@ def test_the_gradient_by_one_token_is_that_of_differences(monkeypatch: pytest.Mo
     token = tokens[0, 5].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(value(token), token)
     assert bool(gradient.abs().min() > 0)
-    plain, _ = replace(loss, w_colour=0.0)(pictures(1).double(), layout, None, KEY)
+    plain, _ = replace(loss, w_colour=0.0, w_pixels=0.0)(pictures(1).double(), layout, None, KEY)
     assert plain.dtype == torch.float64
     for channel in range(len(token)):
         nudge = torch.zeros_like(token)
