@@ -27,7 +27,7 @@ EVERY = sorted((ROOT / "configs").glob("*.yaml"))
 SAMPLE = [path for path in EVERY if path.stem.endswith("_sample")]
 EVALUATE = [path for path in EVERY if path.stem.endswith("_eval")]
 PROFILES = [path for path in EVERY if path.stem.startswith("eval_")]
-GRADIENT = [path for path in EVERY if path.stem.endswith("reward_gradient")]
+GRADIENT = [path for path in EVERY if path.stem.endswith("stage3_gradient")]
 MAIN_RL = [path for path in EVERY if "stage3" in path.stem and path not in GRADIENT]
 PAGES = [path for path in EVERY if path.stem.endswith("page")]
 PLANNER = [path for path in EVERY if path.stem.endswith("_planner")]
@@ -109,7 +109,7 @@ def test_there_is_something_to_parse():
     }  # fmt: skip
     assert {path.name for path in PAGES} >= {"page.yaml"}
     assert {path.name for path in PLANNER} >= {"coco_planner.yaml", "mini_planner.yaml"}
-    assert {path.name for path in GRADIENT} == {"mini_reward_gradient.yaml", "stage3_reward_gradient.yaml"}
+    assert {path.name for path in GRADIENT} == {"mini_stage3_gradient.yaml", "stage3_gradient.yaml"}
     assert {path.name for path in MAIN_RL} >= {"stage3_grpo.yaml", "mini_stage3.yaml"}
 
 
