@@ -103,7 +103,7 @@ class ScoringFlops:
             return forward_backward(model, run)
 
         self.num_tokens = tokens.shape[1]
-        self.row = _row_flops(model)
+        self.row = row_flops(model)
         self.forward = second_degree(lambda n: backbone(n).forward, _half(config))
         self.backward = second_degree(lambda n: backbone(n).backward, _half(config))
 
@@ -130,10 +130,11 @@ def mean_over_masks(
     return PassFlops(forward / num_quantiles, backward / num_quantiles)
 
 
-def _row_flops(model: StructMAR) -> PassFlops:
-    """Of one row of the head, as a share of as many as a discrete head adds up to."""
+def row_flops(model: StructMAR, is_frozen_below: bool = False) -> PassFlops:
+    """Of one row of the head, as a share of as many as a discrete head adds up to. is_frozen_below: its condition needs
+    no gradient."""
     head, shape = model.head, (ROW_MULTIPLE, model.head.z_dim)
-    z = torch.zeros(shape, device=META, requires_grad=True)  # [R, Z]
+    z = torch.zeros(shape, device=META, requires_grad=not is_frozen_below)  # [R, Z]
     target = head.empty_tokens(1, ROW_MULTIPLE, META)[0]  # [R, C]
     noise = head.sample_noise(ROW_MULTIPLE, torch.Generator()).to(META)
     rows = forward_backward(model, lambda: head.token_loss(target, z, noise))
@@ -164,6 +165,14 @@ def sampling_flops(model: StructMAR, sampling: SamplingConfig, num_text: int) ->
             total += backbone_of(run)(plan.kept_ids.shape[1], num_asked)
             total += num_drawn * token_of(drawn)(phase.head_options(iteration))
     return total
+
+
+@torch.no_grad()
+def draw_flops(model: StructMAR, sampling: SamplingConfig, num_text: int) -> float:
+    """Of drawing one token by the head, with all guidance branches; the backbone apart."""
+    branches, _ = embed_branches(model, sampling, 1, **meta_conditions(model.config, 1, num_text))
+    context = model.prepare(branches.conditions, torch.float32)
+    return _token_flops(model, context, len(branches.names))(sampling.head_options(0))
 
 
 def _phases(sampling: SamplingConfig, num_tokens: int) -> list[tuple[SamplingConfig, PlannedOrder]]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from engine.cli.arguments import script_parser
 from engine.cli.arguments_sampling import steps_int
 from models.config import StructMARConfig, preset_config
-from models.sampling.config import default_sampling
+from models.sampling.config import SamplingConfig, default_sampling
 from util.config import parse_checked
 from util.failures import one_line_errors
 from util.ranges import whole, width_int
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 MEAN_MASK_RATIO = {"truncnorm": 0.867, "arccos": 0.637}  # of the heads' own mask schedules
 MASK_RATIO_MIN = 0.1  # of what learns without sampling
 GROUP_SIZE = 4
+TOKENS_DRAWN = 8 * 4  # tokens of an image, draws of each
+FEW_EVALS = 2
 TERA = 1e12
 
 
@@ -90,10 +93,10 @@ def logits_flops(model: StructMAR, num_text: int) -> float:
 def objective_costs(config: StructMARConfig, num_text: int, num_sampling_steps: int) -> dict[str, RunCost]:
     """Of an update of one image, where nothing is sampled, or of one prompt: what stage 3 can do, and before it."""
     from engine.rl.cost import estimate_cost
-    from engine.train.cost import distillation_cost
+    from engine.train.cost import distillation_cost, few_step_cost
 
     guided = default_sampling(config.head, cfg_text=3.0, cfg_layout=4.0)
-    masks = (config.mask_schedule, MASK_RATIO_MIN)
+    masks = ("linear", MASK_RATIO_MIN)
     costs = {"distill": distillation_cost(config, guided, 1, config.diffusion_batch_mul, *masks, num_text, updates=1)}
     if config.head == "discrete":
         sampling = default_sampling("discrete", num_iter=8, order="random")
@@ -101,20 +104,34 @@ def objective_costs(config: StructMARConfig, num_text: int, num_sampling_steps: 
             config, sampling, 1, GROUP_SIZE, "exact", sampling.num_iter, None, 2, True, num_text, updates=1
         )
         return costs
+    with_few = replace(config, few_step_head=True)
+    one_branch = default_sampling("diffusion", num_sampling_steps=num_sampling_steps)
+    costs["few_step"] = few_step_cost(with_few, one_branch, 1, TOKENS_DRAWN, *masks, num_text, updates=1)
     costs["reward_gradient"] = gradient_cost(config, num_text)
-    for num_iter, first, last in ((256, num_sampling_steps, None), (32, 50, 5)):
-        if num_iter > math.prod(config.unit_grid()):
-            continue
-        steps = {"num_sampling_steps": first, "num_sampling_steps_last": last}
-        sampling = default_sampling("diffusion", num_iter=num_iter, **steps)
-        said = f"{num_iter} iterations of {first}{'' if last is None else f' to {last}'} steps"
-        given = (config, sampling, 1, GROUP_SIZE, "elbo", 4, 8)
-        costs[f"grpo, {said}"] = estimate_cost(*given, 2, True, num_text, updates=1)
-        costs[f"nft, {said}"] = estimate_cost(*given, 1, True, num_text, updates=1, has_old=False)
-        costs[f"best_of, {said}"] = estimate_cost(
-            *given, 1, True, num_text, updates=1, has_old=False, scored_of_group=1
-        )
+    steps = {"num_sampling_steps": num_sampling_steps}
+    annealed = {"num_sampling_steps": 50, "num_sampling_steps_last": 5}
+    for num_iter, said, options in (
+        (256, f"{num_sampling_steps} steps", steps),
+        (32, "50 to 5 steps", annealed),
+        (32, f"a few-step head's {FEW_EVALS} evaluations", {"head_evals": FEW_EVALS}),
+    ):
+        if num_iter <= math.prod(config.unit_grid()):
+            sampling = default_sampling("diffusion", num_iter=num_iter, **options)
+            costs |= rollout_costs(f"{num_iter} iterations of {said}", with_few, sampling, num_text)
     return costs
+
+
+def rollout_costs(said: str, config: StructMARConfig, sampling: SamplingConfig, num_text: int) -> dict[str, RunCost]:
+    """Of the objectives that sample."""
+    from engine.rl.cost import estimate_cost
+
+    given = (config, sampling, 1, GROUP_SIZE, "elbo", 4, 8)
+    once: dict[str, Any] = {"updates": 1, "has_old": False}  # optimizer steps on a rollout
+    return {
+        f"grpo, {said}": estimate_cost(*given, 2, True, num_text, updates=1),
+        f"nft, {said}": estimate_cost(*given, 1, True, num_text, **once),
+        f"best_of, {said}": estimate_cost(*given, 1, True, num_text, **once, scored_of_group=1),
+    }
 
 
 def gradient_cost(config: StructMARConfig, num_text: int) -> RunCost:

@@ -8,11 +8,12 @@ import math
 import torch
 
 from engine.checkpoint.resume import Source, is_backbone
-from engine.cli.build import PreparedRun, Stage, build_train_state, read_parts
-from engine.cli.build_train import FREE_FLAGS, build_images, has_previews, prepare_on_images
+from engine.cli.build import Parts, PreparedRun, Stage, build_train_state, read_parts
+from engine.cli.build_train import FREE_FLAGS, build_images, has_previews, prepare_on_images, train_config
 from engine.cli.sampling import FLAGS, sampling_config
 from engine.cli.sizes import picture_sizes
 from engine.data.inputs import StepInputs
+from engine.train.cost import few_step_cost
 from models.few_step import FewStepDistilled, FewStepNoise, FewStepSettings, draw_noise, require_fitting_teacher
 from models.sampling.config import SamplingConfig
 from models.sampling.few import few_sampling
@@ -43,9 +44,28 @@ def build_few_step(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
         notes=[
             f"the teacher draws in {teacher.num_sampling_steps} reverse steps, temperature {teacher.temperature:g}, "
             f"guidance text {teacher.cfg_text:g} and layout {teacher.cfg_layout:g} ({teacher.cfg_schedule}); pictures "
-            f"and scores take {args.few_evals} evaluations"
+            f"and scores take {args.few_evals} evaluations",
+            *describe_cost(args, parts, teacher, settings),
         ],
     )  # fmt: skip
+
+
+def describe_cost(
+    args: argparse.Namespace, parts: Parts, teacher: SamplingConfig, settings: FewStepSettings
+) -> list[str]:
+    """What the command implies, before anything is done."""
+    cost = few_step_cost(
+        parts.config,
+        teacher,
+        args.batch_size,
+        settings.tokens * settings.draws,
+        args.mask_schedule or parts.config.mask_schedule,
+        args.mask_ratio_min,
+        parts.frozen.text_encoder.max_tokens,
+        parts.num_steps(train_config(args)),
+        args.accum_iter,
+    )
+    return cost.describe()
 
 
 def teacher_of(source: Source, asked: SamplingConfig) -> SamplingConfig:

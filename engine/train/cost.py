@@ -8,6 +8,13 @@ teacher's guidance branches, and E over the masks that training draws:
 
     student   n * E[F + B]
     teacher   n * b * E[F]
+
+Where a second network of the head learns from r draws of the sampler in each image, with f and d the passes of one of
+its rows, N evaluations of a draw, and P the backbone's part of F:
+
+    frozen backbone   n * b * E[P]
+    teacher's draws   n * r * (a token, drawn)
+    few-step head     n * r * E[N] * (f + d)
 """
 
 from __future__ import annotations
@@ -15,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from models.flops import ScoringFlops, mean_over_masks, meta_model
+from models.config import MAX_HEAD_EVALS
+from models.flops import ScoringFlops, draw_flops, mean_over_masks, meta_model, row_flops
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import choose_branches
 from models.structmar import StructMARConfig
@@ -100,6 +108,40 @@ def distillation_cost(
         images=read,
         parts={"student": read * (mean.forward + mean.backward), "teacher": read * branches * mean.forward},
         learning_passes=2 * accum_iter,
+        updates=updates,
+        left_out=TEACHER_LEFT_OUT,
+    )
+
+
+def few_step_cost(
+    config: StructMARConfig,
+    teacher: SamplingConfig,
+    images: int,
+    num_draws: int,
+    mask_schedule: str,
+    mask_ratio_min: float,
+    num_text_tokens: int,
+    updates: int,
+    accum_iter: int = 1,
+) -> RunCost:
+    """Of a few-step head. images: of a batch; num_draws: of all tokens of an image together.
+
+    Raises ValueError for a count below 1.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    model, read = meta_model(config), images * accum_iter
+    backbone = mean_over_masks(ScoringFlops(model, num_text_tokens), mask_schedule, mask_ratio_min, num_draws=0)
+    row, branches = row_flops(model, is_frozen_below=True), len(choose_branches(teacher, True, True)[0])
+    mean_evals = (1 + MAX_HEAD_EVALS) / 2
+    return RunCost(
+        images=read,
+        parts={
+            "frozen backbone": read * branches * backbone.forward,
+            "teacher's draws": read * num_draws * draw_flops(model, teacher, num_text_tokens),
+            "few-step head": read * num_draws * mean_evals * (row.forward + row.backward),
+        },
+        learning_passes=accum_iter,
         updates=updates,
         left_out=TEACHER_LEFT_OUT,
     )

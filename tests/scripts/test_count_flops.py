@@ -15,10 +15,13 @@ def test_the_costs_of_a_small_model(capsys: pytest.CaptureFixture[str]) -> None:
     count_flops.main(["--model", "mar_mini"])
     lines = capsys.readouterr().out.splitlines()
     costs = [float(found[1]) for line in lines if (found := re.search(r"([\d.e-]+) TFLOP", line))]
-    first, second, plain, guided, distill, gradient, *stage_3 = costs  # 256 iterations are too many for 64 tokens
+    first, second, plain, guided, distill, few_step, gradient, *stage_3 = (
+        costs  # 256 iterations are too many for 64 tokens
+    )
     assert 0 < first < second  # frozen weights need no gradients
     assert 1.5 * plain < guided < 2 * plain  # the branch without a caption has no cross-attention to compute
-    grpo, nft, best_of = stage_3  # with rollouts
+    grpo, nft, best_of, *few = stage_3  # with rollouts
+    assert all(after < before for before, after in zip(stage_3[:3], few, strict=True)) and few_step > 0
     assert second < distill < best_of < nft < grpo and gradient > 0.5  # one pass more; half a TFLOP is the decoder's
     count_flops.main(["--model", "mar_mini", "--num_sampling_steps", "50"])
     fewer = capsys.readouterr().out.splitlines()

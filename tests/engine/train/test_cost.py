@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from engine.train.cost import RunCost, distillation_cost
-from models.flops import ScoringFlops, mean_over_masks, meta_model
+from engine.train.cost import RunCost, distillation_cost, few_step_cost
+from models.flops import ScoringFlops, draw_flops, mean_over_masks, meta_model, row_flops
 from models.masking import num_masked_at
 from models.sampling.config import SamplingConfig
 from tests.helpers import tiny
@@ -39,6 +39,27 @@ def test_a_teacher_costs_a_forward_pass_for_each_branch() -> None:
     }
     assert parts(replace(GUIDED, cfg_text=4.0))["teacher"] == pytest.approx(2 / 3 * three["teacher"])  # one scale
     assert parts(GUIDED, images=1, accum_iter=3) == three
+
+
+def test_a_few_step_head_costs_its_teachers_draws_and_its_own() -> None:
+    def parts(teacher: SamplingConfig = GUIDED, num_draws: int = 6) -> dict[str, float]:
+        return dict(few_step_cost(CONFIG, teacher, 3, num_draws, *MASKS, NUM_TEXT, 10).parts)
+
+    found, model = parts(), meta_model(CONFIG)
+    row = row_flops(model, is_frozen_below=True)
+    assert row.forward == row_flops(model).forward and row.backward < row_flops(model).backward
+    backbone = mean_over_masks(ScoringFlops(model, NUM_TEXT), *MASKS, num_draws=0).forward
+    assert found == {
+        "frozen backbone": pytest.approx(3 * 3 * backbone),
+        "teacher's draws": pytest.approx(3 * 6 * draw_flops(model, GUIDED, NUM_TEXT)),
+        "few-step head": pytest.approx(3 * 6 * 4.5 * (row.forward + row.backward)),  # 1 to 8 evaluations
+    }
+    unguided = parts(replace(GUIDED, cfg_text=1.0, cfg_layout=1.0), num_draws=12)
+    assert unguided["frozen backbone"] == pytest.approx(found["frozen backbone"] / 3)
+    assert unguided["few-step head"] == 2 * found["few-step head"]
+    assert unguided["teacher's draws"] == pytest.approx(2 / 3 * found["teacher's draws"], rel=0.02)
+    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
+        parts(num_draws=0)
 
 
 def test_a_run_says_what_it_costs_and_what_is_left_out() -> None:
