@@ -142,7 +142,8 @@ def build_held_out(
         logger.warning("no --eval_detector: nothing here will notice a reward that is being fooled")
         return None
     way_back = partial(where_to_go_back, Path(args.output_dir))
-    guard = OverOptimisationGuard(args.guard, args.guard_drop, args.guard_patience, way_back)
+    brake = "--anchor" if args.objective == "reward_gradient" else "--kl_coef"
+    guard = OverOptimisationGuard(args.guard, args.guard_drop, args.guard_patience, way_back, brake)
     held_out = HeldOutEvaluation(online, guard)
     if parts.source.kind == "continue":
         held_out.restore(parts.source.state["held_out"])

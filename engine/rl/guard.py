@@ -29,15 +29,22 @@ class GuardState:
 class OverOptimisationGuard:
     """mode: one of GUARD_MODES. `off` never speaks, `warn` and `stop` do; to stop is up to the caller (see `stops`).
     drop: in AP50 as a share in [0, 1], .02 is two points. patience: bad evaluations in a row, at least 1.
-    way_back: the file that holds a step's weights, in words for the message."""
+    way_back: the file that holds a step's weights, in words for the message. brake: the flag that holds the policy near
+    its start."""
 
     def __init__(
-        self, mode: str, drop: float = 0.02, patience: int = 2, way_back: Callable[[int], str] | None = None
+        self,
+        mode: str,
+        drop: float = 0.02,
+        patience: int = 2,
+        way_back: Callable[[int], str] | None = None,
+        brake: str = "--kl_coef",
     ) -> None:
         self.mode = mode
         self.drop = drop
         self.patience = patience
         self.way_back = way_back
+        self.brake = brake
         self._state = GuardState()
 
     @property
@@ -62,7 +69,7 @@ class OverOptimisationGuard:
             return None
         assert self._state.best_step is not None, "a bad evaluation has a better one before it"
         way_back = "" if self.way_back is None else f" ({self.way_back(self._state.best_step)})"
-        return _message(self._state, step, mean_reward, ap50, way_back)
+        return _message(self._state, step, mean_reward, ap50, way_back, self.brake)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint; `restore` takes them back."""
@@ -87,11 +94,11 @@ def advance(state: GuardState, step: int, mean_reward: float | None, ap50: float
     return GuardState(state.best_step, state.best_ap50, best_reward, state.num_bad + 1 if is_bad else 0)
 
 
-def _message(state: GuardState, step: int, mean_reward: float, ap50: float, way_back: str) -> str:
+def _message(state: GuardState, step: int, mean_reward: float, ap50: float, way_back: str, brake: str) -> str:
     assert state.best_ap50 is not None, "a bad evaluation has a better one before it"
     return (
         f"step {step}: the policy may be fooling the reward. Held-out AP50 is {100 * ap50:.1f} %, after "
         f"{100 * state.best_ap50:.1f} % at step {state.best_step}, while the mean reward rose from "
         f"{state.best_reward:.4f} to {mean_reward:.4f} (bad evaluations in a row: {state.num_bad}). "
-        f"Go back to step {state.best_step}{way_back}, raise --kl_coef or lower --lr."
+        f"Go back to step {state.best_step}{way_back}, raise {brake} or lower --lr."
     )

@@ -48,11 +48,11 @@ def test_before_the_first_update_there_is_no_reward():
 
 
 def test_the_message_says_both_values_and_where_to_go_back():
-    guard = OverOptimisationGuard("stop", patience=1)
+    guard = OverOptimisationGuard("stop", patience=1, brake="--anchor")
     guard.update(100, 0.5, 0.6)
     message = guard.update(200, 0.75, 0.5)
     assert message is not None
-    for part in ("step 200", "50.0 %", "60.0 %", "step 100", "0.5000 to 0.7500"):
+    for part in ("step 200", "50.0 %", "60.0 %", "step 100", "0.5000 to 0.7500", "raise --anchor or"):
         assert part in message
     assert guard.stops and not OverOptimisationGuard("warn").stops
 
