@@ -144,6 +144,10 @@ def add_rl_args(parser: argparse.ArgumentParser) -> None:
         help="noise draws per token (elbo; None: 8) or reverse steps scored (trajectory; None: all but 2 at each end)",
     )
     group.add_argument(
+        "--rl_t_min", type=whole(0, 999), default=0, help="elbo: noise levels are drawn from this timestep up, of 1000"
+    )
+    group.add_argument("--rl_t_max", type=whole(1, 1000), default=1000, help="elbo: and below this one")
+    group.add_argument(
         "--inner_epochs", type=whole(1, 1000), default=2, help="optimizer steps on each update's rollouts"
     )
     group.add_argument(

@@ -136,7 +136,8 @@ def build_estimator(args: argparse.Namespace, sampling: SamplingConfig) -> Estim
         logger.warning("--rl_estimator elbo scores without guidance what is sampled with it (--cfg): %s", meaning)
     num_masks = min(4, sampling.num_iter) if args.rl_masks is None else args.rl_masks
     num_draws = 8 if args.rl_draws is None else args.rl_draws
-    return ElboEstimator(sampling.num_iter, num_masks, num_draws, schedule=sampling.schedule)
+    t_range = (args.rl_t_min, args.rl_t_max)
+    return ElboEstimator(sampling.num_iter, num_masks, num_draws, schedule=sampling.schedule, t_range=t_range)
 
 
 def as_policy(model: StructMAR, estimator: Estimator) -> nn.Module:

@@ -157,6 +157,11 @@ def _check_estimators(args: argparse.Namespace) -> None:
     if chosen == "elbo" and args.rl_draws is not None and args.rl_draws % 2:
         raise ValueError(f"--rl_draws must be even for --rl_estimator elbo (each noise goes with its negative), "
                          f"got {args.rl_draws}")  # fmt: skip
+    if chosen != "elbo" and (args.rl_t_min, args.rl_t_max) != (0, 1000):
+        raise ValueError(f"--rl_t_min {args.rl_t_min} and --rl_t_max {args.rl_t_max} are for --rl_estimator elbo, "
+                         f"got {chosen}")  # fmt: skip
+    if args.rl_t_min >= args.rl_t_max:
+        raise ValueError(f"--rl_t_min {args.rl_t_min} must lie below --rl_t_max {args.rl_t_max}")
     if chosen == "exact":
         if args.rl_draws is not None:
             raise ValueError(f"--rl_draws {args.rl_draws} does not go with --rl_estimator exact, which draws nothing")

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 OBJECTIVES = ("grpo", "nft", "best_of", "reward_gradient")
 CREDITS = ("image", "region")
 GRADIENT_STATES = ("real", "rollout")
-FLAGS_OF_SAMPLES = ("group_size", "credit", "nft_beta", "rl_estimator", "rl_masks", "rl_draws", "inner_epochs",
-                    "clip_range", "kl_coef", "kl_estimator", "adv_norm", "rl_step_ratio", "rl_mix")  # fmt: skip
+FLAGS_OF_SAMPLES = ("group_size", "credit", "nft_beta", "rl_estimator", "rl_masks", "rl_draws", "rl_t_min",
+                    "rl_t_max", "inner_epochs", "clip_range", "kl_coef", "kl_estimator", "adv_norm",
+                    "rl_step_ratio", "rl_mix")  # fmt: skip
 FLAGS_OF_GRADIENT = ("more_detectors", "detector_weights", "w_colour", "w_pixels", "anchor", "reward_t_min",
                      "reward_t_max", "gradient_states", "gradient_steps", "augment_shift", "augment_blur",
                      "augment_noise", "augment_resize")  # fmt: skip

@@ -28,14 +28,17 @@ class ElboEstimator:
     token is its mean over `num_draws` pairs (t, eps), taken before the ratio is.
 
     num_iter: the sampler's. num_draws: even; half as many timesteps, stratified, are each used with eps and with -eps.
-    kappa: scale of the log-probability, hence of ratio and KL. schedule: the sampler's, of `config.SCHEDULES`.
+    kappa: scale of the log-probability, hence of ratio and KL. schedule: the sampler's, of `config.SCHEDULES`. t_range:
+    timesteps are drawn from t_range[0] up to below t_range[1], of 1000.
 
     What to know: (1) The difference of two such log-probabilities holds the error of the Monte Carlo mean, so k3 of it
     is a penalty on the change of eps, not a KL divergence in nats. (2) Samples drawn with guidance are off-policy for
     these unguided log-probabilities, and the temperature is ignored: allowed, but a caller should say so. (3) Uniform t
     scales the score's gradient by a factor below 1 that depends on the data's density; it is exact in direction only
     for a shift of the mean. (4) A lower bound: for negative advantages, widening the bound's gap lowers the objective
-    too, so keep the clip and the KL.
+    too, so keep the clip and the KL. (5) At small t the noise cannot be predicted and the token is all but known: the
+    error is largest there and says least about the reward. A range that leaves small t out has a steadier gradient; the
+    KL, at the same draws, then does not see them either.
     """
 
     num_iter: int
@@ -43,11 +46,15 @@ class ElboEstimator:
     num_draws: int = 8
     kappa: float = 1.0
     schedule: str = "mar"
+    t_range: tuple[int, int] = (0, NUM_TRAIN_STEPS)
 
     def __post_init__(self) -> None:
         check_masks(self.num_masks, self.num_iter)
         if self.num_draws < 2 or self.num_draws % 2:
             raise ValueError(f"num_draws must be even and at least 2, got {self.num_draws}")
+        low, high = self.t_range
+        if not 0 <= low < high <= NUM_TRAIN_STEPS:
+            raise ValueError(f"t_range must be within 0 and {NUM_TRAIN_STEPS}, the smaller first, got {low} and {high}")
         if not self.kappa > 0:
             raise ValueError(f"kappa must be positive, got {self.kappa}")
 
@@ -68,10 +75,12 @@ class ElboEstimator:
     def _draw_pass(self, samples: Samples, num_masked: int, iteration: int, generator: torch.Generator) -> ScoringNoise:
         orders, device = samples.orders, samples.tokens.device
         half, source = self.num_draws // 2, generator.device
+        low, high = self.t_range
         shape = (len(samples), num_masked, half)
         uniform = torch.rand(shape, generator=generator, device=source)  # [n, m, K / 2]
         strata = torch.arange(half, device=source)  # [K / 2]
-        timesteps = ((strata + uniform) * (NUM_TRAIN_STEPS / half)).long().clamp(max=NUM_TRAIN_STEPS - 1)
+        above = ((strata + uniform) * ((high - low) / half)).long().clamp(max=high - low - 1)  # [n, m, K / 2]
+        timesteps = low + above  # [n, m, K / 2]
         noise = torch.randn(*shape, samples.tokens.shape[2], generator=generator, device=source)  # [n, m, K / 2, C]
         return ScoringNoise(
             kept_ids=orders[:, num_masked:].sort(dim=1).values,
