@@ -10,8 +10,9 @@ guidance, temperature and reverse steps y was drawn with. There is neither a sec
 states are those of training, given images of which some tokens are hidden; what the sampler comes to is like them but
 not the same.
 
-A number of evaluations is drawn for every step, and every evaluation is scored. Each takes the token of the one before
-without its gradient, so an evaluation answers for what it makes of its input, as it is met when sampling.
+A number of evaluations is drawn for every step, of `TRAINED_EVALS`, and every evaluation is scored. Each takes the
+token of the one before without its gradient, so an evaluation answers for what it makes of its input, as it is met when
+sampling.
 
 Left out: the backbone's own part; it stays as it is. Other evaluations than those of `levels`.
 
@@ -27,7 +28,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.config import MAX_HEAD_EVALS
 from models.distillation import scales_at
 from models.heads.few_step import levels, noisy, predicted
 from models.masking import TokenMask, sample_token_mask
@@ -36,6 +36,7 @@ from models.sampling.guidance import choose_branches, combine_branches
 from models.structmar import StructMAR
 from util.types import LayoutBatch, SizeBatch, TextContext
 
+TRAINED_EVALS = (1, 2, 4)  # others can be sampled; their levels lie between
 TINY = 1e-12  # under the root of a distance: its gradient is finite at 0
 
 
@@ -43,8 +44,8 @@ TINY = 1e-12  # under the root of a distance: its gradient is finite at 0
 class FewStepSettings:
     """tokens: that are drawn of each image; draws: of each token, by the sampler and by the network."""
 
-    tokens: int = 8
-    draws: int = 4
+    tokens: int = 16
+    draws: int = 2
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.draws < 2:
@@ -85,12 +86,10 @@ def draw_noise(
     places = keys.masked_fill(~mask.masked, 2.0).argsort(dim=1)  # [B, L], hidden ones first
     count = min(settings.tokens, *hidden_counts(mask))
     rows = torch.arange(batch_size, device=device)[:, None] * num_tokens + places[:, :count]  # [B, r / B]
-    num_evals = int(torch.randint(1, MAX_HEAD_EVALS + 1, (), generator=generator, device=device))
+    chosen = int(torch.randint(len(TRAINED_EVALS), (), generator=generator, device=device))
     num_noises = sampling.head_options(0).num_calls + 1
-    shape = (settings.draws * rows.numel(), config.token_dim)
-    teacher, student = (
-        torch.randn(count, *shape, generator=generator, device=device) for count in (num_noises, num_evals)
-    )  # [S + 1, m * r, C], [N, m * r, C]
+    counts, shape = (num_noises, TRAINED_EVALS[chosen]), (settings.draws * rows.numel(), config.token_dim)
+    teacher, student = (torch.randn(each, *shape, generator=generator, device=device) for each in counts)
     return FewStepNoise(mask, rows.flatten(), teacher, student)
 
 

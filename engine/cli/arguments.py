@@ -211,10 +211,10 @@ def add_few_step_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("few-step head", "for --train_mode few_step; its teacher draws by the sampling "
                                       "flags")  # fmt: skip
     group.add_argument("--few_evals", type=whole(1, MAX_HEAD_EVALS), default=DEFAULT_EVALS,
-                       help="evaluations that previews and scores take, and that the weights name; all up to "
-                            f"{MAX_HEAD_EVALS} are trained")  # fmt: skip
-    group.add_argument("--few_tokens", type=positive_int, default=8, help="tokens that are drawn of each image")
-    group.add_argument("--few_draws", type=whole(2, 64), default=4,
+                       help="evaluations that previews and scores take, and that the weights name; 1, 2 and 4 are "
+                            "trained")  # fmt: skip
+    group.add_argument("--few_tokens", type=positive_int, default=16, help="tokens that are drawn of each image")
+    group.add_argument("--few_draws", type=whole(2, 64), default=2,
                        help="draws of each, by the teacher and by the head")  # fmt: skip
 
 
