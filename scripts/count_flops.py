@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MEAN_MASK_RATIO = {"truncnorm": 0.867, "arccos": 0.637}  # of the heads' own mask schedules
 MASK_RATIO_MIN = 0.1  # of what learns without sampling
 GROUP_SIZE = 4
-TOKENS_DRAWN = 8 * 4  # tokens of an image, draws of each
+TOKENS_DRAWN = 16 * 2  # tokens of an image, draws of each
 FEW_EVALS = 2
 TERA = 1e12
 

@@ -16,6 +16,7 @@ import torch
 
 import engine.train.supervised
 import main_mar
+import main_rl
 import scripts.compare_heads
 import scripts.sample
 from engine.checkpoint.files import read_identity
@@ -25,6 +26,7 @@ from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.sample.pipeline import StructMARPipeline
 from models.sampling.config import SamplingConfig
 from models.sampling.few import few_sampling
+from tests.helpers.eval_world import write_detector
 from tests.helpers.runs import assert_same, in_child
 from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
 
@@ -134,6 +136,26 @@ def test_previews_are_drawn_with_the_head(world: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(StructMARPipeline, "draw", noting)
     main_mar.main(flags(world, "seen", max_steps=1, sample_freq=1, num_preview=1, few_evals=4))
     assert seen == [few_sampling(TEACHER, 4)]
+
+
+def test_stage_3_samples_with_the_head_and_leaves_it_as_it_is(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    categories = identity(weights(world)).categories
+    write_detector(world / "detector.pth", categories)
+    own = {"resume": weights(world), "detector_path": world / "detector.pth", "group_size": 2, "rl_masks": 1,
+           "rl_draws": 2, "max_rl_steps": 1, "sample_freq": 0, "warmup_epochs": None, "few_step_head": True,
+           "kl_coef": 0.0, "num_iter": 4}  # fmt: skip
+    main_rl.main(argv(world, "rl", **own))
+    before, after = load_checkpoint(world, "whole"), load_checkpoint(world, "rl")
+    start = {**before["model"], **before["model_ema"]}
+    assert all(torch.equal(after["model"][name], start[name]) for name in start if name.startswith(FEW))
+    assert not any(name.startswith(FEW) for name in after["model_ema"])
+    assert identity(weights(world, "rl")).sampling == few_sampling(TEACHER, 2)
+    assert "has a few-step head, which stays as it is while the rest trains" in caplog.text
+    assert "8 head calls one after the other" in caplog.text  # 4 iterations of 2 evaluations
+    trajectory = own | {"rl_estimator": "trajectory", "rl_draws": None}
+    said = refused(main_rl.main, argv(world, "refused", **trajectory))
+    assert "(the trajectory estimator) need reverse steps" in said and "head_evals 2: take elbo" in said
+    assert not (world / "refused").exists()
 
 
 # --- stops and kills -------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from engine.cli.build_rl_parts import (
     require_other_judge,
     rl_stage,
     rl_train_config,
+    warn_of_few_step_head,
     warn_of_guided_samples,
 )
 from engine.data.inputs import DropRates
@@ -67,6 +68,7 @@ def build_reward_gradient(args: argparse.Namespace, dist: DistInfo) -> PreparedR
         require_other_judge(args, parts, detector.id)
     require_fitting_start(parts.source, loss.detector_id)
     warn_of_guided_samples(parts)
+    warn_of_few_step_head(parts)
     warn_of_guidance(parts)
     reference = build_reference(args, parts, f"--anchor {args.anchor:g}") if args.anchor > 0 else None
     state = build_train_state(

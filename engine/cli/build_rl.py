@@ -33,6 +33,7 @@ from engine.cli.build_rl_parts import (
     require_other_judge,
     rl_stage,
     rl_train_config,
+    warn_of_few_step_head,
     warn_of_guided_samples,
 )
 from engine.cli.sampling import sampling_config
@@ -69,6 +70,7 @@ def build_rl(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     require_other_judge(args, parts, reward.detector_id)
     require_fitting_start(parts.source, reward.detector_id)
     warn_of_guided_samples(parts)
+    warn_of_few_step_head(parts)
     reference = build_reference(args, parts, f"--kl_coef {args.kl_coef}") if args.kl_coef > 0 else None
     state = build_train_state(args, parts, RL_TRAIN_MODES[args.rl_train], lambda model: as_policy(model, estimator))
     pipeline = build_pipeline(parts, state)

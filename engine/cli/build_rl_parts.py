@@ -133,6 +133,15 @@ def warn_of_guided_samples(parts: Parts) -> None:
         )  # fmt: skip
 
 
+def warn_of_few_step_head(parts: Parts) -> None:
+    """Says so where the weights have a few-step head, which this stage does not train."""
+    if parts.config.few_step_head:
+        logger.warning(
+            "%s has a few-step head, which stays as it is while the rest trains (its conditions move with it): distil "
+            "it again from the result (--train_mode few_step)", parts.source.path,
+        )  # fmt: skip
+
+
 def build_held_out(
     args: argparse.Namespace, parts: Parts, pipeline: StructMARPipeline, ema: Ema, keeper: BestKeeper
 ) -> HeldOutEvaluation | None:

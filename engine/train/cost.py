@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from models.config import MAX_HEAD_EVALS
+from models.few_step import TRAINED_EVALS
 from models.flops import ScoringFlops, draw_flops, mean_over_masks, meta_model, row_flops
 from models.sampling.config import SamplingConfig
 from models.sampling.guidance import choose_branches
@@ -133,7 +133,7 @@ def few_step_cost(
     model, read = meta_model(config), images * accum_iter
     backbone = mean_over_masks(ScoringFlops(model, num_text_tokens), mask_schedule, mask_ratio_min, num_draws=0)
     row, branches = row_flops(model, is_frozen_below=True), len(choose_branches(teacher, True, True)[0])
-    mean_evals = (1 + MAX_HEAD_EVALS) / 2
+    mean_evals = sum(TRAINED_EVALS) / len(TRAINED_EVALS)
     return RunCost(
         images=read,
         parts={
