@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that stage 3 can do in the mini world, from the committed stage-2 weights to tables, curves and gallery:
-#   stage 2 -> guidance distilled -> reward gradient
+#   stage 2 -> guidance distilled -> reward gradient -> one-step head
 #                                 -> GRPO, NFT, best of a group (rollouts of the distilled model)
 #   bash scripts/mini/stage3.sh                              two trainings of each, hours of one core
 #   bash scripts/mini/stage3.sh --detector yolox_nano.onnx   a detector from elsewhere judges too
@@ -14,28 +14,37 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-ALL="distill reward_gradient grpo nft best_of"
+ALL="distill reward_gradient few_step grpo nft best_of"
 start_of() { # whose weights a run begins with
     case "$1" in
         distill) echo stage2 ;;
         reward_gradient | grpo | nft | best_of) echo distill ;;
+        few_step) echo reward_gradient ;;
         *) echo "unknown run $1 in NAMES; known are $ALL" >&2; return 2 ;;
     esac
 }
 program_of() { # everything but where it reads and writes
     case "$1" in
         distill) echo "main_mar.py --config configs/mini_distill.yaml" ;;
+        few_step) echo "main_mar.py --config configs/mini_few_step.yaml" ;;
         reward_gradient) echo "main_rl.py --config configs/mini_stage3_gradient.yaml" ;;
         *) echo "main_rl.py --config configs/mini_stage3.yaml --max_rl_steps $UPDATES --objective $1 $(tuned_for "$1")" ;;
     esac
 }
-tuned_for() { # temperature: of the distilled weights
+tuned_for() { # temperature: of the distilled weights; credit and timesteps: where updates are least noise
     case "$1" in
-        grpo) echo "--temperature 0.9 --lr 1e-5" ;;
-        nft) echo "--temperature 0.9 --lr 1e-5 --inner_epochs 1" ;;
+        grpo) echo "--temperature 0.9 --lr 1e-5 --credit region --rl_t_min 600" ;;
+        nft) echo "--temperature 0.9 --lr 1e-5 --credit region --rl_t_min 600 --inner_epochs 1" ;;
         best_of) echo "--temperature 0.9 --lr 1e-5 --inner_epochs 1" ;;
     esac
 }
+rows_of() { # what is drawn with a run's weights
+    case "$1" in
+        few_step) echo "few_step_1 few_step_2 few_step_4" ;;
+        *) echo "$1" ;;
+    esac
+}
+sampling_of() { case "$1" in few_step_*) echo "--head_evals ${1#few_step_}" ;; esac; }
 usage() {
     echo "usage: [TRAININGS='0 1'] [UPDATES=50] [IMAGES=300] [SEEDS='0 1 2'] [NAMES='$ALL']" \
         "bash scripts/mini/stage3.sh [--detector FILE] [--smoke]" >&2
@@ -112,10 +121,10 @@ evaluate() { # ROW TRAINING WEIGHTS: images once, then every detector on them
             cp "$folder/judge/generation.json" "$folder/$detector/generation.json"
             more=(--rescore)
         fi
-        # shellcheck disable=SC2086  # SEEDS is a list
+        # shellcheck disable=SC2046,SC2086  # flags and SEEDS are words
         $python -m scripts.evaluate_layout --config configs/mini_eval.yaml --coco_root "$DATA" --name "$1" \
             --resume "$3" --detector "$file" --output_dir "$folder/$detector" --max_images "$IMAGES" --seeds $SEEDS \
-            --reward_detector $MINI/fasterrcnn_mini.pth --bounds_dir "$OUT/bounds" "${RUN[@]}" \
+            --reward_detector $MINI/fasterrcnn_mini.pth --bounds_dir "$OUT/bounds" "${RUN[@]}" $(sampling_of "$1") \
             ${SCORE[@]+"${SCORE[@]}"} ${more[@]+"${more[@]}"}
     done
     if [ ! -e "$folder/colour.json" ]; then
@@ -139,8 +148,10 @@ evaluate stage2 0 $STAGE_2
 rows=(stage2) curves=()
 for name in "${NAMES[@]}"; do
     if [[ "$(program_of "$name")" = main_rl.py* ]]; then curves=(--curves "$OUT/curves.png"); fi
-    rows+=("$name")
-    for training in $TRAININGS; do evaluate "$name" "$training" "$(weights_of "$name" "$training")"; done
+    for row in $(rows_of "$name"); do
+        rows+=("$row")
+        for training in $TRAININGS; do evaluate "$row" "$training" "$(weights_of "$name" "$training")"; done
+    done
 done
 
 step "tables, curves and gallery"

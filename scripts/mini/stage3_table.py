@@ -27,11 +27,14 @@ LABELS = {
     "stage2": "stage 2, guided",
     "distill": "guidance distilled",
     "reward_gradient": "reward gradient",
+    "few_step_1": "one-step head, 1 evaluation",
+    "few_step_2": "one-step head, 2 evaluations",
+    "few_step_4": "one-step head, 4 evaluations",
     "grpo": "GRPO",
     "nft": "NFT",
     "best_of": "best of a group",
 }
-SHOWN = ("stage2", "distill", "reward_gradient", "grpo")  # columns of the gallery
+SHOWN = ("stage2", "distill", "reward_gradient", "grpo", "few_step_1")  # columns of the gallery
 DETECTORS = {"judge": "judge", "reward": "reward detector", "yolox": "YOLOX"}
 
 

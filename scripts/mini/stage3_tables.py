@@ -113,8 +113,13 @@ def image_flops(evaluation: Evaluation, weights: Path) -> float:
     return sampling_flops(meta_model(identity.config), sampling, NUM_TEXT)
 
 
+def run_of(row: str) -> str:
+    """The run that a row's weights come from."""
+    return "few_step" if row.startswith("few_step") else row
+
+
 def weights_of(runs: Path, row: str, training: str, stage2: Path) -> Path:
-    return stage2 if row == "stage2" else runs / "runs" / row / training / WEIGHTS_NAME
+    return stage2 if row == "stage2" else runs / "runs" / run_of(row) / training / WEIGHTS_NAME
 
 
 @dataclass(frozen=True)

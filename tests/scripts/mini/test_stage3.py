@@ -28,7 +28,7 @@ case "$*" in
     *colour_accuracy*) touch "$file" ;;
 esac
 """
-RUNS = ["distill", "reward_gradient", "grpo", "nft", "best_of"]
+RUNS = ["distill", "reward_gradient", "few_step", "grpo", "nft", "best_of"]
 STAGE_2 = "pretrained_models/mini/structmar_mini_stage2.safetensors"
 
 script_tree = partial(ScriptTree, script="stage3.sh", root_variable="RL_ROOT", fake_python=FAKE_PYTHON)
@@ -53,9 +53,11 @@ def test_every_run_begins_with_the_weights_that_its_own_training_left(
     out = tree.root / "output/mini/stage3_runs/runs"
     places = [Path(value_of(words, "--output_dir")).relative_to(out) for words in runs]
     assert [str(place) for place in places] == [f"{name}/{training}" for training in (0, 5) for name in RUNS]
+    starts = {"distill": None, "few_step": "reward_gradient"}
     for place, words in zip(places, runs, strict=True):
         name, training = place.parts
-        wanted = STAGE_2 if name == "distill" else str(out / "distill" / training / "weights.safetensors")
+        begun = starts.get(name, "distill")
+        wanted = STAGE_2 if begun is None else str(out / begun / training / "weights.safetensors")
         assert (value_of(words, "--resume"), value_of(words, "--seed")) == (wanted, training)
         args = parse_args(rl_parser() if words[0] == "main_rl.py" else train_parser(), words[1:])
         assert name in (args.objective if words[0] == "main_rl.py" else args.train_mode)
@@ -65,17 +67,19 @@ def test_every_run_begins_with_the_weights_that_its_own_training_left(
 
 def test_every_detector_judges_the_same_pictures(tmp_path: Path) -> None:
     tree = script_tree(tmp_path / "tree")
-    code, lines = tree.run("--detector", "other.onnx", NAMES="distill reward_gradient", TRAININGS="0")
+    code, lines = tree.run("--detector", "other.onnx", NAMES="distill reward_gradient few_step", TRAININGS="0")
     assert code == 0
     found = calls(lines, "-m scripts.evaluate_layout ")
     scores = tree.root / "output/mini/stage3_runs/scores"
     places = [Path(value_of(words, "--output_dir")).relative_to(scores).parts for words in found]
-    rows = ("stage2", "distill", "reward_gradient")
+    rows = ("stage2", "distill", "reward_gradient", "few_step_1", "few_step_2", "few_step_4")
     detectors = ("judge", "reward", "yolox")
     assert places == [(row, "0", detector) for row in rows for detector in detectors]
     for (row, training, detector), words in zip(places, found, strict=True):
         assert ("--rescore" in words) == (detector != "judge")  # generated once
         assert (scores / row / training / detector / "images").is_symlink() == (detector != "judge")
+        evaluations = value_of(words, "--head_evals") if "--head_evals" in words else None
+        assert evaluations == (row[-1] if row.startswith("few_step") else None)
         assert not {"--cfg", "--cfg_text", "--num_iter"} & set(words)  # what the weights say
     (table,) = calls(lines, "-m scripts.mini.stage3_table ")
     args = vars(stage3_table.parse_args(table[2:]))
@@ -85,10 +89,10 @@ def test_every_detector_judges_the_same_pictures(tmp_path: Path) -> None:
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     tree = script_tree(tmp_path / "tree")
     code, lines = tree.run(FAIL_AT="grpo")
-    assert code == 7 and len(calls(lines, "main_")) == 5 + 3
+    assert code == 7 and len(calls(lines, "main_")) == 6 + 4
     code, lines = tree.run()
     assert code == 0 and len(calls(lines, "main_")) == 3
-    assert len(calls(lines, "-m scripts.evaluate_layout ")) == 2 * (1 + 2 * 5)
+    assert len(calls(lines, "-m scripts.evaluate_layout ")) == 2 * (1 + 2 * 8)
     code, lines = tree.run()
     assert code == 0 and not calls(lines, "main_") and not calls(lines, "-m scripts.evaluate_layout ")
 
