@@ -56,7 +56,8 @@ class ImageCodec(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Captions to token states. max_tokens: longer captions are cut, with a warning. dim: C."""
+    """Captions to token states. max_tokens: longer captions are cut, with a warning. dim: C. stated_cut: max_tokens as
+    a cache names it, 0 where it is CLIP's own number."""
 
     id: str
     max_tokens: int
@@ -66,6 +67,9 @@ class TextEncoder(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def stated_cut(self) -> int: ...
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """The states of each caption's tokens: one [t, C] float32 each."""

@@ -6,8 +6,7 @@ The directory may hold a `CLIPTextModel` or a whole `CLIPModel` (openai/clip-vit
 ignored by name. Nothing is ever downloaded, and no weight is left as initialised. Captions beyond the model's positions
 are cut before EOS, with a warning for the first of them.
 
-Left out: the projected EOS embedding that CLIP compares with images; other encoders (anything that makes a
-`TextContext` can take this one's place).
+Left out: the projected EOS embedding that CLIP compares with images; causal language models (lm.py).
 
 Shape letters: B batch, T text tokens (padded), t tokens of one caption, C text channels.
 """
@@ -107,7 +106,9 @@ class ClipTextEncoder:
         limit = config.max_position_embeddings
         max_tokens = limit if max_tokens is None else max_tokens
         if not 2 <= max_tokens <= limit:
-            raise ValueError(f"max_tokens must be from 2 to {limit}, the positions of {directory}, got {max_tokens}")
+            raise ValueError(
+                f"--max_text_tokens must be from 2 to {limit}, the positions of {directory}, got {max_tokens}"
+            )
         tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True)
         if len(tokenizer) > config.vocab_size:
             sizes = f"{len(tokenizer)} tokens, config.json embeds {config.vocab_size}"
@@ -128,6 +129,11 @@ class ClipTextEncoder:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def stated_cut(self) -> int:
+        """The number of tokens that what depends on cut captions names; 0: as many as there are positions."""
+        return 0 if self.max_tokens == self.model.config.max_position_embeddings else self.max_tokens
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """The token ids of each caption, BOS and EOS included, at most `max_tokens`."""
