@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
-_CLEAR_GAP = 0.15  # centres closer than this (relative to the image) are not called left, right, above or below
+CLEAR_GAP = 0.15  # centres closer than this (relative to the image) are not called left, right, above or below
 _SMALL, _LARGE = 0.28, 0.5  # lengths, relative to the image
 NUM_CAPTIONS = 5
 
@@ -28,10 +28,14 @@ class Named:
         return self.noun if self.colour is None else f"{self.colour} {self.noun}"
 
     @property
+    def size(self) -> str:
+        """One of "small", "large" and "", which lies between them."""
+        return "small" if self.length < _SMALL else "large" if self.length > _LARGE else ""
+
+    @property
     def phrase(self) -> str:
         """With its size, where it has one: "large red umbrella"."""
-        size = "small " if self.length < _SMALL else "large " if self.length > _LARGE else ""
-        return size + self.words
+        return f"{self.size} {self.words}".lstrip()
 
 
 def with_article(words: str) -> str:
@@ -61,7 +65,7 @@ def _relation(first: Named, second: Named, rng: np.random.Generator, sideways: b
     """ "a red kite to the left of a clock", or None where the two are not clearly apart in that direction."""
     axis = 0 if sideways else 1
     gap = first.centre[axis] - second.centre[axis]
-    if abs(gap) < _CLEAR_GAP:
+    if abs(gap) < CLEAR_GAP:
         return None
     if sideways:
         words = ["to the left of", "left of"] if gap < 0 else ["to the right of", "right of"]

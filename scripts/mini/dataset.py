@@ -171,6 +171,31 @@ def _add_phrases(folder: Path, settings: DatasetSettings) -> None:
     _write_json(settings.to_dict(), folder / SETTINGS_FILE)
 
 
+def _chinese_captions(index: int, split: str, settings: DatasetSettings) -> tuple[str, ...]:
+    rng = scene_generator(settings.seed, split, index)
+    return render_scene(rng, settings.size_of(index), colour_words=settings.colour_words).chinese
+
+
+def chinese_path(folder: Path, split: str) -> Path:
+    return folder / "annotations" / f"captions_{split}.zh.json"
+
+
+def add_chinese(folder: Path, settings: DatasetSettings, num_workers: int = 1) -> bool:
+    """Writes Chinese captions beside the English ones of a finished dataset, under the same ids; the scenes are drawn
+    again for it. Returns False if they were there already."""
+    missing = [split for split in _SPLITS if not chinese_path(folder, split).is_file()]
+    for split in missing:
+        content = json.loads((folder / "annotations" / f"captions_{split}.json").read_text(encoding="utf-8"))
+        write, count = partial(_chinese_captions, split=split, settings=settings), len(content["images"])
+        with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+            results = pool.imap(write, range(count), chunksize=32)
+            texts = [text for each in progress(results, total=count, desc=f"{split}, Chinese") for text in each]
+        pairs = zip(content["annotations"], texts, strict=True)
+        content["annotations"] = [{**annotation, "caption": text} for annotation, text in pairs]
+        _write_json(content, chinese_path(folder, split))
+    return bool(missing)
+
+
 def make_dataset(folder: Path, settings: DatasetSettings, num_workers: int = 1) -> bool:
     """Writes the dataset; returns False if it was there already. The settings file, written last, marks it finished."""
     if is_finished(folder, settings):
@@ -189,4 +214,5 @@ def run(args: argparse.Namespace) -> None:
         args.num_train, args.num_val, args.size, args.seed, sizes=sizes, colour_words=args.colour_words
     )  # fmt: skip
     written = make_dataset(args.output_dir, settings, args.num_workers)
+    written |= args.chinese and add_chinese(args.output_dir, settings, args.num_workers)
     print(f"{args.output_dir}: {'written' if written else 'already there, nothing to do'}")

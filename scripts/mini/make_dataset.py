@@ -4,6 +4,7 @@ python -m scripts.mini.make_dataset --output_dir data/mini_coco --num_train 6000
 
 Image k of a split depends on (seed, split, k) alone. A finished dataset with the same settings is left as it is (one
 that lacks phrases gets them); other settings in the same folder are an error; an interrupted run is written anew.
+--chinese writes captions in Chinese besides, for a finished dataset too.
 Annotations have a "colour", where the class has several, and a "phrase" ("large red umbrella").
 """
 
@@ -28,6 +29,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=picture_size, nargs="+", default=None,
                         help="HEIGHTxWIDTH of the images in turn, e.g. 64x64 96x64 64x96; none: --size")  # fmt: skip
     parser.add_argument("--colour_words", action=SWITCH, default=True, help="captions name colours")
+    parser.add_argument("--chinese", action=SWITCH, default=False,
+                        help="Chinese captions too, in captions_<split>.zh.json, under the same ids")  # fmt: skip
     parser.add_argument("--seed", type=seed_int, default=0, help="seed of the whole dataset")
     parser.add_argument("--num_workers", type=whole(1, 256), default=2, help="processes that draw")
     return parse_checked(parser, argv)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from scripts.mini.backgrounds import BACKGROUNDS, draw_background
 from scripts.mini.captions import Named, write_captions
+from scripts.mini.chinese import write_chinese
 from scripts.mini.drawing import CLASS_BY_ID, CLASSES, COLOURS, draw_object
 from scripts.mini.pen import Array
 from util.boxes import as_size
@@ -70,6 +71,7 @@ class Scene:
     image: NDArray[np.uint8]  # [height, width, 3] RGB
     objects: tuple[SceneObject, ...]
     captions: tuple[str, ...]
+    chinese: tuple[str, ...]  # captions of the same
 
 
 def _jitter(rgb: tuple[float, float, float], rng: np.random.Generator) -> tuple[float, float, float]:
@@ -223,14 +225,17 @@ def _visible_objects(plan: ScenePlan, alphas: Sequence[Array], size: Size) -> tu
 
 
 def _captions(
-    plan: ScenePlan, objects: Sequence[SceneObject], size: Size, rng: np.random.Generator, colour_words: bool = True
-) -> tuple[str, ...]:
+    plan: ScenePlan, objects: Sequence[SceneObject], size: Size, seed: int, colour_words: bool = True
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """In English and in Chinese; neither depends on the other."""
     named = []
     for item in objects:
         x, y, width, height = (value / side for value, side in zip(item.bbox, 2 * size[::-1], strict=True))
         length = max(item.bbox[2:]) / min(size)
         named.append(Named(item.name, item.colour if colour_words else None, (x + width / 2, y + height / 2), length))
-    return tuple(write_captions(named, BACKGROUNDS[plan.background].phrase, rng))
+    place = BACKGROUNDS[plan.background].phrase
+    chinese = write_chinese(named, place, np.random.default_rng((seed, 1)))
+    return tuple(write_captions(named, place, np.random.default_rng(seed))), tuple(chinese)
 
 
 def render_scene(
@@ -252,8 +257,7 @@ def render_scene(
         caption_seed = int(rng.integers(2**62))
         image, objects = draw_scene(plan, size)
         if all(item.visible_fraction >= MIN_VISIBLE for item in objects):
-            caption_rng = np.random.default_rng(caption_seed)
-            return Scene(image, objects, _captions(plan, objects, size, caption_rng, colour_words))
+            return Scene(image, objects, *_captions(plan, objects, size, caption_seed, colour_words))
     raise AssertionError("unreachable")
 
 
@@ -264,4 +268,4 @@ def render_single(rng: np.random.Generator, category_id: int, size: int = 64) ->
     plan = plan_single(rng, category_id)
     caption_seed = int(rng.integers(2**62))
     image, objects = draw_scene(plan, size)
-    return Scene(image, objects, _captions(plan, objects, as_size(size), np.random.default_rng(caption_seed)))
+    return Scene(image, objects, *_captions(plan, objects, as_size(size), caption_seed))
