@@ -15,7 +15,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from engine.cli.arguments import SWITCH, VAE_HELP, add_config_arg, add_device_arg, script_parser
+from engine.cli.arguments import (
+    SWITCH,
+    VAE_HELP,
+    add_config_arg,
+    add_device_arg,
+    add_text_encoder_args,
+    script_parser,
+)
 from util.config import parse_args
 from util.failures import first_process_speaks, one_line_errors
 from util.output import require_output_dir
@@ -37,11 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--latent_scale", type=positive_float, help="factor of the latents; default: the VAE file's, or MAR's"
     )
-    parser.add_argument(
-        "--clip_path",
-        default="pretrained_models/clip-vit-base-patch32",
-        help="text encoder (Hugging Face folder)",
-    )
+    add_text_encoder_args(parser, "pretrained_models/clip-vit-base-patch32")
     parser.add_argument("--img_size", type=pixels_int, default=256, help="side of the centre crop, in pixels")
     parser.add_argument(
         "--batch_size", type=batch_int, default=32, help="images at a time; captions: eight times as many"

@@ -18,12 +18,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine.cli.arguments import (
-    DEFAULT_CLIP,
     DEFAULT_VAE,
     VAE_HELP,
     add_config_arg,
     add_device_arg,
     add_ema_arg,
+    add_text_encoder_args,
     script_parser,
 )
 from engine.cli.arguments_sampling import add_sampling_args, steps_int
@@ -45,7 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--resume", required=True, help="training checkpoint, its folder, or exported .safetensors")
     add_ema_arg(group)
     group.add_argument("--vae_path", default=DEFAULT_VAE, help=VAE_HELP)
-    group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
+    add_text_encoder_args(group)
     group.add_argument("--coco_root", default="./data/coco", help="captions and boxes (only its annotations/ is read)")
     group.add_argument("--coco_split", default="val2014", help="its first images with boxes")
     group.add_argument("--num_images", type=whole(1, 10**6), default=64, help="images sampled to get conditions from")
@@ -92,7 +92,9 @@ def run(args: argparse.Namespace) -> list[HeadComparison]:
     config = sampling_config(args)
     options = [read_steps(text, config) for text in args.steps]
     device = init_distributed(args.device).device
-    parts = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device, args.ema)
+    parts = StructMARPipeline.from_checkpoint(
+        args.resume, args.vae_path, args.clip_path, device, args.ema, max_text_tokens=args.max_text_tokens
+    )
     model, identity = parts.model, parts.identity
     assert identity is not None, "a checkpoint says what it is made for"
     for each in options:

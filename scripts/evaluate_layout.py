@@ -20,7 +20,6 @@ import argparse
 from collections.abc import Sequence
 
 from engine.cli.arguments import (
-    DEFAULT_CLIP,
     DEFAULT_DETECTOR,
     DEFAULT_VAE,
     SWITCH,
@@ -30,6 +29,7 @@ from engine.cli.arguments import (
     add_device_arg,
     add_ema_arg,
     add_speed_arg,
+    add_text_encoder_args,
     add_timeout_arg,
     script_parser,
 )
@@ -77,7 +77,7 @@ def add_source_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--name", default=None, help="name of the row (the stage or the folder)")
     add_ema_arg(group)
     group.add_argument("--vae_path", default=DEFAULT_VAE, help=f"{VAE_HELP}; with --images for its bound only")
-    group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
+    add_text_encoder_args(group)
     group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
                        help="generate with a VAE or text encoder other than the one trained with")  # fmt: skip
     group.add_argument(

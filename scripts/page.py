@@ -1,7 +1,7 @@
 """A page in the browser to draw boxes, say what is in them, and watch the picture appear.
 
     python -m scripts.page                      # the committed weights
-    python -m scripts.page --resume CKPT --vae_path VAE --clip_path DIR --detector DETECTOR
+    python -m scripts.page --resume CKPT --vae_path VAE --text_encoder DIR --detector DETECTOR
     python -m scripts.page --config configs/page.yaml --port 8001
 
 Then open the address that it prints. On another machine: `ssh -L 8000:localhost:8000 MACHINE`, and open
@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 
 from engine.cli.arguments import (
-    DEFAULT_CLIP,
     DEFAULT_VAE,
     SWITCH,
     VAE_HELP,
@@ -26,6 +25,7 @@ from engine.cli.arguments import (
     add_device_arg,
     add_ema_arg,
     add_speed_arg,
+    add_text_encoder_args,
     script_parser,
 )
 from engine.cli.arguments_sampling import add_sampling_args
@@ -61,7 +61,7 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", default="", help="training checkpoint or its folder, or exported .safetensors")
     add_ema_arg(group)
     group.add_argument("--vae_path", default=DEFAULT_VAE, help=VAE_HELP)
-    group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
+    add_text_encoder_args(group)
     group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
                        help="sample with a VAE or text encoder other than the one trained with")  # fmt: skip
     group.add_argument("--planner_path", default="", help="proposes layouts for captions without boxes; empty: none")

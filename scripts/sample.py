@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli.arguments import (
-    DEFAULT_CLIP,
     DEFAULT_VAE,
     SWITCH,
     VAE_HELP,
@@ -35,6 +34,7 @@ from engine.cli.arguments import (
     add_device_arg,
     add_ema_arg,
     add_speed_arg,
+    add_text_encoder_args,
     script_parser,
 )
 from engine.cli.arguments_edit import add_start_args, check_start
@@ -79,7 +79,7 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
                        help="training checkpoint or its folder, exported .safetensors, or MAR's weights")  # fmt: skip
     add_ema_arg(group)
     group.add_argument("--vae_path", default=DEFAULT_VAE, help=VAE_HELP)
-    group.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
+    add_text_encoder_args(group)
     group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
                        help="sample with a VAE or text encoder other than the one trained with")  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Scores proposed layouts against the real layouts of the same captions: a planner's, or a language model's in a file.
 
     python -m scripts.score_layouts --planner_path output/planner/planner.safetensors --coco_root data/coco \\
-        --coco_split val2017 --clip_path DIR
+        --coco_split val2017 --text_encoder DIR
     python -m scripts.score_layouts --layout gpt.json --coco_root data/coco --coco_split val2017
 
 No image is drawn or read. A planner gets the first caption of each image and proposes one layout. The entries of a file

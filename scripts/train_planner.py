@@ -1,7 +1,7 @@
 """Trains a planner: captions to layouts, for sampling without boxes (scripts.sample --layout auto).
 
-    python -m scripts.train_planner --coco_root data/coco --coco_split train2017 --clip_path DIR
-    python -m scripts.train_planner --coco_root data/coco --coco_split val2017 --held_out_every 5 --clip_path DIR
+    python -m scripts.train_planner --coco_root data/coco --coco_split train2017 --text_encoder DIR
+    python -m scripts.train_planner --coco_root data/coco --coco_split val2017 --held_out_every 5 --text_encoder DIR
     torchrun --nproc_per_node 8 -m scripts.train_planner ...
 
 Only annotations are read. The second form has one split alone: every fifth image is left out and scored

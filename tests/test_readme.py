@@ -192,14 +192,14 @@ def facts(action: argparse.Action) -> tuple[str, str]:
 
 
 def flags(parser: argparse.ArgumentParser) -> dict[str, tuple[str, str]]:
-    return {f"--{action.dest}": facts(action) for action in parser._actions if action.dest != "help"}
+    return {action.option_strings[0]: facts(action) for action in parser._actions if action.dest != "help"}
 
 
 def flag_table(parser: argparse.ArgumentParser, known: Mapping[str, tuple[str, str]]) -> list[str]:
     """The lines of the Markdown table of a parser's flags, group by group, without those that are `known`."""
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for group in parser._action_groups:
-        rows = {f"--{action.dest}": facts(action) for action in group._group_actions if action.dest != "help"}
+        rows = {action.option_strings[0]: facts(action) for action in group._group_actions if action.dest != "help"}
         rows = {flag: fact for flag, fact in rows.items() if known.get(flag) != fact}
         if rows:
             lines.append(f"| **{group.title}** | | |")

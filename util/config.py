@@ -282,15 +282,22 @@ def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: str) -> Mappin
 
 
 def _renamed(values: Mapping[str, Any], actions: Mapping[str, argparse.Action], path: str) -> dict[str, Any]:
-    """The values under today's names; old ones of switches may say the opposite."""
-    old = {action.was: action for action in actions.values() if isinstance(action, Switch) and action.was is not None}
+    """The values by field; old names of switches may say the opposite, other flags may have several names."""
+    old: dict[str, argparse.Action] = {
+        action.was: action for action in actions.values() if isinstance(action, Switch) and action.was is not None
+    }
+    for action in actions.values():
+        if not isinstance(action, _SWITCHES):
+            names = [option.removeprefix("--") for option in action.option_strings]
+            old |= {name: action for name in names if name != action.dest}
     renamed: dict[str, Any] = {}
     for key, value in values.items():
-        action = old.get(key) if isinstance(key, str) else None
-        name = key if action is None else action.dest
+        found = old.get(key) if isinstance(key, str) else None
+        name = key if found is None else found.dest
         if name in renamed:
             raise ConfigError(f"config file {path}: {key} is another name of {name}, which is there too")
-        renamed[name] = not value if action is not None and action.was_negative and isinstance(value, bool) else value
+        is_opposite = isinstance(found, Switch) and found.was_negative
+        renamed[name] = not value if is_opposite and isinstance(value, bool) else value
     return renamed
 
 

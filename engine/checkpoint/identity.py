@@ -235,7 +235,7 @@ def require_same_identity(
     _refuse_other(source, "vae id", found.vae_id, expected.vae_id, frozen_flag)
     _refuse_other(source, "vae latent_scale", found.latent_scale, expected.latent_scale, frozen_flag)
     if not is_backbone:
-        _refuse_other(source, "text_encoder id", found.text_encoder_id, expected.text_encoder_id, "--clip_path")
+        _refuse_other(source, "text_encoder id", found.text_encoder_id, expected.text_encoder_id, "--text_encoder")
         _refuse_other(
             source, "categories", *_first_difference(found.categories, expected.categories), "--coco_root"
         )  # fmt: skip

@@ -90,11 +90,21 @@ def add_frozen_args(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="factor on the latents; None: the VAE file's, or MAR's 0.2325; codes have none",
     )
+    add_text_encoder_args(group)
+
+
+def add_text_encoder_args(
+    group: argparse._ActionsContainer, default: str = DEFAULT_CLIP, is_required: bool = False
+) -> None:
+    """The frozen text encoder. --clip_path is its older name, of files and checkpoints too."""
     group.add_argument(
-        "--clip_path",
-        default=DEFAULT_CLIP,
-        help="local Hugging Face directory of the CLIP text encoder",
-    )
+        "--text_encoder", "--clip_path", dest="clip_path", metavar="DIR", default=default, required=is_required,
+        help="local Hugging Face directory of the text encoder: a CLIP, or a causal language model"
+    )  # fmt: skip
+    group.add_argument(
+        "--max_text_tokens", type=whole(2, 10**6), default=None,
+        help="tokens that are read of a caption; None: all that a CLIP has positions for, 128 of a language model's"
+    )  # fmt: skip
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from engine.cli.arguments import (
-    DEFAULT_CLIP,
     SWITCH,
     add_config_arg,
     add_device_arg,
     add_optim_args,
+    add_text_encoder_args,
     add_timeout_arg,
     script_parser,
 )
@@ -65,9 +65,7 @@ def add_annotation_args(group: argparse._ActionsContainer, split: str) -> None:
     group.add_argument(
         "--min_visibility", type=fraction, default=0.2, help="smallest fraction of a box left by the crop"
     )
-    group.add_argument(
-        "--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text encoder"
-    )
+    add_text_encoder_args(group)
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:

@@ -62,7 +62,7 @@ from engine.train.profile import build_profiler
 from engine.train.state import Position, TrainState
 from models.build import build_model
 from models.frozen.codec import Codec, load_codec
-from models.frozen.text import ClipTextEncoder
+from models.frozen.encoder import CaptionEncoder, load_text_encoder
 from models.sampling.config import SamplingConfig
 from models.sampling.few import few_sampling
 from models.structmar import StructMAR, StructMARConfig
@@ -112,10 +112,10 @@ class Frozen:
     """What conditions and decodes, and never trains. caption_encoder: None where no caption is read."""
 
     codec: Codec
-    caption_encoder: ClipTextEncoder | None
+    caption_encoder: CaptionEncoder | None
 
     @property
-    def text_encoder(self) -> ClipTextEncoder:
+    def text_encoder(self) -> CaptionEncoder:
         """Of a stage that trains on captions."""
         assert self.caption_encoder is not None, "this stage reads no captions"
         return self.caption_encoder
@@ -123,7 +123,7 @@ class Frozen:
 
 def build_frozen(args: argparse.Namespace, device: torch.device, has_captions: bool) -> Frozen:
     codec = load_codec(args.vae_path, device, args.latent_scale)
-    return Frozen(codec, ClipTextEncoder.load(args.clip_path, device) if has_captions else None)
+    return Frozen(codec, load_text_encoder(args.clip_path, device, args.max_text_tokens) if has_captions else None)
 
 
 def build_dataset(
@@ -140,7 +140,8 @@ def build_dataset(
         )
         latents = LatentCache(root / "latents", key)
     if (root / "text").is_dir():
-        texts = TextCache(root / "text", TextCacheKey(frozen.text_encoder.id, config.split))
+        encoder = frozen.text_encoder
+        texts = TextCache(root / "text", TextCacheKey(encoder.id, config.split, encoder.stated_cut))
     if latents is None and texts is None:
         wanted = "neither latents/ nor text/" if has_images else "no text/"
         raise FileNotFoundError(f"--cached_path {root} has {wanted}: make it with python -m scripts.cache_latents")

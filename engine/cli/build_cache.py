@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from engine.data.classes import SPLIT, ClassIndex
 from engine.data.sources import Photograph, Source, photographs_of
 from models.frozen.base import ImageCodec
 from models.frozen.codec import load_codec
-from models.frozen.text import ClipTextEncoder
+from models.frozen.encoder import CaptionEncoder, load_text_encoder
 from util.boxes import plan_center_crop
 from util.coco import BoxFilters, CocoIndex
 from util.distributed import DistInfo, barrier, failing_together, init_distributed, shutdown
@@ -28,6 +29,9 @@ from util.logging import progress, setup_logging
 from util.output import held_folder
 from util.picture_files import decode_image, read_image_bytes, require_size
 
+logger = logging.getLogger(__name__)
+
+MAX_CACHED_CHANNELS = 1024
 ALL_BOXES = BoxFilters(
     min_visibility=0, keep_crowd=True, unknown="phrase"
 )  # latents and captions do not depend on them
@@ -55,7 +59,9 @@ def _cache_coco(args: argparse.Namespace, dist: DistInfo) -> list[str]:
     if args.latents:
         said.append(_check_images(index, dist))
     codec = load_codec(args.vae_path, dist.device, args.latent_scale) if args.latents else None
-    encoder = ClipTextEncoder.load(args.clip_path, dist.device) if args.text else None
+    encoder = load_text_encoder(args.clip_path, dist.device, args.max_text_tokens) if args.text else None
+    if encoder is not None:
+        logger.info("%s", text_cache_size(encoder, args.clip_path, list(index.captions().values())))
     if not args.check_data:
         if codec is not None:
             named_in = index.named_in
@@ -146,8 +152,8 @@ def cache_latents(
         )
 
 
-def cache_text(args: argparse.Namespace, index: CocoIndex, encoder: ClipTextEncoder, dist: DistInfo) -> None:
-    key = TextCacheKey(encoder.id, args.coco_split)
+def cache_text(args: argparse.Namespace, index: CocoIndex, encoder: CaptionEncoder, dist: DistInfo) -> None:
+    key = TextCacheKey(encoder.id, args.coco_split, encoder.stated_cut)
     with _progress("captions", dist) as on_progress:
         path = Path(args.cached_path) / "text"
         write_text_cache(
@@ -159,6 +165,25 @@ def cache_text(args: argparse.Namespace, index: CocoIndex, encoder: ClipTextEnco
             on_progress=on_progress,
             share=_share(dist),
         )
+
+
+def text_cache_size(encoder: CaptionEncoder, path: str, captions: Sequence[str]) -> str:
+    """How large the text states of these captions will be, by the lengths of some of them, for the log.
+
+    Raises ValueError for states of more than `MAX_CACHED_CHANNELS`, naming the folder at `path`.
+    """
+    some = captions[:: max(1, len(captions) // 1000)]
+    tokens = sum(map(len, encoder.tokenize(some))) / max(1, len(some))
+    gigabytes = len(captions) * tokens * encoder.dim * 4 / 1e9
+    size = (
+        f"{len(captions)} captions of {tokens:.0f} tokens by {encoder.dim} channels: {gigabytes:.2g} GB of text states"
+    )
+    if encoder.dim > MAX_CACHED_CHANNELS:
+        raise ValueError(
+            f"--text_encoder {path}: {size}. Up to {MAX_CACHED_CHANNELS} channels are cached; with --no-text, training "
+            "encodes captions as it goes"
+        )
+    return size
 
 
 def _share(dist: DistInfo) -> Share:

@@ -130,7 +130,8 @@ def plan_generation(args: argparse.Namespace, eval_set: EvalSet, dist: DistInfo)
     """The model with its frozen parts, fitted to the profile; what was begun in --output_dir must be the same."""
     profile = eval_set.profile
     pipeline = StructMARPipeline.from_checkpoint(
-        args.resume, args.vae_path, args.clip_path, dist.device, args.ema, args.allow_other_frozen
+        args.resume, args.vae_path, args.clip_path, dist.device, args.ema, args.allow_other_frozen,
+        max_text_tokens=args.max_text_tokens,
     )  # fmt: skip
     identity = identity_of(pipeline)
     require_same_categories(eval_set.categories, identity.categories, f"{args.coco_root} {eval_set.split}")

@@ -18,7 +18,7 @@ from engine.data.scenes import KnownLabels, Scene, read_layout_file, text_scene
 from engine.eval.layout_scores import LayoutScores, score_layouts
 from engine.plan.data import held_out
 from engine.plan.propose import LayoutPlanner, layout_generators
-from models.frozen.text import ClipTextEncoder
+from models.frozen.encoder import load_text_encoder
 from util.boxes import plan_center_crop
 from util.buckets import read_size
 from util.coco import BoxFilters, CocoIndex
@@ -82,7 +82,7 @@ def real_layouts(args: argparse.Namespace, index: CocoIndex) -> list[Layout]:
 
 def from_planner(args: argparse.Namespace, index: CocoIndex, planner: LayoutPlanner, device: torch.device) -> Compared:
     """One layout for the first caption of each image, drawn by --seed and the image's id."""
-    encoder = ClipTextEncoder.load(args.clip_path, device)
+    encoder = load_text_encoder(args.clip_path, device, args.max_text_tokens)
     known = KnownLabels(index.categories, planner.identity.config.max_objects)
     planner.require_fitting(known, encoder.id)
     images = index.images[: args.max_images]

@@ -50,7 +50,14 @@ def make_studio(args: argparse.Namespace) -> Studio:
     device = init_distributed(args.device).device
     config = sampling_config(args)
     pipeline = StructMARPipeline.from_checkpoint(
-        args.resume, args.vae_path, args.clip_path, device, args.ema, args.allow_other_frozen, args.planner_path or None
+        args.resume,
+        args.vae_path,
+        args.clip_path,
+        device,
+        args.ema,
+        args.allow_other_frozen,
+        args.planner_path or None,
+        max_text_tokens=args.max_text_tokens,
     )
     examples: list[Scene] = read_layout_file(args.examples, pipeline.known_labels) if args.examples else []
     require_drawable(pipeline.model.config, config, examples)
@@ -69,7 +76,9 @@ def make_studio(args: argparse.Namespace) -> Studio:
 def sample_command(args: argparse.Namespace) -> tuple[str, ...]:
     """The words of `scripts.sample` with these weights."""
     words = ["python", "-m", "scripts.sample", "--resume", args.resume]
-    words += ["--vae_path", args.vae_path, "--clip_path", args.clip_path]
+    words += ["--vae_path", args.vae_path, "--text_encoder", args.clip_path]
+    if args.max_text_tokens is not None:
+        words += ["--max_text_tokens", str(args.max_text_tokens)]
     switches = {"--no-ema": not args.ema, "--allow_other_frozen": args.allow_other_frozen}
     words += [flag for flag, is_given in switches.items() if is_given]
     if args.device != "auto":

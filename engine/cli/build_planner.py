@@ -19,7 +19,7 @@ from engine.plan.training import PlannerCheckpoint, PlannerEvaluation, PlannerSt
 from engine.train.loop import TrainConfig, TrainingRun, course_of
 from engine.train.optim import LrSchedule, absolute_lr, build_optimizer
 from engine.train.parallel import wrap
-from models.frozen.text import ClipTextEncoder
+from models.frozen.encoder import CaptionEncoder, load_text_encoder
 from models.planner import Planner, PlannerConfig
 from util.coco import CocoIndex
 from util.config import resolved_dict
@@ -52,7 +52,7 @@ def build_planner_training(args: argparse.Namespace, dist: DistInfo) -> Prepared
     data = annotation_config(args, args.max_objects, args.hflip_prob)
     index = without_held_out(data.load_index(), args.held_out_every)
     trains, decides = stopping_set(index, args.stop_share, args.seed)
-    encoder = ClipTextEncoder.load(args.clip_path, dist.device)
+    encoder = load_text_encoder(args.clip_path, dist.device, args.max_text_tokens)
     sizes = PlannerConfig(
         len(index.categories), encoder.dim, args.max_objects, args.num_bins, args.width, args.depth, args.num_heads,
         args.dropout,
@@ -90,7 +90,7 @@ def build_state(args: argparse.Namespace, sizes: PlannerConfig, dist: DistInfo, 
 
 
 def training_batches(
-    args: argparse.Namespace, data: DataConfig, index: CocoIndex, encoder: ClipTextEncoder, dist: DistInfo
+    args: argparse.Namespace, data: DataConfig, index: CocoIndex, encoder: CaptionEncoder, dist: DistInfo
 ) -> LoadedBatches:
     """Batches of captions and layouts; with text states where --cached_path has them."""
     texts = None

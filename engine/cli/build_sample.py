@@ -135,7 +135,8 @@ def prepare_scenes(args: argparse.Namespace, device: torch.device, prompt: str |
     require_grid(args.grid_scale, identity.config.img_size, scenes)
     require_free(Path(args.output_dir), len(scenes))
     pipeline = StructMARPipeline.from_checkpoint(
-        args.resume, args.vae_path, args.clip_path, device, args.ema, args.allow_other_frozen
+        args.resume, args.vae_path, args.clip_path, device, args.ema, args.allow_other_frozen,
+        max_text_tokens=args.max_text_tokens,
     )  # fmt: skip
     if args.rope_scale is not None:
         pipeline.model.set_rope_scale(args.rope_scale)

@@ -225,7 +225,7 @@ WHERE_TO_GET = {
     "class_root": "it holds train/ with a folder of pictures for each class, see https://image-net.org",
     "coco_root": "it holds annotations/ and the image folders, see https://cocodataset.org/#download",
     "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar, vq_ds16_c2i.pt from https://github.com/FoundationVision/LlamaGen",
-    "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32",
+    "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32, or of a causal language model",
     "detector_path": "fasterrcnn_resnet50_fpn_v2's weights are linked from torchvision's documentation",
     "more_detectors": "a Faster R-CNN (.pth), as --detector_path",
     "eval_detector": _DETECTOR_KINDS,
@@ -235,6 +235,10 @@ WHERE_TO_GET = {
 }
 
 
-def require_path(flag: str, path: str) -> None:
+FLAG_OF = {"clip_path": "text_encoder"}  # what has another name than its field
+
+
+def require_path(field: str, path: str) -> None:
     if not Path(path).exists():
-        raise FileNotFoundError(f"--{flag} {path} does not exist; {WHERE_TO_GET[flag]}")
+        flag = FLAG_OF.get(field, field)
+        raise FileNotFoundError(f"--{flag} {path} does not exist; {WHERE_TO_GET[field]}")

@@ -80,10 +80,12 @@ class LatentCacheKey:
 
 @dataclass(frozen=True)
 class TextCacheKey:
-    """What text states depend on, besides captions. text_encoder_id: `TextEncoder.id`."""
+    """What text states depend on, besides captions. text_encoder_id: `TextEncoder.id`. max_text_tokens: its
+    `stated_cut`, which manifests of 0 do not name."""
 
     text_encoder_id: str
     split: str
+    max_text_tokens: int = 0
 
     @property
     def kind(self) -> str:
@@ -95,7 +97,7 @@ class TextCacheKey:
 
     def stated(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "max_text_tokens" or value}
 
 
 CacheKey = LatentCacheKey | TextCacheKey

@@ -17,6 +17,8 @@ from util.output import write_atomic
 from util.read import read_json
 
 FORMAT_VERSION = 2
+UNSAID = ("max_text_tokens",)
+"""What manifests name only where it is not the encoder's own."""
 MANIFEST = "manifest.json"
 MAKE_IT = "make it with python -m scripts.cache_latents"
 MAKE_AGAIN = "run the same scripts.cache_latents command again, it replaces what is damaged or has changed"
@@ -68,7 +70,7 @@ def require_same(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]
         )
     different = [
         f"{name} {stored.get(name)!r}, but {value!r} is asked for"
-        for name, value in asked.items()
+        for name, value in (dict.fromkeys(UNSAID) | dict(asked)).items()
         if stored.get(name) != value
     ]
     if different:

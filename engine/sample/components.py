@@ -11,18 +11,18 @@ from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.checkpoint.identity import Identity, require_same_config
 from engine.checkpoint.load import load_for_sampling, require_fitting_codec, require_same_frozen
 from engine.data.phrases import PhraseEncoder
 from engine.data.scenes import KnownLabels
 from engine.plan.propose import LayoutPlanner
-from engine.sample.folder import FolderRecord, align_memory, caption_encoder_of, contents_of
+from engine.sample.folder import FolderRecord, align_memory, contents_of
 from engine.sample.inputs import precision_of
 from engine.sample.transformer import StructMARTransformer
 from models.frozen.codec import Autoencoder, Codec, codec_around, load_codec
-from models.frozen.text import ClipTextEncoder
+from models.frozen.encoder import CaptionEncoder, encoder_around, load_text_encoder
 from models.sampling.config import SamplingConfig, default_sampling
 from models.structmar import StructMAR
 
@@ -43,11 +43,12 @@ class PipelineComponents(DiffusionPipeline):
         self,
         transformer: StructMARTransformer,
         vae: Autoencoder,
-        text_encoder: CLIPTextModel | None,
-        tokenizer: CLIPTokenizer | None,
+        text_encoder: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
         identity: Identity | None = None,
         codec: Codec | None = None,
-        caption_encoder: ClipTextEncoder | None = None,
+        caption_encoder: CaptionEncoder | None = None,
+        max_text_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -55,7 +56,7 @@ class PipelineComponents(DiffusionPipeline):
             if identity is None:
                 raise ValueError("make a pipeline by from_pretrained, from_checkpoint or from_parts")
             codec = codec_around(vae, identity.latent_scale, identity.vae_id)
-            caption_encoder = caption_encoder_of(text_encoder, tokenizer, identity.text_encoder_id)
+            caption_encoder = encoder_around(text_encoder, tokenizer, max_text_tokens, identity.text_encoder_id)
         self.codec, self.identity = codec, identity
         self._caption_encoder = caption_encoder
         self.phrases = None if caption_encoder is None else PhraseEncoder(caption_encoder)
@@ -69,7 +70,7 @@ class PipelineComponents(DiffusionPipeline):
         cls,
         model: StructMAR,
         codec: Codec,
-        caption_encoder: ClipTextEncoder | None,
+        caption_encoder: CaptionEncoder | None,
         identity: Identity | None = None,
     ) -> Self:
         """Around live objects, in training, compiled or sharded too: nothing is copied."""
@@ -88,9 +89,11 @@ class PipelineComponents(DiffusionPipeline):
         use_ema: bool = True,
         allow_other_frozen: bool = False,
         planner_path: str | Path | None = None,
+        max_text_tokens: int | None = None,
     ) -> Self:
-        """From a training checkpoint or an exported file, and the frozen parts it was trained with. planner_path: see
-        `load_planner`.
+        """From a training checkpoint or an exported file, and the frozen parts it was trained with. clip_path: the
+        folder of the text encoder, CLIP or a language model. planner_path: see `load_planner`. max_text_tokens: read
+        of a caption, None: the encoder's own number.
 
         Raises FileNotFoundError or ValueError naming the file that is missing or does not fit the weights.
         """
@@ -99,7 +102,7 @@ class PipelineComponents(DiffusionPipeline):
         codec = load_codec(vae_path, device, identity.latent_scale)
         require_same_frozen("VAE", vae_path, codec.id, identity.vae_id, allow_other_frozen)
         require_fitting_codec(codec, vae_path, identity.config)
-        encoder = ClipTextEncoder.load(clip_path, device)
+        encoder = load_text_encoder(clip_path, device, max_text_tokens)
         require_same_frozen("text encoder", clip_path, encoder.id, identity.text_encoder_id, allow_other_frozen)
         if encoder.dim != identity.config.text_dim:
             raise ValueError(
@@ -128,7 +131,7 @@ class PipelineComponents(DiffusionPipeline):
         folder, precision = str(pretrained_model_name_or_path), precision_of(torch_dtype if dtype is None else dtype)
         record = FolderRecord.read(folder)
         kwargs = {"low_cpu_mem_usage": False, **kwargs}  # diffusers warns of a missing accelerate otherwise
-        pipeline = super().from_pretrained(folder, identity=record.identity, **kwargs)
+        pipeline = super().from_pretrained(folder, **record.known, **kwargs)
         align_memory(pipeline.transformer, pipeline.vae, pipeline.text_encoder)
         record.require_same(pipeline._contents(), folder)
         require_same_config(pipeline.model.config, record.identity.config, f"{folder}/transformer/config.json")
@@ -165,7 +168,7 @@ class PipelineComponents(DiffusionPipeline):
         if folder.is_file():
             raise ValueError(f"{folder} is a file, not a folder")
         super().save_pretrained(str(folder), **kwargs)
-        FolderRecord(self.identity, self._contents()).write(folder)
+        FolderRecord(self.identity, self._contents(), self.caption_encoder.stated_cut).write(folder)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `DiffusionPipeline.to`; a dtype sets the precision of calls and leaves the weights float32."""
@@ -185,7 +188,7 @@ class PipelineComponents(DiffusionPipeline):
         return self.transformer.model
 
     @property
-    def caption_encoder(self) -> ClipTextEncoder:
+    def caption_encoder(self) -> CaptionEncoder:
         """Raises ValueError for MAR's own weights, which have none."""
         if self._caption_encoder is None:
             raise ValueError("these are MAR's own weights, which know classes instead of captions: see draw_classes")

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.checkpoint.identity import Identity
 from models.frozen.codec import Autoencoder
-from models.frozen.text import IGNORED_NAMES, TEXT_PREFIX, ClipTextEncoder
+from models.frozen.text import IGNORED_NAMES, TEXT_PREFIX
 from models.structmar import StructMAR
 from util.checkpoint import sha256_tensors
 from util.output import write_atomic
@@ -31,13 +31,21 @@ PIPELINE_FORMAT = "structmar-pipeline-1"
 
 @dataclass(frozen=True)
 class FolderRecord:
-    """contents: sha256 by component."""
+    """contents: sha256 by component. max_text_tokens: read of a caption; 0 where the encoder's kind says it."""
 
     identity: Identity
     contents: Mapping[str, str]
+    max_text_tokens: int = 0
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What a pipeline is told beside its components."""
+        return {"identity": self.identity, "max_text_tokens": self.max_text_tokens or None}
 
     def write(self, folder: Path) -> None:
         entries = {"format": PIPELINE_FORMAT, **self.identity.to_dict(), "weights": self.identity.weights}
+        if self.max_text_tokens:
+            entries["max_text_tokens"] = self.max_text_tokens
         text = json.dumps(entries | {"contents": dict(self.contents)}, indent=2, ensure_ascii=False) + "\n"
         write_atomic(folder / RECORD_NAME, lambda file: file.write(text.encode("utf-8")))
 
@@ -57,7 +65,10 @@ class FolderRecord:
         missing = [name for name in ("weights", "contents") if name not in entries]
         if missing:
             raise ValueError(f"{path} lacks {missing}")
-        return FolderRecord(Identity.from_dict(entries, path, entries["weights"]), entries["contents"])
+        read = entries.get("max_text_tokens", 0)
+        if type(read) is not int or read < 0:
+            raise ValueError(f"{path}: max_text_tokens must be a whole number, not negative, got {read!r}")
+        return FolderRecord(Identity.from_dict(entries, path, entries["weights"]), entries["contents"], read)
 
     def require_same(self, found: Mapping[str, str], folder: str | Path) -> None:
         """Raises ValueError naming the component and both values if one is not what was saved."""
@@ -69,7 +80,7 @@ class FolderRecord:
 
 
 def contents_of(
-    model: StructMAR, vae: Autoencoder, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+    model: StructMAR, vae: Autoencoder, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
     """The sha256 of each component's tensors, by the component's name; of the tokenizer, its vocabulary's."""
     states = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in text_encoder.state_dict().items()}
@@ -84,16 +95,6 @@ def contents_of(
 
 def _sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def caption_encoder_of(
-    model: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, files_id: str
-) -> ClipTextEncoder | None:
-    """The components of a folder as the rest of the code uses them; None if there are none."""
-    if model is None or tokenizer is None:
-        return None
-    tokenizer.model_max_length = int(1e9)  # ClipTextEncoder cuts itself
-    return ClipTextEncoder(model, tokenizer, model.config.max_position_embeddings, files_id)
 
 
 def align_memory(*modules: nn.Module) -> None:

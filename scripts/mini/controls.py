@@ -81,7 +81,9 @@ def measure_times(args: argparse.Namespace, tokenizers: Mapping[str, str]) -> No
     """Writes the medians."""
     torch.set_num_threads(args.num_threads)
     pipelines = {
-        name: StructMARPipeline.from_checkpoint(args.weights / f"{name}.safetensors", vae_path, args.clip_path)
+        name: StructMARPipeline.from_checkpoint(
+            args.weights / f"{name}.safetensors", vae_path, args.clip_path, max_text_tokens=args.max_text_tokens
+        )
         for name, vae_path in tokenizers.items()
     }
     configs = {

@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import script_parser
+from engine.cli.arguments import add_text_encoder_args, script_parser
 from models.config import PRECISIONS
 from util.config import parse_checked
 from util.failures import one_line_errors
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=VAE", help="models and their tokenizers")
     parser.add_argument("--controls", nargs="+", required=True, help="folders of each model, the plain one first")
     parser.add_argument("--weights", type=Path, default=Path("pretrained_models/mini"), help="has NAME.safetensors")
-    parser.add_argument("--clip_path", default="pretrained_models/mini/clip-text-mini", help="the text encoder of all")
+    add_text_encoder_args(parser, "pretrained_models/mini/clip-text-mini")
     parser.add_argument("--coco_root", type=Path, default=Path("data/mini_coco"), help="dataset of the held-out scenes")
     parser.add_argument("--num_images", type=positive_int, default=16, help="scenes of a timed batch")
     parser.add_argument("--repeats", type=positive_int, default=3, help="timed runs of each setting")

@@ -110,7 +110,10 @@ def run(args: argparse.Namespace) -> None:
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     device = init_distributed(args.device).device
-    pipeline = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device)
+    pipeline = StructMARPipeline.from_checkpoint(
+        args.resume, args.vae_path, args.clip_path, device,
+        max_text_tokens=args.max_text_tokens,
+    )  # fmt: skip
     assert pipeline.identity is not None, "weights of a file say what they were made for"
     config, categories = pipeline.model.config, pipeline.identity.categories
     scenes = read_layout_file(args.layout, KnownLabels.of(config, categories))

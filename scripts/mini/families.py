@@ -50,7 +50,9 @@ def run_times(args: argparse.Namespace) -> None:
         name, _, vae_path = given.partition("=")
         if not vae_path:
             raise ValueError(f"--models takes NAME=VAE, got {given!r}")
-        pipelines[name] = StructMARPipeline.from_checkpoint(args.runs / name / LAST_NAME, vae_path, args.clip_path)
+        pipelines[name] = StructMARPipeline.from_checkpoint(
+            args.runs / name / LAST_NAME, vae_path, args.clip_path, max_text_tokens=args.max_text_tokens
+        )
     settings = [(name, count) for name in pipelines for count in args.iterations]
     configs = {each: evaluated_sampling(args.runs, *each) for each in settings}
     index = CocoIndex.load(args.coco_root, "val2017")

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import script_parser
+from engine.cli.arguments import add_text_encoder_args, script_parser
 from models.config import PRECISIONS
 from util.config import parse_checked
 from util.failures import one_line_errors
@@ -25,7 +25,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser("scripts.mini.families_time", __doc__)
     parser.add_argument("--runs", type=Path, required=True, help="folder with a run folder for each model")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=VAE", help="models and their tokenizers")
-    parser.add_argument("--clip_path", required=True, help="the text encoder of all")
+    add_text_encoder_args(parser, is_required=True)
     parser.add_argument("--coco_root", type=Path, default=Path("data/mini_coco"), help="dataset of the held-out scenes")
     parser.add_argument("--iterations", nargs="+", type=positive_int, default=[8, 16, 32, 64])
     parser.add_argument("--num_images", type=positive_int, default=16, help="scenes of a batch")

@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import VAE_HELP, add_device_arg, script_parser
+from engine.cli.arguments import VAE_HELP, add_device_arg, add_text_encoder_args, script_parser
 from models.config import PRECISIONS
 from util.config import parse_checked
 from util.failures import one_line_errors
@@ -31,9 +31,7 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", default=f"{MINI}/structmar_mini_stage2.safetensors",
                         help="weights: a training checkpoint or an exported file")  # fmt: skip
     parser.add_argument("--vae_path", default=f"{MINI}/vae/kl8_mini.ckpt", help=VAE_HELP)
-    parser.add_argument(
-        "--clip_path", default=f"{MINI}/clip-text-mini", help="local Hugging Face directory of the CLIP text model"
-    )
+    add_text_encoder_args(parser, f"{MINI}/clip-text-mini")
     parser.add_argument("--num_threads", type=threads_int, default=None, help="CPU threads (None: PyTorch's choice)")
     add_device_arg(parser)
 

@@ -294,7 +294,10 @@ def run(args: argparse.Namespace) -> None:
     settings = DetectorSettings(profile.min_score, profile.nms_iou, profile.max_detections)
     eval_set = load_eval_set(args.coco_root, profile, split=args.split, max_images=args.max_images)
     judge = Judge.of(load_detector(args.detector, device, settings), eval_set.categories)
-    pipeline = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device)
+    pipeline = StructMARPipeline.from_checkpoint(
+        args.resume, args.vae_path, args.clip_path, device,
+        max_text_tokens=args.max_text_tokens,
+    )  # fmt: skip
     results = evaluate(pipeline, judge, eval_set, profile, args)
     if args.output is not None:
         write_text_atomic(args.output, json.dumps(results, indent=2) + "\n")

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import DEFAULT_CLIP, VAE_HELP, script_parser
+from engine.cli.arguments import VAE_HELP, add_text_encoder_args, script_parser
 from util.config import parse_checked
 from util.failures import one_line_errors
 from util.output import require_output_dir
@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser("scripts.mini.norm_growth", __doc__)
     parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=DIR", help="run folders and their names")
     parser.add_argument("--vae_path", required=True, help=VAE_HELP)
-    parser.add_argument("--clip_path", default=DEFAULT_CLIP, help="local Hugging Face directory of the CLIP text model")
+    add_text_encoder_args(parser)
     parser.add_argument("--coco_root", type=Path, default=Path("data/mini_coco"), help="dataset of the held-out scenes")
     parser.add_argument("--coco_split", default="val2017", help="its first images")
     parser.add_argument("--num_images", type=batch_int, default=32, help="scenes, all in one batch")

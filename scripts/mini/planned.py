@@ -92,7 +92,10 @@ def measure(args: argparse.Namespace) -> dict[str, list[Counts]]:
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     device = init_distributed(args.device).device
-    pipeline = StructMARPipeline.from_checkpoint(args.resume, args.vae_path, args.clip_path, device)
+    pipeline = StructMARPipeline.from_checkpoint(
+        args.resume, args.vae_path, args.clip_path, device,
+        max_text_tokens=args.max_text_tokens,
+    )  # fmt: skip
     config = pipeline.model.config
     filters = BoxFilters(min_area=args.min_area, max_objects=config.max_objects)
     index = CocoIndex.load(args.coco_root, args.split, filters, config.img_size)

@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli.arguments import add_device_arg, script_parser
+from engine.cli.arguments import add_device_arg, add_text_encoder_args, script_parser
 from engine.cli.arguments_planner import add_temperature_arg
 from models.config import PRECISIONS
 from util.config import parse_checked
@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser("scripts.mini.planned_recall", __doc__)
     parser.add_argument("--resume", type=Path, default=MINI / "structmar_mini_stage2.safetensors")
     parser.add_argument("--vae_path", type=Path, default=MINI / "vae" / "kl8_mini.ckpt", help="or the VQ's file")
-    parser.add_argument("--clip_path", type=Path, default=MINI / "clip-text-mini")
+    add_text_encoder_args(parser, str(MINI / "clip-text-mini"))
     parser.add_argument("--planner_path", type=Path, default=MINI / "planner_mini.safetensors")
     add_temperature_arg(parser)
     parser.add_argument("--detector", type=Path, default=MINI / "fasterrcnn_mini_judge.pth")

@@ -82,7 +82,9 @@ def read_run(folder: Path, args: argparse.Namespace) -> list[Reading]:
         raise FileNotFoundError(f"{folder} has no checkpoints of single steps: train with --keep_every")
     readings = []
     for step, path in sorted(kept.items()):
-        parts = StructMARPipeline.from_checkpoint(path, args.vae_path, args.clip_path, use_ema=False)
+        parts = StructMARPipeline.from_checkpoint(
+            path, args.vae_path, args.clip_path, use_ema=False, max_text_tokens=args.max_text_tokens
+        )
         inputs = held_out_inputs(parts, args.coco_root, args.coco_split, args.num_images)
         mask = fixed_mask(args.num_images, math.prod(parts.model.config.unit_grid()), args.hidden_share, args.seed)
         readings.append(read_blocks(parts.model, inputs, mask, step))

@@ -232,11 +232,14 @@ class FakeCodec:
 
 
 class FakeEncoder:
-    id = "clip-1"
+    id, dim, stated_cut = "clip-1", 8, 0
 
     @classmethod
-    def load(cls, path, device="cpu"):
+    def load(cls, path, device="cpu", max_tokens=None):
         return cls()
+
+    def tokenize(self, captions):
+        return [[0]] * len(captions)
 
     def encode(self, captions):
         return fake_states(captions)
@@ -246,7 +249,7 @@ class FakeEncoder:
 def cached(tmp_path, monkeypatch):
     """A dataset and the caches that the script made of it with fake models."""
     monkeypatch.setattr(build_cache, "load_codec", FakeCodec.load)
-    monkeypatch.setattr(build_cache, "ClipTextEncoder", FakeEncoder)
+    monkeypatch.setattr(build_cache, "load_text_encoder", FakeEncoder.load)
     root = write_coco(tmp_path / "coco")
     command = ["--coco_root", str(root), "--coco_split", "train2017", "--cached_path", str(tmp_path / "cache")]
     cache_latents.main([*command, "--img_size", "16", "--batch_size", "2", "--device", "cpu", "--num_workers", "0"])
