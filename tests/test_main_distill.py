@@ -3,8 +3,6 @@ refused of weights that have guidance in them."""
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import signal
 from collections.abc import Callable
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-import engine.train.supervised
 import main_mar
 import main_rl
 import scripts.compare_heads
@@ -28,11 +25,12 @@ from engine.checkpoint.load import export_weights
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.page.studio import Studio
 from engine.sample.pipeline import StructMARPipeline
+from engine.train.supervised import SupervisedStep
 from models.sampling.config import SamplingConfig
 from tests.helpers.eval_world import write_detector
 from tests.helpers.processes import in_two_processes
-from tests.helpers.runs import assert_same, in_child
-from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
+from tests.helpers.runs import in_child, kill_in_call
+from tests.helpers.tiny_run import argv, assert_same_run, load_checkpoint, read_metrics, write_world
 
 GUIDED = {"cfg_text": 3.0, "cfg_layout": 2.0, "cfg_schedule": "constant", "num_iter": 4}
 QUICK = {"num_iter": 2, "num_sampling_steps": 3}
@@ -62,18 +60,6 @@ def flags(root: Path, output: str, **more: Any) -> list[str]:
 
 def weights(root: Path, output: str = "whole") -> Path:
     return root / output / "checkpoint-last.pth"
-
-
-def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
-
-
-def assert_same_run(root: Path, one: str, other: str) -> None:
-    first, second = load_checkpoint(root, one), load_checkpoint(root, other)
-    for state in (first, second):
-        del state["args"]
-    assert_same(first, second)
-    assert timeless(read_metrics(root, one)) == timeless(read_metrics(root, other))
 
 
 # --- what it makes ---------------------------------------------------------------------------------------------------
@@ -137,15 +123,7 @@ def test_n_and_n_steps_are_two_n_steps(world: Path) -> None:
 
 def test_killed_in_the_middle_of_a_step(world: Path) -> None:
     def run() -> int:
-        take = engine.train.supervised.SupervisedStep.take
-        count = itertools.count()
-
-        def killing(*args: Any) -> int:
-            if next(count) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return take(*args)
-
-        engine.train.supervised.SupervisedStep.take = killing  # type: ignore[method-assign]
+        kill_in_call(SupervisedStep, "take", 3)
         return main_mar.main(flags(world, "killed", save_freq_steps=1))
 
     assert in_child(run) == -signal.SIGKILL

@@ -3,8 +3,6 @@ what is refused."""
 
 from __future__ import annotations
 
-import itertools
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-import engine.train.supervised
 import main_mar
 import main_rl
 import scripts.compare_heads
@@ -24,11 +21,12 @@ from engine.checkpoint.identity import Identity
 from engine.checkpoint.load import export_weights, load_for_sampling
 from engine.cli.sampling import parse_sampling_args, sampling_config
 from engine.sample.pipeline import StructMARPipeline
+from engine.train.supervised import SupervisedStep
 from models.sampling.config import SamplingConfig
 from models.sampling.few import few_sampling
 from tests.helpers.eval_world import write_detector
-from tests.helpers.runs import assert_same, in_child
-from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
+from tests.helpers.runs import in_child, kill_in_call
+from tests.helpers.tiny_run import argv, assert_same_run, load_checkpoint, write_world
 
 TEACHER = SamplingConfig(
     num_iter=4, num_sampling_steps=3, cfg_text=3.0, cfg_layout=2.0, cfg_schedule="constant", temperature=0.9
@@ -161,37 +159,20 @@ def test_stage_3_samples_with_the_head_and_leaves_it_as_it_is(world: Path, caplo
 # --- stops and kills -------------------------------------------------------------------------------------------------
 
 
-def assert_same_run(world: Path, output: str) -> None:
-    one, other = load_checkpoint(world, output), load_checkpoint(world, "whole")
-    for content in (one, other):
-        del content["args"]
-    assert_same(one, other)
-    losses = [[line["loss"] for line in read_metrics(world, name)] for name in (output, "whole")]
-    assert losses[0] == losses[1]
-
-
 def test_n_and_n_steps_are_two_n_steps(world: Path) -> None:
     main_mar.main(flags(world, "parts", max_steps=3))
     main_mar.main(flags(world, "parts"))
-    assert_same_run(world, "parts")
+    assert_same_run(world, "parts", "whole")
 
 
 def test_killed_in_the_middle_of_a_step(world: Path) -> None:
     def run() -> int:
-        take = engine.train.supervised.SupervisedStep.take
-        count = itertools.count()
-
-        def killing(*args: Any) -> int:
-            if next(count) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return take(*args)
-
-        engine.train.supervised.SupervisedStep.take = killing  # type: ignore[method-assign]
+        kill_in_call(SupervisedStep, "take", 3)
         return main_mar.main(flags(world, "killed", save_freq_steps=1))
 
     assert in_child(run) == -signal.SIGKILL
     main_mar.main(flags(world, "killed"))
-    assert_same_run(world, "killed")
+    assert_same_run(world, "killed", "whole")
 
 
 def test_its_own_checkpoint_is_continued_with_its_teacher(world: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,11 @@ from engine.rl.reward_gradient import RewardGradientStep
 from tests.helpers.coco_fixture import CATEGORIES
 from tests.helpers.eval_world import write_detector, write_profile
 from tests.helpers.processes import in_two_processes
-from tests.helpers.runs import assert_same, in_child
-from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics, write_world
+from tests.helpers.runs import in_child, kill_in_call
+from tests.helpers.tiny_run import argv, assert_same_run, load_checkpoint, read_metrics, write_world
 from util.types import Category, LayoutBatch
 
 NAMES = tuple(sorted((Category(each["id"], each["name"]) for each in CATEGORIES), key=lambda each: each.id))
-TIMES = ("images_per_second", "update_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +65,6 @@ def shown(world: Path) -> dict[str, Any]:
 def finished(world) -> Path:
     assert main_rl.main(gradient_argv(world, "finished", **shown(world))) == 0
     return world / "finished"
-
-
-def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 # --- the run folder ------------------------------------------------------------------------------------------------
@@ -142,24 +135,13 @@ def test_killed_and_continued_is_uninterrupted(world, finished):
     """By SIGKILL in the middle of the third update."""
 
     def run() -> int:
-        original, count = RewardGradientStep.backward, itertools.count()
-
-        def killing(*args: Any, **kwargs: Any) -> Any:
-            if next(count) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        RewardGradientStep.backward = killing
+        kill_in_call(RewardGradientStep, "backward", 2)
         return main_rl.main(gradient_argv(world, "killed", save_freq_steps=1, **shown(world)))
 
     assert in_child(run) == -signal.SIGKILL
     assert load_checkpoint(world, "killed")["step"] == 2
     main_rl.main(gradient_argv(world, "killed", **shown(world)))
-    first, second = load_checkpoint(world, "killed"), load_checkpoint(world, "finished")
-    for state in (first, second):
-        del state["args"]
-    assert_same(first, second)
-    assert timeless(read_metrics(world, "killed")) == timeless(read_metrics(world, "finished"))
+    assert_same_run(world, "killed", "finished")
 
 
 @pytest.mark.integration

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -26,18 +24,13 @@ from tests.helpers.coco_fixture import annotation_path
 from tests.helpers.eval_world import write_detector
 from tests.helpers.paper_commands import STAGE_3, words
 from tests.helpers.processes import in_two_processes
-from tests.helpers.runs import assert_same, in_child
+from tests.helpers.runs import assert_same, in_child, kill_in_call
 from tests.helpers.tiny_rl import held_out, rl_argv, write_rl_world
-from tests.helpers.tiny_run import argv, load_checkpoint, read_metrics
+from tests.helpers.tiny_run import argv, assert_same_run, load_checkpoint, read_metrics
 from util.config import parse_args
 from util.types import Category
 
-TIMES = ("images_per_second", "rollout_seconds", "update_seconds")
 PARTS = ("iou", "confidence", "centroid", "miss", "extra")
-
-
-def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +182,6 @@ def test_what_samples_are_drawn_from(world):
 # --- stopping, killing, continuing ---------------------------------------------------------------------------------
 
 
-def assert_same_run(world: Path, one: str, other: str) -> None:
-    first, second = load_checkpoint(world, one), load_checkpoint(world, other)
-    for state in (first, second):
-        del state["args"]
-    assert_same(first, second)
-    assert timeless(read_metrics(world, one)) == timeless(read_metrics(world, other))
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
     [
@@ -208,14 +193,7 @@ def test_killed_and_continued_is_uninterrupted(world, finished, owner, name, cal
     output = f"killed_{name}"
 
     def run() -> int:
-        original, count = getattr(owner, name), itertools.count()
-
-        def killing(*args: Any, **kwargs: Any) -> Any:
-            if next(count) == calls:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, killing)
+        kill_in_call(owner, name, calls)
         return main_rl.main(rl_argv(world, output, save_freq_steps=1, **flags))
 
     flags = {"max_rl_steps": 3, "sample_freq": 3, "num_preview": 1, **held_out(world)}

@@ -14,6 +14,7 @@ from models.structmar import StructMAR, preset_config
 from models.weights import NEW_PARTS
 from tests.helpers.clip_files import text_settings, write_tokenizer
 from tests.helpers.coco_fixture import FixtureBox, FixtureImage, write_coco
+from tests.helpers.runs import assert_same
 from util.rng import derive_seed
 
 VAE = VaeConfig((8, 8, 8, 8), 1, 4, encoder_attention=False, mid_attention=False, norm_num_groups=4)
@@ -90,6 +91,22 @@ def read_metrics(root: Path, output: str = "run") -> list[dict[str, float]]:
 
 def load_checkpoint(root: Path, output: str = "run") -> dict:
     return torch.load(root / output / "checkpoint-last.pth", weights_only=True)
+
+
+TIMES = ("images_per_second", "rollout_seconds", "update_seconds")
+
+
+def assert_same_run(root: Path, one: str, other: str) -> None:
+    """Two runs, by the names of their folders: the same checkpoint but for its flags, the same log but for times."""
+    first, second = load_checkpoint(root, one), load_checkpoint(root, other)
+    for state in (first, second):
+        del state["args"]
+    assert_same(first, second)
+    assert timeless(read_metrics(root, one)) == timeless(read_metrics(root, other))
+
+
+def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def _seed(*parts: int | str) -> None:

@@ -22,10 +22,11 @@ from engine.checkpoint.identity import Identity
 from engine.checkpoint.kept import link_last
 from engine.checkpoint.resume import check_identity, find_source, log_continuation, resumed_position
 from engine.train.state import Course, Position
+from engine.train.supervised import SupervisedStep
 from models.sampling.config import SamplingConfig
 from models.structmar import preset_config
-from tests.helpers.runs import assert_same, in_child
-from tests.helpers.tiny_run import SIZES, argv, load_checkpoint, mar_state, read_metrics, write_world
+from tests.helpers.runs import assert_same, in_child, kill_in_call
+from tests.helpers.tiny_run import SIZES, argv, assert_same_run, load_checkpoint, mar_state, read_metrics, write_world
 from util.types import Category
 
 
@@ -37,18 +38,6 @@ def world(tmp_path_factory) -> Path:
 def flags(world: Path, output: str, **more: Any) -> list[str]:
     """Mid-epoch positions, accumulation and dropout: everything a resumed run could get wrong."""
     return argv(world, output, **({"accum_iter": 2, "attn_dropout": 0.1, "proj_dropout": 0.1, "log_freq": 1} | more))
-
-
-def assert_same_run(world: Path, one: str, other: str) -> None:
-    first, second = load_checkpoint(world, one), load_checkpoint(world, other)
-    for state in (first, second):
-        del state["args"]
-    assert_same(first, second)
-    assert timeless(read_metrics(world, one)) == timeless(read_metrics(world, other))
-
-
-def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +74,7 @@ def test_explicit_resume_into_another_folder_continues(world, reference, caplog)
 
 def test_killed_in_the_middle_of_a_step(world, reference):
     def run() -> int:
-        take = engine.train.supervised.SupervisedStep.take
-        count = itertools.count()
-
-        def killing(*args: Any) -> int:
-            if next(count) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return take(*args)
-
-        engine.train.supervised.SupervisedStep.take = killing
+        kill_in_call(SupervisedStep, "take", 3)
         return main_mar.main(flags(world, "killed", max_steps=5, save_freq_steps=1))
 
     assert in_child(run) == -signal.SIGKILL
