@@ -90,12 +90,17 @@ class Routed(nn.Module):
         if self.route is TEXT:
             return self.text(x)
         if self.route is VISUAL:
-            return self.visual(x)
+            return self._through_expert(x)
         assert isinstance(self.route, MixedRoute)
         rows = x.flatten(0, 1)  # [B * T, ...]
         text = self.text(rows[self.route.text_rows])  # [n, ...]
-        visual = self.visual(rows[self.route.visual_rows])  # [m, ...]
+        visual = self._through_expert(rows[self.route.visual_rows])  # [m, ...]
         return torch.cat([text, visual])[self.route.inverse].unflatten(0, x.shape[:2])  # [B, T, ...]
+
+    def _through_expert(self, x: Tensor) -> Tensor:
+        """In the expert's dtype, where that is another one than the language model's."""
+        dtype = next(self.visual.parameters()).dtype
+        return self.visual(x) if x.dtype == dtype else self.visual(x.to(dtype)).to(x.dtype)  # [..., ...]
 
 
 @cache
@@ -224,6 +229,15 @@ def switch_off_dropout(lm: nn.Module) -> None:
             module.p = 0.0
         if "attention_dropout" in vars(module):
             module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def require_room(decoder: Any, length: int) -> None:
+    """Raises ValueError if so many positions are more than a decoder is made for, or than some layer of it sees."""
+    window, most = sliding_window(decoder), decoder.config.to_dict().get("max_position_embeddings")
+    if window is not None and length >= window:
+        raise ValueError(f"{length} positions do not fit into the sliding window of {window} that layers look at")
+    if most is not None and length > most:
+        raise ValueError(f"{length} positions are more than the {most} that the language model is made for")
 
 
 def sliding_window(decoder: Any) -> int | None:

@@ -25,6 +25,7 @@ from models.mars.losses import require_codes
 from models.mars.model import Mars, TextBatch
 from models.mars.passes import Context
 from models.mars.sampling import DrawOptions, draw_codes_after, draw_tape
+from models.semvie import require_room
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ def describe_images(
     """The word ids of a caption of each image, without what ended it.
 
     codes: [B, L] int64; opening: what stands before an image, BOS or nothing. Raises ValueError for images of another
-    number of codes than the model's, and for no words at most.
+    number of codes than the model's, for no words at most, and for more positions than there is room for.
     """
     require_codes(model, codes)
     if max_words < 1:
         raise ValueError(f"max_words must be at least 1, got {max_words}")
+    require_room(model.decoder, len(opening) + codes.shape[1] + 1 + max_words)  # </img>, and all words but the last
     context = Context(model.decoder)
     context.read(model.text_segment(TextBatch.of([opening] * len(codes), "left", model.device)))
     states = context.read(model.image_segment(model.closed(codes)))[:, -1]  # [B, D]

@@ -46,6 +46,10 @@ class Pairs:
                 f"{sizes[1]}, {sizes[2]} and {sizes[3]}"
             )
 
+    def to(self, device: torch.device | str) -> Pairs:
+        codes, opening, has_caption = (each.to(device) for each in (self.codes, self.opening, self.has_caption))
+        return Pairs(codes, self.prompt.to(device), opening, self.answer.to(device), has_caption)
+
 
 @dataclass(frozen=True)
 class Losses:

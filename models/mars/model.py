@@ -85,6 +85,9 @@ class TextBatch:
         """Which positions are no padding: [B, t] bool."""
         return torch.ones_like(self.ids, dtype=torch.bool) if self.valid is None else self.valid  # [B, t]
 
+    def to(self, device: torch.device | str) -> TextBatch:
+        return TextBatch(self.ids.to(device), None if self.valid is None else self.valid.to(device))
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from models.mars.masks import NO_BLOCK, attention_mask, with_bias
-from models.semvie import TEXT, Modality, mixed_route, sliding_window
+from models.semvie import TEXT, Modality, mixed_route, require_room
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Context:
         """One pass over the segment, which attends to all that was read before. bias: [B or 1, 1, t, k], added to the
         logits of attention. Gives the states after the final norm, [B, t, D].
 
-        Raises ValueError in training with gradient checkpointing, which drops caches, and beyond a sliding window.
+        Raises ValueError in training with gradient checkpointing, which drops caches, and as `require_room`.
         """
         if self.decoder.training and self.decoder.is_activation_checkpointing:
             raise ValueError("gradient checkpointing drops the cache that passes by segments need: take the mixed pass")
@@ -74,7 +74,7 @@ class Context:
             self.lengths.append(0)
             return segment.embeddings  # [B, 0, D]
         length = self.length + len(segment)
-        require_in_window(self.decoder, length)
+        require_room(self.decoder, length)
         valid = _joined(self._valid, self.length, segment)  # [B, k] or None
         blocks = [NO_BLOCK] * self.length + [0 if segment.is_block else NO_BLOCK] * len(segment)
         arguments = _attention_arguments(valid, blocks, segment.embeddings, bias)
@@ -111,7 +111,7 @@ def read_by_segments(decoder: Any, segments: Sequence[Segment]) -> list[Tensor]:
 def read_mixed(decoder: Any, segments: Sequence[Segment], bias: Tensor | None = None) -> list[Tensor]:
     """The same in one pass over all segments. bias: [B or 1, 1, T, T], added to the logits of attention."""
     embeddings = torch.cat([segment.embeddings for segment in segments], dim=1)  # [B, T, D]
-    require_in_window(decoder, embeddings.shape[1])
+    require_room(decoder, embeddings.shape[1])
     lengths = [len(segment) for segment in segments]
     valid: Tensor | None = None
     blocks: list[int] = []
@@ -126,13 +126,6 @@ def read_mixed(decoder: Any, segments: Sequence[Segment], bias: Tensor | None = 
         **_attention_arguments(valid, blocks, embeddings, bias),
     )
     return list(output.last_hidden_state.split(lengths, dim=1))  # [B, t, D] each
-
-
-def require_in_window(decoder: Any, length: int) -> None:
-    """Raises ValueError if some layer of the decoder would not see all of so many positions."""
-    window = sliding_window(decoder)
-    if window is not None and length >= window:
-        raise ValueError(f"{length} positions do not fit into the sliding window of {window} that layers look at")
 
 
 def _joined(valid: Tensor | None, length: int, segment: Segment) -> Tensor | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from models.heads.discrete_sampler import CodeOptions, draw_codes
 from models.mars.model import Mars, TextBatch
 from models.mars.passes import Context
+from models.semvie import require_room
 
 MAX_GUIDANCE = 100.0
 
@@ -78,15 +79,16 @@ def draw_images(
     """Codes of one image a prompt: [B, h, w] int64.
 
     prompts: word ids with BOS before them; negative: those of no caption, or of what is not wanted. Raises ValueError
-    for another number of generators than of prompts, and beyond a sliding window.
+    for another number of generators than of prompts, and for more positions than there is room for, before any work.
     """
     if len(prompts) != len(generators):
         raise ValueError(f"every prompt needs a generator, got {len(prompts)} prompts and {len(generators)} generators")
     others = [list(negative)] * len(prompts)
     context = Context(model.decoder)
     rows = [*([] if options.guidance == 0 else prompts), *([] if options.guidance == 1 else others)]
-    context.read(model.text_segment(TextBatch.of(rows, "left", model.device)))
-    grid = options.grid_of(model)
+    text, grid = TextBatch.of(rows, "left", model.device), options.grid_of(model)
+    require_room(model.decoder, text.ids.shape[1] + math.prod(grid))
+    context.read(model.text_segment(text))
     tape = draw_tape(generators, math.prod(grid), model.device)  # [B, L]
     return draw_codes_after(model, [context], tape, options).unflatten(1, grid)  # [B, h, w]
 

@@ -105,6 +105,14 @@ def test_the_choice_teaches_the_row_of_the_start_alone() -> None:
     assert learns["visual_head.weight"].any(1).nonzero().flatten().tolist() == [NUM_CODES]
 
 
+def test_a_dropped_caption_says_nothing_of_when_an_image_begins() -> None:
+    model, codes = tiny_mars(), some_codes(2)
+    with torch.no_grad():
+        both = drawing_losses(model, pairs(captions=[(4, 5), ()], codes=codes), with_choice=True)[1]
+        kept = drawing_losses(model, pairs(captions=[(4, 5)], codes=codes[:1]), with_choice=True)[1]
+    torch.testing.assert_close(both, kept, **ALMOST)
+
+
 def test_a_model_learns_a_pair() -> None:
     model = Mars(FAMILIES[DEFAULT](), MarsConfig(NUM_CODES, GRID), torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.02)

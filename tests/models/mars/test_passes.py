@@ -10,6 +10,7 @@ from models.mars.losses import MarsObjective
 from models.mars.masks import NO_BLOCK, attention_mask, with_bias
 from models.mars.model import Mars, TextBatch
 from models.mars.passes import Context, Segment, read_by_segments, read_mixed
+from models.mars.sampling import DrawOptions, draw_images
 from models.semvie import TEXT, VISUAL
 from tests.helpers.language_models import FAMILIES, tiny_mars
 from tests.helpers.mars_pairs import pairs, some_codes
@@ -19,12 +20,13 @@ ALMOST = {"rtol": 0, "atol": 1e-5}
 
 
 def segments_of(model: Mars, codes: Tensor, is_block: bool = False) -> list[Segment]:
-    """Padded words, an image, padded words."""
+    """Padded words, an image, padded words, and the image again, so that there is padding in between."""
     image = model.image_segment(model.closed(codes))
     return [
         model.text_segment(TextBatch.of(ROWS, "left")),
         Segment(image.embeddings, VISUAL, is_block=is_block),
         model.text_segment(TextBatch.of(ROWS, "right")),
+        Segment(image.embeddings, VISUAL, is_block=is_block),
     ]
 
 
@@ -44,8 +46,9 @@ def test_segments_mixed_and_alone_are_the_same(family: str, is_block: bool) -> N
         mixed = read_mixed(model.decoder, segments)
         torch.testing.assert_close(shown(segments, mixed), shown(segments, wanted), **ALMOST)
         for row, ids in enumerate(ROWS):
-            text, image = TextBatch.of([ids], "left"), segments[1].embeddings[row : row + 1]
-            alone = [model.text_segment(text), Segment(image, VISUAL, is_block=is_block), model.text_segment(text)]
+            text = model.text_segment(TextBatch.of([ids], "left"))
+            image = Segment(segments[1].embeddings[row : row + 1], VISUAL, is_block=is_block)
+            alone = [text, image, text, image]
             found = read_by_segments(model.decoder, alone)
             here = [x[row : row + 1] if each.valid is None else x[row, each.valid[row]][None]
                     for each, x in zip(segments, wanted, strict=True)]  # fmt: skip
@@ -175,6 +178,31 @@ def test_a_short_window_is_refused() -> None:
     assert context.length == 5
     with pytest.raises(ValueError, match=message):
         read_mixed(model.decoder, [segment, segment])
+
+
+def test_more_positions_than_there_are_is_refused() -> None:
+    model = tiny_mars(max_position_embeddings=8)
+    message = "9 positions are more than the 8 that the language model is made for"
+    with pytest.raises(ValueError, match=message):
+        Context(model.decoder).read(model.image_segment(some_codes(1, grid=(3, 3))))
+    with pytest.raises(ValueError, match=message):
+        draw_images(model, [[1]], [1], [torch.Generator()], DrawOptions())
+
+
+def test_words_before_an_image_are_the_language_models_own() -> None:
+    """Bit by bit; where rows are padded, up to the positions that padding moves."""
+    model = tiny_mars()
+    for rows in (ROWS, ROWS[:1]):
+        text = TextBatch.of(rows, "left")
+        with torch.no_grad():
+            options = {} if text.valid is None else {"attention_mask": text.valid.long()}
+            wanted = model.lm(input_ids=text.ids, **options).logits
+            image = model.image_segment(some_codes(len(rows)))
+            states, _ = read_by_segments(model.decoder, [model.text_segment(text), image])
+            found = model.word_logits(states)
+        if text.valid is None:
+            assert torch.equal(found, wanted)
+        torch.testing.assert_close(found[text.shown()], wanted[text.shown()], **ALMOST)
 
 
 def test_checkpointing_refuses_a_cache() -> None:

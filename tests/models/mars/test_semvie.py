@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from models.mars.losses import MarsObjective, Pairs
 from models.mars.model import Mars, MarsConfig
 from models.mars.passes import Segment, read_mixed
+from models.mars.sampling import DrawOptions, draw_images
 from models.semvie import TEXT, VISUAL, VISUAL_PART, Routed, add_visual_experts, mixed_route, require_language_model
 from tests.helpers.language_models import FAMILIES, GRID, NUM_CODES, SIZES, VOCABULARY, tiny_mars
 from tests.helpers.mars_pairs import pairs
@@ -55,6 +56,19 @@ def train(model: Mars, some: Pairs, steps: int) -> dict[str, Tensor]:
         optimizer.step()
     assert all(each.grad is not None and each.grad.any() for each in trained.values())  # the head began at zero
     return before
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_experts_can_be_float32_beside_bfloat16(is_autocast: bool) -> None:
+    lm = FAMILIES["gemma3"](dtype=torch.bfloat16)
+    before = logits_of(lm)
+    config, generator = MarsConfig(NUM_CODES, GRID), torch.Generator().manual_seed(0)
+    model = Mars(lm, config, generator, expert_dtype=torch.float32)
+    assert {each.dtype for each in model.visual_state().values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        train(model, pairs(), steps=2)
+        codes = draw_images(model.eval(), [[1, 4]], [1], [generator], DrawOptions())
+    assert codes.shape == (1, *GRID) and torch.equal(logits_of(lm), before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
