@@ -16,99 +16,32 @@ Shape letters: B batch, T text tokens (padded), t tokens of one caption, C text 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.frozen.text import WEIGHT_FILES, text_state_dict
-from util.checkpoint import load_plain, sha256_file
+from models.frozen.causal_lm import (
+    build_lm,
+    fill_decoder,
+    first_token,
+    folder_id,
+    load_state,
+    open_tokenizer,
+    require_folder,
+    text_settings,
+)
 from util.phrases import phrase_span
-from util.read import read_json, short_repr
+from util.read import short_repr
 from util.types import TextContext
 
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 128  # of a caption, unless another number is asked for
-IGNORED_ENDS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-"""Entries that older files hold and that are computed today."""
-HEADS = ("lm_head.", "embed_out.")
-"""What files call the layer behind the decoder, which is not needed."""
 RMS_EPS = 1e-12
-
-
-def files_of(directory: Path) -> list[Path]:
-    """Every file that lies in the folder itself and is not hidden, by name."""
-    return sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The one file of weights, or its shards. Raises FileNotFoundError naming what is missing."""
-    for name in WEIGHT_FILES:
-        index = directory / f"{name}.index.json"
-        if (directory / name).is_file():
-            return [directory / name]
-        if index.is_file():
-            content = read_json(index, "list of shards")
-            shards = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(shards, dict) or not all(isinstance(each, str) for each in shards.values()):
-                raise ValueError(f"{index} must hold a json object with a weight_map of file names")
-            paths = [directory / Path(each).name for each in sorted(set(shards.values()))]
-            missing = [path.name for path in paths if not path.is_file()]
-            if missing:
-                raise FileNotFoundError(f"{directory} has no {', no '.join(missing)}, which {index.name} names")
-            return paths
-    raise FileNotFoundError(f"{directory} has no {' or '.join(WEIGHT_FILES)}, whole or in shards")
-
-
-def require_no_code(directory: Path) -> None:
-    """Raises ValueError for a folder that asks for code of its own to be run."""
-    for name in ("config.json", "tokenizer_config.json"):
-        path = directory / name
-        content = read_json(path, "settings of the language model") if path.is_file() else {}
-        if isinstance(content, dict) and "auto_map" in content:
-            raise ValueError(
-                f"{path} has an auto_map ({short_repr(str(content['auto_map']))}): it asks for code of its own, and no "
-                "code of a text encoder's folder is run"
-            )
-
-
-def decoder_state(lm: PreTrainedModel, decoder: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of the decoder alone, under its own names, of a file of the whole model or of the decoder."""
-    prefix = next(name for name, module in lm.named_modules() if module is decoder)
-    prefix = f"{prefix}." if prefix else ""
-    is_whole = any(name.startswith(prefix) for name in state)
-    kept = {name: each for name, each in state.items() if not (name.startswith(HEADS) or name.endswith(IGNORED_ENDS))}
-    return {name.removeprefix(prefix) if is_whole else name: each for name, each in kept.items()}
-
-
-def load_decoder(directory: Path) -> PreTrainedModel:
-    """In float32, strictly: ValueError naming the folder and each tensor that is missing, left over or misshapen."""
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    with torch.random.fork_rng(devices=[]):  # initial values, all replaced below, draw from the global generator
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    decoder: PreTrainedModel = lm.get_decoder()
-    state: dict[str, Tensor] = {}
-    for path in weight_files(directory):
-        state |= load_plain(path)
-    decoder.load_state_dict(text_state_dict(decoder_state(lm, decoder, state), decoder.state_dict(), directory))
-    return decoder
-
-
-def text_settings(model: PreTrainedModel) -> Any:
-    """The settings of the part that reads text."""
-    return model.config.get_text_config()
 
 
 class LmEncoder:
@@ -129,11 +62,7 @@ class LmEncoder:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.id = files_id
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if first is None or not tokenizer.is_fast:
-            wanted = "a BOS or EOS token" if first is None else "a tokenizer.json"
-            raise ValueError(f"the tokenizer {tokenizer.name_or_path} has not {wanted}, which a text encoder needs")
-        self.first_token = int(first)
+        self.first_token = first_token(tokenizer)
         self._has_warned = False
 
     @classmethod
@@ -147,21 +76,12 @@ class LmEncoder:
         tokenizer larger than the embedding, max_tokens out of range), each naming the file and both values.
         """
         directory = Path(directory)
-        require_no_code(directory)
-        missing = [name for name in ("config.json", "tokenizer.json") if not (directory / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{directory} has no {', no '.join(missing)}: save a model and its tokenizer there")
-        model = load_decoder(directory)
-        max_tokens = require_tokens(max_tokens, model, directory)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)  # tokenizer.json as it is
-        tokenizer.model_max_length = int(1e9)  # cut here, not there: its own warning would suggest a crash
-        embedded = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > embedded:
-            raise ValueError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, config.json embeds {embedded}")
-        digest = hashlib.sha256()
-        for path in files_of(directory):
-            digest.update(f"{path.name} {sha256_file(path)}\n".encode())
-        return cls(model.to(device), tokenizer, max_tokens, digest.hexdigest())
+        require_folder(directory)
+        lm = build_lm(directory, torch.float32)
+        fill_decoder(lm, load_state(directory), directory)
+        max_tokens = require_tokens(max_tokens, lm.get_decoder(), directory)
+        tokenizer = open_tokenizer(directory, lm)
+        return cls(lm.get_decoder().to(device), tokenizer, max_tokens, folder_id(directory))
 
     @property
     def dim(self) -> int:

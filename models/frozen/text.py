@@ -75,7 +75,7 @@ def text_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError(f"{source} does not fit its config.json: {'; '.join(problems[:12])}{more}")
-    return {key: given[name].float() for name, key in wanted.items()}
+    return {key: given[name] for name, key in wanted.items()}
 
 
 class ClipTextEncoder:

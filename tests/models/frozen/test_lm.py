@@ -158,7 +158,7 @@ def test_the_config_chooses_the_encoder(lm_dir: Path, copy_of: Path, tmp_path: P
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_code_of_the_folder_is_refused(copy_of: Path, name: str) -> None:
     set_entries(copy_of / name, auto_map={"AutoModelForCausalLM": "modeling.Own"})
-    with pytest.raises(ValueError, match=rf"{name} has an auto_map .*no code of a text encoder's folder is run"):
+    with pytest.raises(ValueError, match=rf"{name} has an auto_map .*no code of a language model's folder is run"):
         load_text_encoder(copy_of)
 
 
