@@ -67,20 +67,30 @@ class JointOptions:
 
 @torch.no_grad()
 def describe_images(
-    model: Mars, codes: Tensor, opening: Sequence[int], end_ids: Sequence[int], max_words: int
+    model: Mars,
+    codes: Tensor,
+    opening: Sequence[int],
+    end_ids: Sequence[int],
+    max_words: int,
+    beginning: Sequence[int] = (),
 ) -> list[list[int]]:
-    """The word ids of a caption of each image, without what ended it.
+    """The word ids of a caption of each image, its beginning included, without what ended it.
 
-    codes: [B, L] int64; opening: what stands before an image, BOS or nothing. Raises ValueError for images of another
-    number of codes than the model's, for no words at most, and for more positions than there is room for.
+    codes: [B, L] int64; opening: what stands before an image, BOS or nothing; beginning: words that every caption
+    starts with, such as choose its language. max_words: of what is written after them. Raises ValueError for images of
+    another number of codes than the model's, for no words at most, and for more positions than there is room for.
     """
     require_codes(model, codes)
     if max_words < 1:
         raise ValueError(f"max_words must be at least 1, got {max_words}")
-    require_room(model.decoder, len(opening) + codes.shape[1] + 1 + max_words)  # </img>, and all words but the last
+    length = len(opening) + codes.shape[1] + 2 + len(beginning) + max_words - 1  # all words but the last are read
+    require_room(model.decoder, length)
     context = Context(model.decoder)
     context.read(model.text_segment(TextBatch.of([opening] * len(codes), "left", model.device)))
     states = context.read(model.image_segment(model.closed(codes)))[:, -1]  # [B, D]
+    if beginning:
+        started = TextBatch.of([beginning] * len(codes), "left", model.device)
+        states = context.read(model.text_segment(started))[:, -1]  # [B, D]
     written: list[Tensor] = []
     ends = torch.tensor(list(end_ids), device=model.device)  # [e]
     is_done = torch.zeros(len(codes), dtype=torch.bool, device=model.device)  # [B]
@@ -91,7 +101,8 @@ def describe_images(
         if bool(is_done.all()) or len(written) == max_words:
             break
         states = context.read(model.text_segment(TextBatch(words[:, None])))[:, -1]  # [B, D]
-    return [_until(row, set(end_ids)) for row in torch.stack(written, dim=1).tolist()]
+    rows = torch.stack(written, dim=1).tolist()  # [B, n]
+    return [[*beginning, *_until(row, set(end_ids))] for row in rows]
 
 
 def _until(row: Sequence[int], end_ids: set[int]) -> list[int]:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from models.mars.model import Mars, TextBatch
 
+NOT_COUNTED = -100  # what cross entropy leaves out
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -98,6 +100,20 @@ def drawing_losses(model: Mars, pairs: Pairs, with_choice: bool = False) -> tupl
 
 def describing_loss(model: Mars, pairs: Pairs) -> Tensor:
     """Cross entropy of the words and EOS after an image, a mean over those that are no padding."""
+    logits, ids = _answers(model, pairs)  # [B, t, V], [B, t]
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten())  # []
+
+
+@torch.no_grad()
+def caption_losses(model: Mars, pairs: Pairs) -> Tensor:
+    """The same for each image, a mean over the words of its own caption: [B]."""
+    logits, ids = _answers(model, pairs)  # [B, t, V], [B, t]
+    losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")  # [B, t], 0 where nothing is counted
+    return losses.sum(1) / (ids != NOT_COUNTED).sum(1)  # [B]
+
+
+def _answers(model: Mars, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """(logits [B, t, V] float32, ids [B, t] with `NOT_COUNTED` at padding) of the words and EOS after an image."""
     require_codes(model, pairs.codes)
     answer, inner = pairs.answer, pairs.answer.valid
     opening = TextBatch(pairs.opening.expand(len(pairs.codes), -1))
@@ -105,8 +121,8 @@ def describing_loss(model: Mars, pairs: Pairs) -> Tensor:
     segments = [model.text_segment(opening), model.image_segment(model.closed(pairs.codes)), model.text_segment(told)]
     _, image_states, text_states = model.read(segments)  # [B, b, D], [B, L + 2, D], [B, t - 1, D]
     states = torch.cat([image_states[:, -1:], text_states], dim=1)  # [B, t, D]
-    ids = answer.ids if inner is None else answer.ids.masked_fill(~inner, -100)  # [B, t], -100: not counted
-    return F.cross_entropy(model.word_logits(states).float().flatten(0, 1), ids.flatten())  # []
+    ids = answer.ids if inner is None else answer.ids.masked_fill(~inner, NOT_COUNTED)  # [B, t]
+    return model.word_logits(states).float(), ids  # [B, t, V], [B, t]
 
 
 def choice_loss(model: Mars, states: Tensor, prompt: TextBatch, has_caption: Tensor) -> Tensor:
