@@ -6,6 +6,8 @@ What the weights were made for (sizes, categories, ids of the VAE and the text e
 file's metadata; `scripts.sample` reads it from there. The averaged (EMA) weights are taken unless --no-ema is given.
 So do the options to sample them with: those the checkpoint names, or those of --sampling_config, a YAML file of
 sampling flags (num_iter: 16, cfg_text: 6.0, ...); flags that the file leaves out have their defaults.
+
+Of MARS (a checkpoint of `main_mar.py --backbone mars`) all that trains is written, and no weight of its language model.
 """
 
 from __future__ import annotations
@@ -64,17 +66,24 @@ def export(args: argparse.Namespace) -> str:
     """Writes the file and gives two lines that describe it. PyTorch is imported only here."""
     from engine.checkpoint.files import read_identity
     from engine.checkpoint.load import export_weights
+    from engine.checkpoint.mars_weights import export_mars, is_mars_file
     from util.checkpoint import sha256_file
     from util.logging import setup_logging
 
     setup_logging()
-    sampling = None
-    if args.sampling_config:
-        known = read_identity(args.resume)
-        sampling = read_sampling_config(args.sampling_config, "diffusion" if known is None else known.config.head)
-    identity = export_weights(args.resume, args.output, args.dtype, args.ema, sampling)
+    if is_mars_file(args.resume):
+        if args.sampling_config:
+            raise ValueError(f"--sampling_config {args.sampling_config} is for StructMAR, {args.resume} holds MARS")
+        said = export_mars(args.resume, args.output, args.dtype, args.ema)
+        kind = f"{said.kind} weights of stage {said.identity.stage} after {said.step} steps"
+    else:
+        sampling = None
+        if args.sampling_config:
+            known = read_identity(args.resume)
+            sampling = read_sampling_config(args.sampling_config, "diffusion" if known is None else known.config.head)
+        identity = export_weights(args.resume, args.output, args.dtype, args.ema, sampling)
+        kind = f"{identity.weights} weights of stage {identity.stage} after {identity.step} steps"
     size = Path(args.output).stat().st_size / 1e6
-    kind = f"{identity.weights} weights of stage {identity.stage} after {identity.step} steps"
     return f"wrote {args.output}: {kind}, {args.dtype},\n{size:.1f} MB, sha256 {sha256_file(args.output)}"
 
 

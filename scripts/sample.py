@@ -7,12 +7,13 @@
     python -m scripts.sample --resume CKPT --layout scene.json --image photo.png --move dog:1 0.5 0.4 0.9 0.9
     python -m scripts.sample --resume CKPT --speech caption.wav --asr_path DIR --layout configs/layouts/coco.json
     python -m scripts.sample --resume mar_huge.safetensors --model mar_huge --class_label 207 360
+    python -m scripts.sample --resume mars.safetensors --lm_path DIR --vae_path vq.pt --prompt "a dog on a bench"
 
 --image gives a picture of which a part is drawn anew, and the rest stays. --layout auto proposes boxes for the caption,
 or for a dataset's captions, other ones for each image. --speech takes the caption from a WAV file and prints what each
-part of the way from sound to picture takes. The last form samples MAR's own weights, class by class: that is how they
-are checked by eye. Sampling flags that neither the command nor --config gives have the values that the weights name,
-where they name some.
+part of the way from sound to picture takes. --class_label samples MAR's own weights, class by class: that is how they
+are checked by eye. --lm_path is for MARS, which knows captions alone (models/mars/README.md). Sampling flags that
+neither the command nor --config gives have the values that the weights name, where they name some.
 
 Into --output_dir go NNNN.png (plain images; the settings are in the PNG's text), grid.png (the first 64) and
 samples.json (all settings and, for each image, its prompt, objects and seed). Image k has the seed --seed + k, and
@@ -39,10 +40,12 @@ from engine.cli.arguments import (
 )
 from engine.cli.arguments_edit import add_start_args, check_start
 from engine.cli.arguments_layout import add_layout_format_args
+from engine.cli.arguments_mars_sample import add_lm_arg, require_mars_flags
 from engine.cli.arguments_planner import AUTO, add_proposal_args, check_proposal
 from engine.cli.arguments_sampling import add_sampling_args, scale_float
 from engine.cli.sampling import check_sampling, parse_sampling_args
 from models.config import PRECISIONS, ROPE_SCALES, backbone_config
+from util.config import given_options, parse_args
 from util.failures import one_line_errors
 from util.output import require_output_dir
 from util.ranges import (
@@ -80,8 +83,11 @@ def add_weight_args(parser: argparse.ArgumentParser) -> None:
     add_ema_arg(group)
     group.add_argument("--vae_path", default=DEFAULT_VAE, help=VAE_HELP)
     add_text_encoder_args(group)
-    group.add_argument("--allow_other_frozen", action=SWITCH, default=False,
-                       help="sample with a VAE or text encoder other than the one trained with")  # fmt: skip
+    add_lm_arg(group)
+    group.add_argument(
+        "--allow_other_frozen", action=SWITCH, default=False,
+        help="sample with another VAE, text encoder or language model than the one trained with"
+    )  # fmt: skip
 
 
 def add_source_args(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +221,29 @@ def backbone_head(args: argparse.Namespace) -> str:
     return backbone_config(args.model).head if args.class_label else "diffusion"
 
 
+def mars_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, bool] | None:
+    """The arguments, and whether they say how strong guidance is, where --lm_path asks for MARS; else None. Raises
+    ValueError for flags that mean nothing for it."""
+    args = parse_args(get_parser(), argv)
+    if not args.lm_path:
+        return None
+    given = given_options(get_parser(), argv)
+    require_mars_flags(args, given)
+    if args.prompt is not None:
+        require_text(args.prompt, "--prompt")
+    require_output_dir("--output_dir", args.output_dir)
+    return args, bool(given & {"cfg", "cfg_text"})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        asked = mars_args(argv)
+    if asked is not None:
+        with one_line_errors(debug=asked[0].debug):
+            from engine.cli.build_mars_sample import draw_mars  # imports PyTorch
+
+            print(draw_mars(*asked))
+        return
     with one_line_errors():
         args, note = parse_sampling_args(get_parser(), argv, check_args, backbone_head=backbone_head)
     with one_line_errors(debug=args.debug):

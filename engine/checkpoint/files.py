@@ -19,6 +19,7 @@ from engine.checkpoint.kept import way_back
 from models.maskgil_names import from_maskgil, is_maskgil_state
 from models.weights import is_mar_state
 from util.checkpoint import load_plain, resolve_checkpoint, safetensors_metadata
+from util.names import MARS_ENTRY
 
 MAR_STAGE = "mar"
 
@@ -41,6 +42,8 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
 def _read(file: Path, is_trusted: bool = False) -> dict[str, Any]:
     """is_trusted: without comparing checksums."""
     loaded = load_plain(file, mmap=True, is_trusted=is_trusted)
+    if MARS_ENTRY in loaded:
+        raise _of_mars(file)
     if "format" in loaded:
         check_content(loaded, file)
         return loaded
@@ -48,6 +51,8 @@ def _read(file: Path, is_trusted: bool = False) -> dict[str, Any]:
         return {"stage": MAR_STAGE, "model": from_maskgil(bare, str(file)), "model_ema": {}}
     if file.suffix == ".safetensors":
         metadata = safetensors_metadata(file)
+        if MARS_ENTRY in metadata:
+            raise _of_mars(file)
         if "config" in metadata or not is_mar_state(loaded):
             identity = Identity.from_metadata(metadata, file)
             return {"model": loaded, "model_ema": {}, "weights": identity.weights, **identity.to_dict()}
@@ -61,6 +66,10 @@ def _read(file: Path, is_trusted: bool = False) -> dict[str, Any]:
     return {"stage": MAR_STAGE, "model": weights, "model_ema": averaged}
 
 
+def _of_mars(file: Path) -> ValueError:
+    return ValueError(f"{file} holds MARS, which draws and describes with its language model: give it by --lm_path")
+
+
 def read_identity(path: str | Path) -> Identity | None:
     """What a file says its weights were made for, without reading them (or their checksums); None for MAR's own.
     Errors as above."""
@@ -68,6 +77,8 @@ def read_identity(path: str | Path) -> Identity | None:
     if file.suffix != ".safetensors":
         return identity_of(_read(file, is_trusted=True), file)
     metadata = safetensors_metadata(file)
+    if MARS_ENTRY in metadata:
+        raise _of_mars(file)
     return Identity.from_metadata(metadata, file) if "config" in metadata else None
 
 

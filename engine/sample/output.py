@@ -1,4 +1,4 @@
-"""A folder of samples: NNNN.png, grid.png and samples.json of one run, whole at any moment.
+"""A folder of samples: NNNN.png, grid.png (or page.md) and samples.json of one run, whole at any moment.
 
 A run writes into a folder of its own inside (`UNFINISHED`). Once that is whole it is renamed (`FINISHED`): from then on
 the new run counts, and its files are moved into place. A run that was killed while it moved them is moved on by the
@@ -20,10 +20,12 @@ from typing import Any
 
 from PIL import UnidentifiedImageError
 
+from models.mars.sampling import DrawOptions
 from models.sampling.config import SamplingConfig
 from util.images import read_png_text
 
 LIST_NAME, GRID_NAME = "samples.json", "grid.png"
+PAGE_NAME = "page.md"  # of words and pictures in turn, in the place of a grid
 MADE_WITH = "settings"  # the text that every PNG of this program has
 UNFINISHED, FINISHED = ".samples-unfinished", ".samples-finished"
 _PICTURE = re.compile(r"\d{4,}\.png")
@@ -34,7 +36,10 @@ def picture_name(index: int) -> str:
 
 
 def picture_text(
-    entry: Mapping[str, Any], config: SamplingConfig, checkpoint: Mapping[str, Any], settings: Mapping[str, Any]
+    entry: Mapping[str, Any],
+    config: SamplingConfig | DrawOptions,
+    checkpoint: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> dict[str, str]:
     """The text of one PNG: strings as they are, everything else as json. entry: what the picture was made from, as in a
     layout file, and its seed; checkpoint: `pipeline.describe()`; settings: of the program."""
@@ -43,9 +48,10 @@ def picture_text(
     return texts | {key: json.dumps(value) for key, value in made_with.items()}
 
 
-def require_free(folder: Path, num_images: int) -> None:
-    """Raises ValueError naming the first file in the way of these images that this program did not write."""
-    names = [*map(picture_name, range(num_images)), GRID_NAME, LIST_NAME]
+def require_free(folder: Path, num_images: int, overview: str = GRID_NAME) -> None:
+    """Raises ValueError naming the first file in the way of these images that this program did not write. overview:
+    what lies beside them, a grid or a page."""
+    names = [*map(picture_name, range(num_images)), overview, LIST_NAME]
     own = _own_files(folder)
     for name in names:
         path = folder / name
@@ -76,7 +82,8 @@ def _move_into_place(folder: Path) -> None:
     with _signals_wait():
         own = _own_files(folder)
         source = finished if (finished / LIST_NAME).is_file() else folder
-        named = {GRID_NAME, LIST_NAME, *_listed(source / LIST_NAME)}
+        named = {LIST_NAME, *_listed(source / LIST_NAME)}
+        named |= set() if PAGE_NAME in named else {GRID_NAME}
         for name in sorted(os.listdir(finished), key=lambda name: (name == LIST_NAME, name)):
             os.replace(finished / name, folder / name)
         for name in own - named:
@@ -91,16 +98,18 @@ def _own_files(folder: Path) -> set[str]:
     listed = _listed(folder / LIST_NAME)
     own = {LIST_NAME} if listed else set()
     for name in os.listdir(folder):
-        if (_PICTURE.fullmatch(name) or name == GRID_NAME) and (name in listed or _is_own_png(folder / name)):
+        is_png = _PICTURE.fullmatch(name) or name == GRID_NAME
+        if name in listed if name == PAGE_NAME else is_png and (name in listed or _is_own_png(folder / name)):
             own.add(name)
     return own
 
 
 def _listed(path: Path) -> Collection[str]:
-    """The pictures that a list names; none where the file is missing or no list of ours."""
+    """The pictures and the page that a list names; none where the file is missing or no list of ours."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["images"]
-        return {str(entry["file"]) for entry in entries}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {str(entry["file"]) for entry in content["images"]}
+        return names | {PAGE_NAME} if "page" in content else names
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return set()
 
