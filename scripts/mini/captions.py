@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 CLEAR_GAP = 0.15  # centres closer than this (relative to the image) are not called left, right, above or below
 _SMALL, _LARGE = 0.28, 0.5  # lengths, relative to the image
 NUM_CAPTIONS = 5
@@ -58,7 +58,7 @@ def sized_phrases(objects: Sequence[Named]) -> list[str]:
 
 def _count(names: Sequence[str]) -> list[str]:
     counts = Counter(names)  # keeps the order of appearance
-    return [with_article(words) if n == 1 else f"{_NUMBERS[n]} {words}s" for words, n in counts.items()]
+    return [with_article(words) if n == 1 else f"{NUMBERS[n]} {words}s" for words, n in counts.items()]
 
 
 def _relation(first: Named, second: Named, rng: np.random.Generator, sideways: bool) -> str | None:
@@ -89,7 +89,7 @@ def write_captions(objects: Sequence[Named], place: str, rng: np.random.Generato
     shuffled = [objects[i] for i in rng.permutation(len(objects))]
     listed, listed_again = join(count_phrases(objects)), join(count_phrases(shuffled))
     plain = [f"{listed} {place}", listed_again]
-    total = f"{_NUMBERS[len(objects)]} objects: {listed}" if len(objects) > 1 else f"one {objects[0].words} {place}"
+    total = f"{NUMBERS[len(objects)]} objects: {listed}" if len(objects) > 1 else f"one {objects[0].words} {place}"
     verb = "there is" if listed_again[:2] in ("a ", "an") else "there are"
     openings = [f"a picture of {listed} {place}", f"{verb} {listed_again} {place}", total]
     captions = [*plain, openings[int(rng.integers(len(openings)))]]

@@ -115,8 +115,9 @@ def measure(args: argparse.Namespace) -> dict[str, list[Counts]]:
     return counts
 
 
-def share(counts: Sequence[Counts], part: str, whole: str, weights: np.ndarray | None) -> Interval:
-    """The sum of one count over that of another, with its interval; NaN where the latter is 0. weights: [R, scenes]."""
+def share(counts: Sequence[Any], part: str, whole: str, weights: np.ndarray | None) -> Interval:
+    """The sum of one field of dataclasses over that of another, with its interval; NaN where the latter is 0. weights:
+    [R, scenes]."""
     parts, wholes = (np.array([vars(each)[name] for each in counts], dtype=np.float64) for name in (part, whole))
     value = float(parts.sum() / wholes.sum()) if wholes.sum() else float("nan")
     if weights is None:
