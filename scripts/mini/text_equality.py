@@ -3,9 +3,9 @@
     python -m scripts.mini.text_equality --resume CKPT --lm_path DIR --vae_path vq.pt --output text.json
     python -m scripts.mini.text_equality --resume CKPT --lm_path DIR --vae_path vq.pt --prompts "The capital of"
 
-The folder's language model is opened a second time, alone. On text, both must give equal logits (every number, compared
-as bits) and write the same greedy answers. Without --prompts the texts are held-out captions of the mini world in both
-languages for the logits, and their first words for the answers.
+The folder's language model is opened a second time, alone. Its weights are compared with those that stand beside the
+experts; on text, both must give equal logits, every number, and write the same greedy answers. Without --prompts the
+texts are held-out captions of the mini world in both languages for the logits, and their first words for the answers.
 """
 
 from __future__ import annotations

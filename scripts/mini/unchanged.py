@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.cli.build_mars_sample import open_pipeline
+from engine.sample.generate import batches
 from engine.sample.mars import MarsPipeline
 from models.config import PRECISIONS
 from models.frozen.causal_lm import CausalLm, open_causal_lm
@@ -39,35 +40,57 @@ def changed_weights(base: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def greedy(lm: Any, ids: Sequence[int], end_token: int, max_words: int) -> list[int]:
-    """The likeliest token after token; every step reads the whole text."""
-    row = list(ids)
-    while len(row) < len(ids) + max_words and (row[-1] != end_token or len(row) == len(ids)):
-        logits = lm(input_ids=torch.tensor([row], device=lm.device), use_cache=False).logits  # [1, t, V]
-        row.append(int(logits[0, -1].argmax()))
-    return row
+def greedy(lm: Any, starts: Sequence[Sequence[int]], end_token: int, max_words: int) -> list[list[int]]:
+    """The likeliest token after token, up to what ends a text; every step reads the whole texts, which begin with as
+    many tokens."""
+    rows, length = torch.tensor(starts, device=lm.device), len(starts[0])  # [B, t]
+    while rows.shape[1] < length + max_words and not bool((rows[:, length:] == end_token).any(1).all()):
+        logits = lm(input_ids=rows, use_cache=False).logits  # [B, t, V]
+        rows = torch.cat([rows, logits[:, -1:].argmax(-1)], dim=1)  # [B, t + 1]
+    written = [row[length:] for row in rows.tolist()]
+    ends = [row.index(end_token) if end_token in row else len(row) for row in written]
+    return [[*start, *row[:end]] for start, row, end in zip(starts, written, ends, strict=True)]
+
+
+def answers_to(
+    lm: Any, starts: Sequence[Sequence[int]], end_token: int, max_words: int, batch_size: int
+) -> list[list[int]]:
+    """Those of one length together."""
+    found: dict[int, list[int]] = {}
+    for length in sorted({len(start) for start in starts}):
+        places = [place for place, start in enumerate(starts) if len(start) == length]
+        for chosen in batches(len(places), batch_size):
+            part = places[chosen]
+            answers = greedy(lm, [starts[place] for place in part], end_token, max_words)
+            found |= dict(zip(part, answers, strict=True))
+    return [found[place] for place in range(len(starts))]
 
 
 @torch.no_grad()
 def compare(args: argparse.Namespace, base: CausalLm, pipeline: MarsPipeline, texts: Sequence[str]) -> dict[str, Any]:
     words, after = pipeline.parts.words, pipeline.parts.model.lm
-    found = {"texts": 0, "logits": 0, "logits_equal": 0, "largest_difference": 0.0, "answers_equal": 0}
-    examples: list[dict[str, str]] = []
-    for text, ids in zip(texts, words.prompts(texts), strict=True):
+    prompts = words.prompts(texts)
+    found = {"texts": len(texts), "logits": 0, "logits_equal": 0, "largest_difference": 0.0}
+    for ids in prompts:
         row = torch.tensor([ids], device=after.device)  # [1, t]
         one, other = (lm(input_ids=row, use_cache=False).logits for lm in (base.lm, after))  # [1, t, V] each
-        start = ids if args.prompts else ids[: 1 + NUM_FIRST]
-        answers = [greedy(lm, start, words.end_token, args.max_words) for lm in (base.lm, after)]
-        found["texts"] += 1
         found["logits"] += one.numel()
         found["logits_equal"] += int((one == other).sum())
         found["largest_difference"] = max(found["largest_difference"], float((one - other).abs().max()))
-        found["answers_equal"] += answers[0] == answers[1]
-        if len(examples) < NUM_EXAMPLES:
-            examples.append({"text": text, "before": words.text(answers[0]), "after": words.text(answers[1])})
+    starts = prompts if args.prompts else [ids[: 1 + NUM_FIRST] for ids in prompts]
+    options = (starts, words.end_token, args.max_words, args.batch_size)
+    before, behind = answers_to(base.lm, *options), answers_to(after, *options)
+    found["answers_equal"] = sum(one == other for one, other in zip(before, behind, strict=True))
+    shown = zip(texts, before, behind, strict=True)
+    told = [{"text": text, "before": words.text(one), "after": words.text(other)} for text, one, other in shown]
     weights = dict(base.lm.state_dict())
     changed = changed_weights(weights, after.state_dict())
-    return {**found, "weights": len(weights), "weights_equal": len(weights) - len(changed), "examples": examples}
+    return {
+        **found,
+        "weights": len(weights),
+        "weights_equal": len(weights) - len(changed),
+        "examples": told[:NUM_EXAMPLES],
+    }
 
 
 def format_results(results: Mapping[str, Any]) -> str:

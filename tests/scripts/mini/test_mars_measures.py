@@ -20,7 +20,7 @@ from scripts.mini.dataset import DatasetSettings, add_chinese, make_dataset
 from scripts.mini.drawing import CLASSES
 from scripts.mini.drawn import Judge
 from scripts.mini.kinds import Kind, Kinds, Tally, kinds_of_caption, load_scene_kinds, result_row, tally
-from scripts.mini.unchanged import changed_weights, greedy
+from scripts.mini.unchanged import answers_to, changed_weights
 from tests.helpers.mars_world import SIDE, MarsWorld, tiny_model, write_mars
 from util.images import load_image
 
@@ -110,8 +110,11 @@ def test_a_changed_weight_is_found(world: MarsWorld) -> None:
     base, (model, _) = open_causal_lm(world.lm, torch.float32), tiny_model(world)
     weights = base.lm.state_dict()
     assert changed_weights(weights, model.lm.state_dict()) == []
-    ids = [0, 5, 6]
-    assert greedy(base.lm, ids, 1, 6) == greedy(model.lm, ids, 1, 6)
+    starts = [[0, 5, 6], [0, 7, 8], [0, 9]]
+    together = answers_to(base.lm, starts, 1, 6, batch_size=2)
+    assert together == answers_to(model.lm, starts, 1, 6, batch_size=2)
+    assert [answers_to(base.lm, [start], 1, 6, batch_size=1)[0] for start in starts] == together
+    assert all(len(row) <= len(start) + 6 and 1 not in row for row, start in zip(together, starts, strict=True))
     name = next(name for name, _ in base.lm.named_parameters() if "q_proj" in name)
     with torch.no_grad():
         base.lm.get_parameter(name)[0, 0] += 1
