@@ -67,12 +67,13 @@ def read_mars_file(path: str | Path, use_ema: bool = True) -> tuple[dict[str, Te
     if file.suffix == ".safetensors":
         return load_plain(file), _exported(safetensors_metadata(file), file)
     loaded = load_plain(file, mmap=True)
-    if MARS_ENTRY not in loaded:
-        raise _no_mars(file)
-    averaged = loaded.get("model_ema", {}) if use_ema else {}
-    kind = "ema" if averaged else "raw"
-    identity = MarsIdentity.of(loaded[MARS_ENTRY], f"{file}: {MARS_ENTRY}")
-    return {**loaded["model"], **averaged}, MarsFile(identity, int(loaded["step"]), kind)
+    identity = _identity_of(loaded, file)
+    for name, kind in (("model", dict), ("model_ema", dict), ("step", int)):
+        if type(loaded.get(name)) is not kind:
+            raise ValueError(f"{file}: {name} must be a {kind.__name__}, got {type(loaded.get(name)).__name__}")
+    averaged = loaded["model_ema"] if use_ema else {}
+    said = MarsFile(identity, loaded["step"], "ema" if averaged else "raw")
+    return {**loaded["model"], **averaged}, said
 
 
 def read_mars_identity(path: str | Path) -> MarsIdentity:
@@ -80,7 +81,10 @@ def read_mars_identity(path: str | Path) -> MarsIdentity:
     file = resolve_checkpoint(path)
     if file.suffix == ".safetensors":
         return _exported(safetensors_metadata(file), file).identity
-    loaded = _opened(file)
+    return _identity_of(_opened(file), file)
+
+
+def _identity_of(loaded: Mapping[str, Any], file: Path) -> MarsIdentity:
     if MARS_ENTRY not in loaded:
         raise _no_mars(file)
     return MarsIdentity.of(loaded[MARS_ENTRY], f"{file}: {MARS_ENTRY}")

@@ -50,7 +50,8 @@ def write_mars(root: Path, **options: Any) -> MarsWorld:
     write_lm(world.lm)
     write_vq(world.vq, TINY_VQ)
     model, identity = tiny_model(world)
-    save_atomic({"model": model.visual_state(), "step": 7, MARS_ENTRY: identity.as_dict(), **options}, world.checkpoint)
+    content = {"model": model.visual_state(), "model_ema": {}, "step": 7, MARS_ENTRY: identity.as_dict(), **options}
+    save_atomic(content, world.checkpoint)
     return world
 
 

@@ -22,7 +22,7 @@ from tests.helpers.lm_files import write_lm
 from tests.helpers.mars_world import MAX_TOKENS, SIDE, MarsWorld, tiny_model, write_mars
 from tests.helpers.scene_files import write_coco
 from util.checkpoint import load_plain, safetensors_metadata, save_atomic
-from util.images import read_png_text, save_png
+from util.images import center_crop, read_png_text, save_png
 
 PROMPT = "a red dog"
 
@@ -184,6 +184,13 @@ def test_captions_are_lines_of_json(world, pipe, pictures, tmp_path, capsys) -> 
     assert [line["caption"] for line in lines] == both
     scripts.caption.main([*flags, "--output", str(tmp_path / "captions.jsonl")])
     assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 2
+
+
+def test_pictures_are_cut_as_in_training_and_low_precision_draws(sample, pipe, pictures) -> None:
+    large = Image.open(pictures[1])
+    assert torch.equal(pipe.codes_of([np.asarray(large)]), pipe.codes_of([center_crop(large, SIDE)]))
+    out = sample("--prompt", PROMPT, "--num_images", "1", "--precision", "bf16")
+    assert pixels(out / "0000.png").shape == (SIDE, SIDE, 3)
 
 
 def test_captions_of_a_datasets_pictures(world, tmp_path, capsys) -> None:
