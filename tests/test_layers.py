@@ -23,7 +23,7 @@ CLI = ("arguments", "arguments_rl", "arguments_scores", "validate", "sampling", 
        "build_rl_parts", "build_reference", "build_reward_gradient", "arguments_edit", "build_sample", "build_page",
        "build_class", "sizes", "arguments_planner", "build_planner", "build_layout_scores", "build_evaluation",
        "build_cache", "build_scores", "build_distill", "build_few_step",
-       "arguments_mars_sample", "build_mars_sample")  # fmt: skip
+       "arguments_mars_sample", "build_mars_sample", "arguments_mars", "validate_mars", "build_mars")  # fmt: skip
 NAMESPACE_READERS = {f"engine/cli/{name}.py" for name in CLI}
 NAMESPACE_HANDLERS = {"util/config.py", "util/checkpoint.py", "engine/cli/main.py"}  # make, find and pass them on
 TOP_LEVEL = {"main_mar.py", "main_rl.py", "models", "engine", "util", "configs", "scripts", "tests", "requirements.txt"}

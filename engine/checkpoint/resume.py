@@ -29,6 +29,7 @@ from engine.checkpoint.files import MAR_STAGE, identity_of, read_weights_file
 from engine.checkpoint.identity import Identity, require_same_classes, require_same_identity
 from engine.data.coco import ResumableSampler
 from engine.train.loop import Step
+from engine.train.mars import MarsState
 from engine.train.parallel import gathered
 from engine.train.state import Course, Position, TrainState
 from models.structmar import StructMAR
@@ -181,7 +182,7 @@ def _describe(state: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def restore(state: TrainState, source: Source) -> None:
+def restore(state: TrainState | MarsState, source: Source) -> None:
     """Optimizer and EMA of a continued run (weights are loaded before sharding). Raises ValueError naming the file."""
     if source.kind != "continue":
         return

@@ -54,9 +54,14 @@ class CheckpointWriter:
 
     def write(self, content: dict[str, Any], position: Position) -> None:
         if self.dist.is_main:
-            is_kept = self.keep_every > 0 and position.step % self.keep_every == 0
-            path = kept_path(self.output_dir, position.step) if is_kept else self.output_dir / LAST_NAME
-            save_atomic(content, path)
-            if is_kept:  # killed before, the run writes the same file again
-                link_last(path)
-            logger.info("saved %s at epoch %d, step %d", path, position.epoch, position.step)
+            write_checkpoint(content, position, self.output_dir, self.keep_every)
+
+
+def write_checkpoint(content: dict[str, Any], position: Position, folder: Path, keep_every: int) -> None:
+    """Writes the folder's checkpoint-last.pth, and leaves the file where this step's is to stay."""
+    is_kept = keep_every > 0 and position.step % keep_every == 0
+    path = kept_path(folder, position.step) if is_kept else folder / LAST_NAME
+    save_atomic(content, path)
+    if is_kept:  # killed before, the run writes the same file again
+        link_last(path)
+    logger.info("saved %s at epoch %d, step %d", path, position.epoch, position.step)

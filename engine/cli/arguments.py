@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from engine.cli.arguments_class import add_class_args
+from engine.cli.arguments_mars import add_mars_args
 from engine.cli.arguments_model import add_model_args
 from engine.cli.arguments_sampling import add_sampling_args
 from engine.cli.arguments_scores import add_preview_args
@@ -54,6 +55,7 @@ def train_parser() -> argparse.ArgumentParser:
     add_frozen_args(parser)
     add_data_args(parser)
     add_class_args(parser)
+    add_mars_args(parser)
     add_train_args(parser)
     add_few_step_args(parser)
     add_optim_args(parser)
@@ -142,7 +144,8 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
         default="text_layout",
         help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts; "
              "backbone: full without the head; class: pretraining on --class_root, without captions and boxes; "
-             "distill: after stage 2, trains the guidance of --cfg_text and --cfg_layout into the weights",
+             "distill: after stage 2, trains the guidance of --cfg_text and --cfg_layout into the weights; "
+             "with --backbone mars: joint or refine",
     )  # fmt: skip
     group.add_argument("--buckets", action=SWITCH, default=False,
                        help="pictures of aspect ratios up to 4, about as large as --img_size's squares")  # fmt: skip

@@ -187,8 +187,8 @@ def _check_objective(args: argparse.Namespace) -> None:
             raise ValueError(f"--credit region does not go with --w_quality {args.w_quality}, which is of no region")
 
 
-def _check_run(args: argparse.Namespace) -> None:
-    """Combinations of what all stages have."""
+def check_common(args: argparse.Namespace) -> None:
+    """Combinations of what all trainings have, of whatever model."""
     if args.profile_steps:
         profiled_steps(args.profile_steps, start=0)
     if args.warmup_epochs > args.epochs:
@@ -199,19 +199,24 @@ def _check_run(args: argparse.Namespace) -> None:
         )
     if args.use_cached and args.crop != "center":
         raise ValueError(f"caches hold centre crops: --use_cached does not go with --crop {args.crop}")
+    require_output_dir("--output_dir", args.output_dir)
+    if args.log_dir is not None:
+        require_output_dir("--log_dir", args.log_dir)
+
+
+def _check_run(args: argparse.Namespace) -> None:
+    """Combinations of what all stages have."""
+    check_common(args)
     rates = {f"--{name}_drop_prob": vars(args)[f"{name}_drop_prob"] for name in ("label", "text", "layout")}
     if sum(rates.values()) > 1 and 1 not in rates.values():  # a rate of 1: the condition is never given
         listed = ", ".join(f"{flag} {rate}" for flag, rate in rates.items())
         raise ValueError(f"{listed} add up to {sum(rates.values()):g}, which is more than 1")
     model_config(args, num_categories=0, text_dim=0)  # do the sizes fit together?
     check_sampling(args)
-    require_output_dir("--output_dir", args.output_dir)
     if args.keep_best and not (args.online_eval and args.eval_detector):
         raise ValueError(f"--keep_best {args.keep_best} needs its scores: --online_eval and --eval_detector")
     if args.resume == "best":
         args.resume = str(Path(args.output_dir) / BEST_NAME)
-    if args.log_dir is not None:
-        require_output_dir("--log_dir", args.log_dir)
 
 
 def _require_paths(args: argparse.Namespace, needed: Sequence[str], optional: Sequence[str]) -> None:
@@ -225,6 +230,7 @@ WHERE_TO_GET = {
     "class_root": "it holds train/ with a folder of pictures for each class, see https://image-net.org",
     "coco_root": "it holds annotations/ and the image folders, see https://cocodataset.org/#download",
     "vae_path": "kl16.ckpt is linked from https://github.com/LTH14/mar, vq_ds16_c2i.pt from https://github.com/FoundationVision/LlamaGen",
+    "lm_path": "a folder that save_pretrained of transformers wrote: a causal language model and its tokenizer",
     "clip_path": "a local copy of https://huggingface.co/openai/clip-vit-base-patch32, or of a causal language model",
     "detector_path": "fasterrcnn_resnet50_fpn_v2's weights are linked from torchvision's documentation",
     "more_detectors": "a Faster R-CNN (.pth), as --detector_path",

@@ -7,7 +7,7 @@ step of one process with P * B images. Nothing below the loop knows which of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,8 +33,11 @@ def compile_parts(model: StructMAR, cuda_graphs: bool = False) -> None:
         unit.compile()
 
 
-def shard(model: nn.Module, units: list[nn.Module], device: torch.device, world_size: int) -> None:
-    """Shards `model` in place over all processes: `units` one by one, the rest with the root.
+def shard(
+    model: nn.Module, units: Sequence[nn.Module | list[nn.Module]], device: torch.device, world_size: int
+) -> None:
+    """Shards `model` in place over all processes: `units` one by one, the rest with the root. A unit may be several
+    modules that are sharded together.
 
     Weights are loaded and what trains is selected before; the parameters become DTensors, so optimizer and EMA are
     built after.

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from models.mars.model import MarsConfig
+from models.mars.stages import STAGES
 from util.plain import from_plain
 
-STAGES = ("joint", "refine")
-"""Drawing and describing together; drawing alone, from the weights of the first."""
+FLAGS = {"base_id": "--lm_path", "base_type": "--lm_path", "codec_id": "--vae_path", "max_tokens": "--max_text_tokens",
+         "config": "--vae_path, --img_size and --copied_norms"}  # fmt: skip
+"""Where a run says what is compared."""
 
 
 @dataclass(frozen=True)
@@ -69,4 +71,5 @@ def require_same_mars(
     here = asdict(wanted)
     for name, value in asdict(found).items():
         if name not in skipped and value != here[name]:
-            raise ValueError(f"{source} was made with {name} {value}, here it is {here[name]}")
+            where = f" (see {FLAGS[name]})" if name in FLAGS else ""
+            raise ValueError(f"{source} was made with {name} {value}, here it is {here[name]}{where}")

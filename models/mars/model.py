@@ -139,9 +139,9 @@ class Mars(nn.Module):
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def fsdp_units(self) -> list[list[nn.Module]]:
-        """Groups of modules that are sharded together, per layer: the frozen ones, which a pass of images need not
-        gather, and the experts. The caller shards the root last."""
-        groups = []
+        """Groups of modules that are sharded together, each of one precision: per layer the frozen ones, which a pass
+        of images need not gather, and the experts; the tables of codes. The caller shards the root last."""
+        groups: list[list[nn.Module]] = [[self.visual_embed], [self.visual_head]]
         for layer in decoder_layers(self.lm):
             routed = [module for module in layer.modules() if isinstance(module, Routed)]
             groups += [[module.text for module in routed], [module.visual for module in routed]]

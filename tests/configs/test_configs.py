@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from engine.cli import validate_mars
 from engine.cli.arguments import train_parser
 from engine.cli.arguments_planner import check_planner_args, planner_parser
 from engine.cli.arguments_rl import rl_parser
@@ -31,7 +32,9 @@ GRADIENT = [path for path in EVERY if path.stem.endswith("stage3_gradient")]
 MAIN_RL = [path for path in EVERY if "stage3" in path.stem and path not in GRADIENT]
 PAGES = [path for path in EVERY if path.stem.endswith("page")]
 PLANNER = [path for path in EVERY if path.stem.endswith("_planner")]
-MAIN_MAR = [path for path in EVERY if path not in SAMPLE + EVALUATE + PROFILES + MAIN_RL + GRADIENT + PLANNER + PAGES]
+MARS = [path for path in EVERY if path.stem.endswith("_mars")]
+OTHERS = SAMPLE + EVALUATE + PROFILES + MAIN_RL + GRADIENT + PLANNER + PAGES + MARS
+MAIN_MAR = [path for path in EVERY if path not in OTHERS]
 
 
 def parse(*argv: str) -> dict:
@@ -103,10 +106,18 @@ def test_settings_of_planners_parse(path):
     assert args.epochs >= args.warmup_epochs
 
 
+@pytest.mark.parametrize("path", MARS, ids=lambda path: path.name)
+def test_settings_of_mars_parse(path, monkeypatch):
+    monkeypatch.setattr(validate_mars, "require_path", lambda *_: None)
+    args, _ = validate_mars.parse_train_args(train_parser(), ["--config", str(path)])
+    assert args.backbone == "mars" and train_config(args).epochs >= args.warmup_epochs
+
+
 def test_there_is_something_to_parse():
     assert {path.name for path in MAIN_MAR} >= {
         "stage1_align.yaml", "stage2_sft.yaml", "mini_stage1.yaml", "mini_stage2.yaml",
     }  # fmt: skip
+    assert {path.name for path in MARS} >= {"mini_mars.yaml"}
     assert {path.name for path in PAGES} >= {"page.yaml"}
     assert {path.name for path in PLANNER} >= {"coco_planner.yaml", "mini_planner.yaml"}
     assert {path.name for path in GRADIENT} == {"mini_stage3_gradient.yaml", "stage3_gradient.yaml"}

@@ -1,0 +1,75 @@
+"""From a batch of data to what MARS is trained on: codes of images and captions as ids, in one of two languages.
+
+The language of a caption is keyed by (seed, epoch, image, caption), whatever batch or process the image is in.
+
+Shape letters: B batch, L codes of an image, h x w codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.data.coco import Batch
+from engine.data.inputs import encode_latents
+from engine.data.translations import Translations
+from models.frozen.codes import CodeCodec
+from models.mars.losses import Pairs
+from models.mars.model import TextBatch
+from models.mars.words import CaptionWords
+from util.rng import generator
+
+TRANSLATED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """(batch, epoch, generator of this pass) -> pairs. translations: None where captions are in one language.
+    drop_prob: of a caption that is to be drawn."""
+
+    codec: CodeCodec
+    words: CaptionWords
+    translations: Translations | None
+    drop_prob: float
+    seed: int
+    device: torch.device
+
+    def __call__(self, batch: Batch, epoch: int, rng: torch.Generator) -> Pairs:
+        codes = encode_latents(
+            self.codec, batch.pixels, batch.moments, batch.image_ids, self.seed, epoch, self.device
+        )  # [B, 1, h, w]
+        is_given = torch.rand(len(batch), generator=rng) >= self.drop_prob  # [B]
+        return pairs_of(codes.long().flatten(1), self._captions(batch, epoch), self.words, is_given)
+
+    def _captions(self, batch: Batch, epoch: int) -> list[str]:
+        """Each in the language that is drawn for it."""
+        if self.translations is None:
+            return batch.captions
+        chosen = []
+        for image_id, caption in zip(batch.image_ids, batch.captions, strict=True):
+            drawn = torch.rand((), generator=generator(self.seed, "language", epoch, image_id, caption)).item()
+            other = self.translations.of(image_id, caption)
+            chosen.append(other if drawn < TRANSLATED_SHARE else caption)
+        return chosen
+
+
+def pairs_of(
+    codes: Tensor, captions: Sequence[str], words: CaptionWords, is_given: Tensor | None = None
+) -> Pairs:
+    """codes: [B, L] int64, on the device of what is made. is_given: [B] bool, whose captions are there to be drawn;
+    None: all. All captions are there to be told."""
+    if is_given is None:
+        is_given = torch.ones(len(codes), dtype=torch.bool)  # [B]
+    rows = words.ids(captions)
+    prompts = [[words.first_token, *(row if given else ())] for row, given in zip(rows, is_given.tolist(), strict=True)]
+    answers = [[*row, words.end_token] for row in rows]
+    return Pairs(
+        codes,
+        TextBatch.of(prompts, "left"),
+        torch.tensor(words.opening),
+        TextBatch.of(answers, "right"),
+        is_given,
+    ).to(codes.device)
