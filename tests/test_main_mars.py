@@ -17,6 +17,7 @@ from PIL import Image
 
 import main_mar
 import scripts.cache_latents
+from engine.checkpoint.mars_weights import export_mars
 from engine.cli.arguments import train_parser
 from engine.cli.arguments_mars import OWN, SHARED
 from engine.data.translations import translations_path
@@ -126,6 +127,9 @@ def test_stage_2_draws_alone_from_the_weights_of_stage_1(world: Path, caplog: py
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
     again = run_mars(world, "refined", train_mode="refine", resume=checkpoint(world), max_steps=2, lr=1e-9)
     assert again["step"] == 2
+    export_mars(checkpoint(world), world / "mars.safetensors")
+    exported = run_mars(world, "exported", train_mode="refine", resume=world / "mars.safetensors", max_steps=2, lr=1e-9)
+    assert_same(exported["model"], again["model"])
 
 
 def test_cached_codes_are_those_of_the_images(world: Path) -> None:

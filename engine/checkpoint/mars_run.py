@@ -19,6 +19,7 @@ from typing import Any
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from engine.checkpoint.kept import way_back
+from engine.checkpoint.mars_weights import read_mars_file
 from engine.checkpoint.resume import Source
 from engine.checkpoint.writer import write_checkpoint
 from engine.train.mars import MarsState
@@ -28,13 +29,12 @@ from models.mars.identity import MarsIdentity, require_same_mars
 from models.mars.model import Mars
 from util.checkpoint import load_plain, resolve_checkpoint
 from util.distributed import DistInfo, failing_together, gather_objects
-from util.names import LAST_NAME
+from util.names import LAST_NAME, MARS_ENTRY
 
 logger = logging.getLogger(__name__)
 
 RUN_FORMAT = "structmar-mars-run-1"
-ENTRY = "mars"
-_NEEDED: dict[str, type] = {ENTRY: dict, "stage": str, "model": dict, "model_ema": dict, "optimizer": dict,
+_NEEDED: dict[str, type] = {MARS_ENTRY: dict, "stage": str, "model": dict, "model_ema": dict, "optimizer": dict,
                             "epoch": int, "step": int, "images_in_epoch": int, "batch_in_epoch": int,
                             "global_batch": int, "args": dict, "open_interval": list}  # fmt: skip
 
@@ -61,8 +61,17 @@ def find_mars_source(output_dir: str | Path, resume: str, auto_resume: bool, sta
     if not resume:
         return Source("scratch", None, {})
     path = resolve_checkpoint(resume)
+    if path.suffix == ".safetensors":
+        return Source("start", path, _exported(path))
     state = read_mars_run(path)
     return Source("continue" if state["stage"] == stage else "start", path, state)
+
+
+def _exported(path: Path) -> dict[str, Any]:
+    """What a start needs, of a file without the state of a run."""
+    tensors, said = read_mars_file(path)
+    entries = {MARS_ENTRY: said.identity.as_dict(), "stage": said.identity.stage, "step": said.step}
+    return {**entries, "model": tensors, "model_ema": {}}
 
 
 def read_mars_run(path: Path) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def check_mars_identity(source: Source, wanted: MarsIdentity) -> None:
     that starts may cut captions elsewhere."""
     if source.kind == "scratch":
         return
-    found = MarsIdentity.of(source.state[ENTRY], f"{source.path}: {ENTRY}")
+    found = MarsIdentity.of(source.state[MARS_ENTRY], f"{source.path}: {MARS_ENTRY}")
     may_differ = ("stage", "max_tokens") if source.kind == "start" else ("stage",)
     require_same_mars(found, wanted, str(source.path), may_differ)
 
@@ -123,7 +132,7 @@ def mars_content(
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {
         "format": RUN_FORMAT,
-        ENTRY: identity.as_dict(),
+        MARS_ENTRY: identity.as_dict(),
         "stage": identity.stage,
         "model": gathered(state.model.visual_state()),
         "model_ema": gathered(state.ema.state_dict()),
