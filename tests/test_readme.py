@@ -33,6 +33,7 @@ ROOMS = (
     "engine/rl",
     "engine/sample",
     "engine/train",
+    "models/mars",
     "models/sampling",
 )
 ROOMS += ("scripts/benchmark", "scripts/mini")
