@@ -34,6 +34,7 @@ from util.ranges import Range
 
 PARTS = {"max_steps": 5, "accum_iter": 2, "log_freq": 2, "ema_rate": 0.9}
 """An epoch has two steps of two batches: two epochs, and half of the third."""
+ODD = {"grad_checkpointing": True, "lm_precision": "bf16", "copied_norms": True}
 DRAWING = {"caption_weight": 0, "choice_weight": 0, "label_drop_prob": 0, "hflip_prob": 0}
 """A mean over codes alone, so that means over processes are the mean."""
 
@@ -93,7 +94,7 @@ def test_a_checkpoint_holds_what_trains_and_says_for_what(world: Path) -> None:
     assert set(moved) == set(model.trainable_names())
 
 
-@pytest.mark.parametrize("flags", [{}, {"ema_rate": 0}, {"grad_checkpointing": True, "lm_precision": "bf16"}])
+@pytest.mark.parametrize("flags", [{}, {"ema_rate": 0}, ODD])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(world: Path, flags: dict[str, Any]) -> None:
     name, chosen = "-".join(["stop", *flags]), PARTS | flags | {"log_freq": 1}
     run_mars(world, f"{name}-whole", **chosen)

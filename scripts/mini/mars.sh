@@ -3,7 +3,7 @@
 #   bash scripts/mini/mars.sh            under 20 minutes on two free cores, then table.md
 #   bash scripts/mini/mars.sh --smoke    a few steps of everything, to see that it works
 # Scenes with captions in both languages, a small language model that learns to write these (LM=FOLDER takes another
-# one, such as that of scripts/mini/smollm2.sh), then STEPS steps of stage I (550), REFINE steps of stage II (0: none).
+# one, such as that of scripts/mini/smollm2.sh), then STEPS steps of stage I (1200), REFINE steps of stage II (0: none).
 # IMAGES (100) held-out scenes are described, and drawn from English and from Chinese; table.md has what was right, beside
 # a StructMAR with captions alone. What is finished is kept, what was interrupted goes on. Everything goes to
 # output/mini/mars_<STEPS>_steps of this folder, or of $MARS_ROOT if that is set (an absolute path); data/ is looked for,
@@ -15,8 +15,8 @@ MINI=pretrained_models/mini
 VQ=$MINI/vq/vq4_mini.pt
 ROOT="${MARS_ROOT:+$MARS_ROOT/}"
 DATA="${ROOT}data/mini_coco" CACHE="${ROOT}data/mini_cache_vq" OUTPUT="${ROOT}output/mini"
-STEPS="${STEPS:-550}" REFINE="${REFINE:-0}" IMAGES="${IMAGES:-100}"
-NUM_TRAIN=6000 NUM_VAL=500 BATCH=32 SUFFIX="" LM_FLAGS=() LOOK=() SCORE=()
+STEPS="${STEPS:-1200}" REFINE="${REFINE:-0}" IMAGES="${IMAGES:-100}"
+NUM_TRAIN=6000 NUM_VAL=500 BATCH=16 SUFFIX="" LM_FLAGS=() LOOK=() SCORE=()
 case "${1:-}" in
     "") ;;
     --smoke)
@@ -25,7 +25,7 @@ case "${1:-}" in
         LM_FLAGS=(--steps 3 --vocab_size 300 --width 32 --depth 2)
         LOOK=(--eval_images 4 --num_preview 2) SCORE=(--num_resamples 20)
         ;;
-    *) echo "usage: [STEPS=550] [REFINE=0] [IMAGES=100] [LM=FOLDER] bash scripts/mini/mars.sh [--smoke]" >&2 && exit 2 ;;
+    *) echo "usage: [STEPS=1200] [REFINE=0] [IMAGES=100] [LM=FOLDER] bash scripts/mini/mars.sh [--smoke]" >&2 && exit 2 ;;
 esac
 OUT="${OUTPUT}/mars_${STEPS}_steps${SUFFIX}"
 step() { printf '\n== %s\n' "$*"; }
