@@ -35,7 +35,7 @@ from models.mars.decoding import JointOptions
 from models.mars.sampling import DrawOptions
 from util.buckets import Size, read_size
 from util.coco import CocoIndex
-from util.config import resolved_dict
+from util.config import resolved_dict, told_as_flags
 from util.distributed import init_distributed
 from util.images import Picture, load_image, save_png
 from util.logging import progress, setup_logging
@@ -163,7 +163,8 @@ def write_page(args: argparse.Namespace) -> str:
     pipeline = open_pipeline(args)
     output_dir = Path(args.output_dir)
     require_free(output_dir, len(args.images or ()) + args.max_images, PAGE_NAME)
-    found = pipeline.continue_with(told, args.seed, options, args.negative_prompt or "")
+    with told_as_flags(("max_images", "max_words")):
+        found = pipeline.continue_with(told, args.seed, options, args.negative_prompt or "")
     settings = resolved_dict(args)
     with held_folder(output_dir), replacing(output_dir) as folder:
         blocks: list[str] = []

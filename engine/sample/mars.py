@@ -136,14 +136,29 @@ class MarsPipeline:
 
     def continue_with(self, told: Sequence[Told], seed: int, options: JointOptions, negative: str = "") -> list[Told]:
         """What follows words and pictures, alternating. options: its `end_ids` are the language model's, whatever they
-        were. Raises ValueError for nothing to go on from."""
+        were. Raises ValueError for nothing to go on from, and as `require_tellable`."""
         words = self.parts.words
         options = replace(options, end_ids=(words.end_token,))
+        self.require_tellable(told, options)
         opening = Words(tuple(words.opening))
         prompt: list[Part] = [opening, *(self._part_of(each) for each in told)]
         other = words.prompts([negative])[0]
         found = continue_sequence(self.parts.model, prompt, other, image_generator(seed), options)
         return [self._told(part) for part in found]
+
+    def require_tellable(self, told: Sequence[Told], options: JointOptions) -> None:
+        """Raises ValueError if all words and pictures that may follow are more than the language model has positions
+        for, before any is written."""
+        words, model = self.parts.words, self.parts.model
+        texts = [each for each in told if isinstance(each, str)]
+        shown = (len(told) - len(texts)) * (model.config.num_tokens + 2)  # with <img> and </img>
+        drawn = options.max_images * (math.prod(options.draw.grid_of(model)) + 2)
+        given = len(words.opening) + sum(map(len, words.ids(texts))) + shown
+        try:
+            require_room(model.decoder, given + drawn + options.max_words - 1)  # the last word is not read
+        except ValueError as error:
+            asked = f"max_images {options.max_images} and max_words {options.max_words} after {given} positions"
+            raise ValueError(f"{asked}: {error}") from error
 
     def _part_of(self, each: Told) -> Part:
         return (

@@ -213,5 +213,9 @@ def test_a_page_of_words_and_pictures(world, pictures, tmp_path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["0000.png", "page.md", "samples.json"]
     scripts.sample.main([*world.flags(), "--prompt", PROMPT, "--num_images", "1", "--output_dir", str(out)])
     assert sorted(path.name for path in out.iterdir()) == ["0000.png", "grid.png", "samples.json"]
+    with pytest.raises(
+        SystemExit, match="--max_images 64 and --max_words 3 after 22 positions: 1176 positions are more"
+    ):
+        scripts.tell.main([*flags, "--max_images", "64", "--max_words", "3"])
     with pytest.raises(SystemExit, match="say what comes before by --prompt, --images or both"):
         scripts.tell.main([*world.flags(), "--output_dir", str(out)])
