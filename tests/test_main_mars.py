@@ -128,6 +128,8 @@ def test_stage_2_draws_alone_from_the_weights_of_stage_1(world: Path, caplog: py
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
     again = run_mars(world, "refined", train_mode="refine", resume=checkpoint(world), max_steps=2, lr=1e-9)
     assert again["step"] == 2
+    assert main_mar.main(["--config", str(world / "refined" / "args.yaml"), "--max_steps", "2"]) == 0
+    assert_same(load_checkpoint(world, "refined"), again)
     export_mars(checkpoint(world), world / "mars.safetensors")
     exported = run_mars(world, "exported", train_mode="refine", resume=world / "mars.safetensors", max_steps=2, lr=1e-9)
     assert_same(exported["model"], again["model"])

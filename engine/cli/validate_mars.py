@@ -38,7 +38,8 @@ def validate_mars_args(parser: argparse.ArgumentParser, args: argparse.Namespace
     foreign = [action.dest for action in parser._actions if action.dest not in (*SHARED, *OWN, "help")]
     _refuse(parser, args, foreign, "does not go with --backbone mars, which draws from captions alone")
     if args.train_mode == REFINE:
-        _refuse(parser, args, ("caption_weight",), f"does not go with --train_mode {REFINE}, which draws alone")
+        if args.caption_weight:  # 0 is what a run of it has written down
+            _refuse(parser, args, ("caption_weight",), f"does not go with --train_mode {REFINE}, which draws alone")
         args.caption_weight = 0.0
     if args.resume == "best":
         raise ValueError("--resume best: runs of --backbone mars keep no best weights, name a checkpoint")
