@@ -226,6 +226,8 @@ def mars_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, bool] | N
     ValueError for flags that mean nothing for it."""
     args = parse_args(get_parser(), argv)
     if not args.lm_path:
+        if args.upscale:
+            raise ValueError(f"--upscale {args.upscale} needs --lm_path: it makes pictures of MARS larger")
         return None
     given = given_options(get_parser(), argv)
     require_mars_flags(args, given)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from util.boxes import Crop, halved_sizes, plan_center_crop
 from util.labels import Corners, place_labels
@@ -59,6 +60,18 @@ def to_picture(pixels: Tensor) -> Picture:
     """float [3, H, W] in [-1, 1] on any device -> uint8 [H, W, 3], rounded and clamped: `to_model_range` undone."""
     levels = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
     return np.ascontiguousarray(levels.to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def shrink(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, h, w] of the same range: means over areas, as `crop_image` halves."""
+    return interpolate(pixels, size=size, mode="area")
+
+
+def shrunk_psnr(large: Tensor, small: Tensor) -> Tensor:
+    """How near large pictures are to small ones once they are shrunk: PSNR in dB, at most 100, [B]. large: [B, 3, H, W]
+    in [-1, 1]; small: [B, 3, h, w]."""
+    error = (shrink(large, (small.shape[-2], small.shape[-1])) - small).square().mean((1, 2, 3))
+    return (4 / error.clamp(min=4e-10)).log10() * 10
 
 
 def draw_boxes(

@@ -27,6 +27,7 @@ from engine.train.parallel import gathered
 from engine.train.state import Position
 from models.mars.identity import MarsIdentity, require_same_mars
 from models.mars.model import Mars
+from models.mars.stages import UPSCALE
 from util.checkpoint import load_plain, resolve_checkpoint
 from util.distributed import DistInfo, failing_together, gather_objects
 from util.names import LAST_NAME, MARS_ENTRY
@@ -99,11 +100,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 def check_mars_identity(source: Source, wanted: MarsIdentity) -> None:
     """Raises ValueError naming the file, the field and both values if its weights were made for something else. A run
-    that starts may cut captions elsewhere."""
+    that starts may cut captions elsewhere; one that makes pictures larger starts from weights that draw them small."""
     if source.kind == "scratch":
         return
     found = MarsIdentity.of(source.state[MARS_ENTRY], f"{source.path}: {MARS_ENTRY}")
+    if found.stage == UPSCALE and wanted.stage != UPSCALE:
+        makes = f"is of stage {UPSCALE}, which makes pictures larger"
+        raise ValueError(f"{source.path} {makes}: stage {wanted.stage} starts from weights that draw")
     may_differ = ("stage", "max_tokens") if source.kind == "start" else ("stage",)
+    wanted = wanted if found.stage == UPSCALE else wanted.before
     require_same_mars(found, wanted, str(source.path), may_differ)
 
 

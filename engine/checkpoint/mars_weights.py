@@ -23,6 +23,7 @@ from models.frozen.codec import load_codec
 from models.frozen.codes import CodeCodec
 from models.mars.identity import MarsIdentity
 from models.mars.model import Mars
+from models.mars.stages import UPSCALE
 from models.mars.words import CaptionWords
 from models.semvie import VISUAL_PART
 from util.checkpoint import load_plain, resolve_checkpoint, safetensors_metadata, save_safetensors_atomic
@@ -150,14 +151,17 @@ def load_mars(
     dtype: torch.dtype = torch.float32,
     use_ema: bool = True,
     allow_other_frozen: bool = False,
+    upscales: bool = False,
 ) -> LoadedMars:
-    """The language model of a folder with the trained experts of a file. dtype: of both.
+    """The language model of a folder with the trained experts of a file. dtype: of both. upscales: whether they are to
+    make pictures larger, or to draw and describe.
 
     Raises FileNotFoundError or ValueError naming the file that is missing or does not fit: another language model or
-    tokenizer of images than the weights were trained with (allow_other_frozen: a warning), other sizes.
+    tokenizer of images than the weights were trained with (allow_other_frozen: a warning), other sizes, another stage.
     """
     state, said = read_mars_file(path, use_ema)
     identity = said.identity
+    require_use(path, identity, upscales)
     codec = load_codec(codec_path, device)
     require_same_frozen("image tokenizer", codec_path, codec.id, identity.codec_id, allow_other_frozen)
     if not isinstance(codec, CodeCodec) or codec.codebook_size != identity.config.num_codes:
@@ -168,6 +172,14 @@ def load_mars(
     model = _with_experts(base, identity, state, str(path))
     logger.info(f"{path}: {said.kind} weights of stage {identity.stage} after {said.step} steps")
     return LoadedMars(model, CaptionWords(base.tokenizer, identity.max_tokens), codec, said)
+
+
+def require_use(path: str | Path, identity: MarsIdentity, upscales: bool) -> None:
+    """Raises ValueError for weights that make pictures larger where others are asked for, and the other way round."""
+    if identity.stage == UPSCALE and not upscales:
+        raise ValueError(f"{path} is of stage {UPSCALE}, which makes pictures larger: it goes to --upscale")
+    if identity.stage != UPSCALE and upscales:
+        raise ValueError(f"{path} is of stage {identity.stage}, which draws: --upscale takes weights of {UPSCALE}")
 
 
 def _with_experts(base: CausalLm, identity: MarsIdentity, state: dict[str, Tensor], source: str) -> Mars:

@@ -145,7 +145,7 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
         help="stage 1, text_layout: the new parts; stage 2, full: everything; text_proj: text parts; "
              "backbone: full without the head; class: pretraining on --class_root, without captions and boxes; "
              "distill: after stage 2, trains the guidance of --cfg_text and --cfg_layout into the weights; "
-             "with --backbone mars: joint or refine",
+             "with --backbone mars: joint, refine or upscale",
     )  # fmt: skip
     group.add_argument("--buckets", action=SWITCH, default=False,
                        help="pictures of aspect ratios up to 4, about as large as --img_size's squares")  # fmt: skip

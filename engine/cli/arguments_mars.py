@@ -29,8 +29,8 @@ def add_mars_args(parser: argparse.ArgumentParser) -> None:
     """A language model with visual experts in the place of MAR's blocks."""
     group = parser.add_argument_group(
         "MARS",
-        "for --backbone mars, with --train_mode joint (drawing and describing) or refine (drawing alone, from joint's "
-        "weights)",
+        "for --backbone mars, with --train_mode joint (drawing and describing), refine (drawing alone, from joint's "
+        "weights) or upscale (drawing at --img_size what the weights of --resume draw smaller)",
     )
     group.add_argument("--backbone", default="mar", choices=BACKBONES,
                        help="MAR's blocks with layouts, or a frozen language model with visual experts")  # fmt: skip
@@ -40,6 +40,7 @@ def add_mars_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--copied_norms", action=Switch, default=False,
                        help="the norms around attention and MLP have experts as well")  # fmt: skip
     group.add_argument("--caption_weight", type=nonnegative_float, default=1.0,
-                       help="of the loss on words, beside that on codes; --train_mode refine has 0")  # fmt: skip
+                       help="of the loss on words, beside that on codes; only --train_mode joint has it")  # fmt: skip
     group.add_argument("--choice_weight", type=nonnegative_float, default=1.0,
-                       help="of the loss on when to begin a picture, which trains one row of the head")  # fmt: skip
+                       help="of the loss on when to begin a picture, which trains one row of the head; --train_mode "
+                            "upscale has 0")  # fmt: skip

@@ -12,7 +12,7 @@ from util.ranges import batch_int, threads_int
 TAKEN = frozenset({
     "resume", "lm_path", "ema", "vae_path", "allow_other_frozen", "prompt", "coco_root", "coco_split", "num_images",
     "seed", "size", "cfg", "cfg_text", "temperature", "top_k", "negative_prompt", "batch_size", "precision", "device",
-    "num_threads", "output_dir", "grid_columns", "grid_scale", "config", "debug",
+    "num_threads", "output_dir", "grid_columns", "grid_scale", "config", "debug", "upscale",
 })  # fmt: skip
 """What `scripts.sample` takes beside --lm_path."""
 _NAMES = {"clip_path": "text_encoder"}
@@ -21,6 +21,8 @@ LM_HELP = "local Hugging Face directory of the language model that MARS weights 
 
 def add_lm_arg(group: argparse._ActionsContainer) -> None:
     group.add_argument("--lm_path", default=None, metavar="DIR", help=f"{LM_HELP}; it draws from captions alone")
+    group.add_argument("--upscale", default=None, metavar="FILE",
+                       help="with --lm_path: weights of stage III, which make the pictures larger")  # fmt: skip
 
 
 def add_mars_args(parser: argparse.ArgumentParser) -> None:
@@ -57,5 +59,7 @@ def require_mars_flags(args: argparse.Namespace, given: Collection[str]) -> None
                 f"--{_NAMES.get(name, name)} {told} does not go with --lm_path: MARS draws from captions alone, "
                 "without layouts, parts of pictures, speech or iterations"
             )
+    if args.upscale and args.size is not None:
+        raise ValueError(f"--size {args.size} does not go with --upscale, whose sizes its weights name")
     if bool(args.coco_root) == (args.prompt is not None):
         raise ValueError("with --lm_path say what to generate by exactly one of --prompt, --coco_root")

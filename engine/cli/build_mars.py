@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ from models.mars.identity import MarsIdentity
 from models.mars.losses import MarsObjective
 from models.mars.model import Mars, MarsConfig
 from models.mars.sampling import DrawOptions
-from models.mars.stages import REFINE
+from models.mars.stages import JOINT, UPSCALE
 from models.mars.words import MAX_TOKENS, CaptionWords
 from models.semvie import require_room
+from util.buckets import Size
 from util.config import resolved_dict, told_as_flags
 from util.distributed import DistInfo, failing_together
 from util.ema import Ema
+from util.names import MARS_ENTRY
 from util.rng import generator
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,11 @@ class MarsParts:
     held_out: HeldOut | None
     flags: dict[str, Any]
 
+    @property
+    def low_size(self) -> Size | None:
+        """(height, width) in pixels of the small pictures that stage III makes larger; None in other stages."""
+        return low_size_of(self.codec, self.identity.config)
+
 
 def build_mars_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun:
     """Everything MARS trains with. Raises ValueError or FileNotFoundError, naming what does not fit."""
@@ -87,7 +94,7 @@ def build_mars_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun
     source, config, stage = parts.source, train_config(args), parts.identity.stage
     weights = LossWeights(args.caption_weight, args.choice_weight)
     inputs = PairInputs(
-        parts.codec, parts.words, parts.translations, args.label_drop_prob, args.seed, dist.device
+        parts.codec, parts.words, parts.translations, args.label_drop_prob, args.seed, dist.device, parts.low_size
     )  # fmt: skip
     step = MarsStep(config, state, inputs, weights, dist)
     pin_memory = args.pin_mem and dist.device.type == "cuda"
@@ -129,12 +136,14 @@ def read_mars_parts(args: argparse.Namespace, dist: DistInfo) -> MarsParts:
     base = open_causal_lm(args.lm_path, getattr(torch, PRECISIONS[args.lm_precision]))
     words = CaptionWords(base.tokenizer, args.max_text_tokens or MAX_TOKENS)
     side = codes_of_side(args, codec)
+    source = find_mars_source(args.output_dir, args.resume, args.auto_resume, args.train_mode)
+    if args.train_mode != JOINT and source.kind == "scratch":
+        raise ValueError(f"--train_mode {args.train_mode} starts from trained weights: --resume names them")
     config = MarsConfig(codec.codebook_size, (side, side), args.copied_norms)
+    if args.train_mode == UPSCALE:
+        config = larger_than_source(args, config, source)
     require_positions(args, base, words, config)
     identity = MarsIdentity(base.id, base.model_type, config, codec.id, words.max_tokens, args.train_mode)
-    source = find_mars_source(args.output_dir, args.resume, args.auto_resume, identity.stage)
-    if identity.stage == REFINE and source.kind == "scratch":
-        raise ValueError(f"--train_mode {REFINE} starts from trained weights: --resume names them")
     check_mars_identity(source, identity)
     check_training_state(source)
     data = data_config(args)
@@ -145,7 +154,7 @@ def read_mars_parts(args: argparse.Namespace, dist: DistInfo) -> MarsParts:
     restore_order(sampler, source)
     warmup = args.ema_warmup if args.ema_warmup is not None else source.has_ema_warmup
     flags = resolved_dict(args) | {"ema_warmup": warmup}
-    held_out = read_held_out(args, data, codec)
+    held_out = read_held_out(args, data, codec, low_size_of(codec, config))
     translations = Translations.find(dataset.index)
     return MarsParts(
         dist, codec, base, words, identity, dataset, translations, sampler, check, source, options, held_out, flags
@@ -174,11 +183,25 @@ def codes_of_side(args: argparse.Namespace, codec: CodeCodec) -> int:
     return int(args.img_size) // codec.stride
 
 
-def require_positions(args: argparse.Namespace, base: CausalLm, words: CaptionWords, config: MarsConfig) -> None:
-    """Raises ValueError if the longest sequence, [BOS] <img> codes </img> caption, is more than the language model is
-    made for."""
+def larger_than_source(args: argparse.Namespace, config: MarsConfig, source: Source) -> MarsConfig:
+    """What makes the pictures larger that the source draws, or that it makes larger itself if it is of stage III."""
+    before = MarsIdentity.of(source.state[MARS_ENTRY], f"{source.path}: {MARS_ENTRY}").config
     try:
-        require_room(base.lm.get_decoder(), words.max_tokens + config.num_tokens + 2)
+        return replace(config, low_grid=before.low_grid or before.grid)
+    except ValueError as error:
+        raise ValueError(f"--img_size {args.img_size} against {source.path}: {error}") from error
+
+
+def low_size_of(codec: CodeCodec, config: MarsConfig) -> Size | None:
+    low = config.low_grid
+    return None if low is None else (low[0] * codec.stride, low[1] * codec.stride)
+
+
+def require_positions(args: argparse.Namespace, base: CausalLm, words: CaptionWords, config: MarsConfig) -> None:
+    """Raises ValueError if the longest sequence is more than the language model is made for: [BOS] <img> codes </img>
+    caption, or in stage III [BOS] caption <img> low codes </img> <img> codes."""
+    try:
+        require_room(base.lm.get_decoder(), words.max_tokens + config.num_tokens + (config.low_length or 2))
     except ValueError as error:
         said = f"--max_text_tokens {words.max_tokens} and --img_size {args.img_size}, {config.num_tokens} codes"
         raise ValueError(f"{said}, do not fit into {args.lm_path}: {error}") from error
@@ -215,7 +238,9 @@ def build_mars_dataset(args: argparse.Namespace, config: DataConfig, codec: Code
     return CocoLayoutDataset(index, config, latents)
 
 
-def read_held_out(args: argparse.Namespace, data: DataConfig, codec: CodeCodec) -> HeldOut | None:
+def read_held_out(
+    args: argparse.Namespace, data: DataConfig, codec: CodeCodec, low_size: Size | None
+) -> HeldOut | None:
     """What previews draw and tell, and what losses are measured on; None without both."""
     has_previews = args.sample_freq > 0 or args.online_eval
     counts = [args.num_preview] * has_previews + [args.eval_images] * args.online_eval
@@ -223,7 +248,7 @@ def read_held_out(args: argparse.Namespace, data: DataConfig, codec: CodeCodec) 
         return None
     config = DataConfig(data.coco_root, args.eval_split or data.split, data.img_size, max_objects=MAX_OBJECTS,
                         min_visibility=0.0)  # fmt: skip
-    return held_out_of(config, max(counts), codec, args.eval_bsz)
+    return held_out_of(config, max(counts), codec, args.eval_bsz, low_size)
 
 
 def build_mars_state(args: argparse.Namespace, parts: MarsParts) -> MarsState:

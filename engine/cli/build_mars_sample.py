@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint.mars_weights import read_mars_identity
+from engine.checkpoint.mars_weights import read_mars_identity, require_use
 from engine.data.scenes import scenes_from_dataset, text_scene
 from engine.sample.generate import batches
 from engine.sample.grid import scene_grid
@@ -44,15 +44,19 @@ from util.output import held_folder, write_text_atomic
 GRID_MAX = 64  # images
 
 
-def open_pipeline(args: argparse.Namespace) -> MarsPipeline:
-    """The weights and frozen parts that the flags name. Raises FileNotFoundError or ValueError naming file and flag."""
+def open_pipeline(args: argparse.Namespace, upscale: str = "") -> MarsPipeline:
+    """The weights and frozen parts that the flags name. upscale: weights that make pictures larger, in the place of
+    --resume. Raises FileNotFoundError or ValueError naming file and flag."""
     setup_logging()
-    read_mars_identity(args.resume)  # what holds no MARS is refused before anything large is opened
+    path = upscale or args.resume
+    require_use(path, read_mars_identity(path), bool(upscale))  # before anything large is opened
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     device, dtype = init_distributed(args.device).device, getattr(torch, PRECISIONS[args.precision])
     frozen = (args.lm_path, args.vae_path)
-    return MarsPipeline.from_checkpoint(args.resume, *frozen, device, dtype, args.ema, args.allow_other_frozen)
+    return MarsPipeline.from_checkpoint(
+        path, *frozen, device, dtype, args.ema, args.allow_other_frozen, bool(upscale)
+    )  # fmt: skip
 
 
 def draw_options(args: argparse.Namespace, has_guidance: bool) -> DrawOptions:
@@ -63,28 +67,40 @@ def draw_options(args: argparse.Namespace, has_guidance: bool) -> DrawOptions:
 
 
 def draw_mars(args: argparse.Namespace, has_guidance: bool) -> str:
-    """Pictures of captions. Gives a line that says what was written. Raises ValueError or FileNotFoundError before
-    anything is drawn."""
+    """Pictures of captions, made larger where --upscale names weights for it. Gives a line that says what was written.
+    Raises ValueError or FileNotFoundError before anything is drawn."""
     options = draw_options(args, has_guidance)
     pipeline = open_pipeline(args)
+    larger = open_pipeline(args, args.upscale) if args.upscale else None
     size = None if args.size is None else read_size(args.size)
     prompts = read_prompts(args, size or pipeline.size)
     negative = args.negative_prompt or ""
     options = replace(options, grid=pipeline.grid_of(size))
     pipeline.require_drawable(prompts, negative, options)
+    if larger is not None:
+        larger.require_larger_of(pipeline)
+        larger.require_drawable(prompts, negative, replace(options, grid=None))
     output_dir = Path(args.output_dir)
     require_free(output_dir, len(prompts))
     seeds = [args.seed + index for index in range(len(prompts))]
-    bar: tqdm[Any] = progress(total=len(list(batches(len(prompts), args.batch_size))), desc="drawing")
+    last = pipeline if larger is None else larger
+    num_batches = len(list(batches(len(prompts), args.batch_size)))
+    bar: tqdm[Any] = progress(total=num_batches * (1 if larger is None else 2), desc="drawing")
     with held_folder(output_dir), replacing(output_dir) as folder:
         start = time.perf_counter()
         with bar:
-            pictures = pipeline.draw(prompts, seeds, options, negative, args.batch_size, bar.update)
+            codes = pipeline.draw_codes(prompts, seeds, options, negative, args.batch_size, bar.update)  # [n, h, w]
+            if larger is not None:
+                low, options = codes, replace(options, grid=None)
+                codes = larger.draw_codes(prompts, seeds, options, negative, args.batch_size, bar.update, low)
+            pictures = last.pictures_of(codes)
         seconds = time.perf_counter() - start
-        write_folder(pipeline, folder, prompts, seeds, pictures, options, resolved_dict(args))
+        psnr = [] if larger is None else larger.psnr_of(codes, low)
+        write_folder(last, folder, prompts, seeds, pictures, options, resolved_dict(args), psnr)
     total = len(prompts)
     took = f"in {seconds:.1f} s, {seconds / total:.2f} s an image"
-    return f"wrote {total} images to {output_dir} {took}; grid: {output_dir / GRID_NAME}"
+    near = f"; shrunk, {sum(psnr) / total:.2f} dB from the small ones" if psnr else ""
+    return f"wrote {total} images to {output_dir} {took}{near}; grid: {output_dir / GRID_NAME}"
 
 
 def read_prompts(args: argparse.Namespace, size: Size) -> list[str]:
@@ -103,10 +119,14 @@ def write_folder(
     pictures: Sequence[Picture],
     options: DrawOptions,
     settings: dict[str, Any],
+    psnr: Sequence[float] = (),
 ) -> None:
-    """Pictures, grid and list, as `scripts.sample` writes them for StructMAR."""
+    """Pictures, grid and list, as `scripts.sample` writes them for StructMAR. psnr: of larger pictures to the small
+    ones."""
     scenes = [text_scene(prompt) for prompt in prompts]
     entries = [{**scene.to_dict(), "seed": seed} for scene, seed in zip(scenes, seeds, strict=True)]
+    if psnr:
+        entries = [{**entry, "psnr_to_small": value} for entry, value in zip(entries, psnr, strict=True)]
     weights = pipeline.describe_weights()
     for index, (picture, entry) in enumerate(zip(pictures, entries, strict=True)):
         save_png(picture, folder / picture_name(index), picture_text(entry, options, weights, settings))

@@ -9,11 +9,13 @@ from engine.cli.arguments_mars import OWN, SHARED
 from engine.cli.sampling import parse_sampling_args
 from engine.cli.sizes import head_of
 from engine.cli.validate import check_common, require_path, validate_train_args
-from models.mars.stages import REFINE, STAGES
+from models.mars.stages import JOINT, REFINE, STAGES, UPSCALE
 from util.config import parse_args
 
 DEFAULT_SIZE = 256  # pixels of a side
 DEFAULT_DROP_PROB = 0.1
+LEFT_OUT = {JOINT: (), REFINE: ("caption_weight",), UPSCALE: ("caption_weight", "choice_weight")}
+"""Weights of losses that a stage does without."""
 
 
 def parse_train_args(
@@ -34,13 +36,16 @@ def validate_mars_args(parser: argparse.ArgumentParser, args: argparse.Namespace
     """Sets what is not given. Raises ValueError for the first arguments that do not go together, FileNotFoundError for
     a missing path."""
     if args.train_mode not in STAGES:
-        raise ValueError(f"--backbone mars needs --train_mode {' or '.join(STAGES)}, got {args.train_mode}")
+        stages = f"{', '.join(STAGES[:-1])} or {STAGES[-1]}"
+        raise ValueError(f"--backbone mars needs --train_mode {stages}, got {args.train_mode}")
     foreign = [action.dest for action in parser._actions if action.dest not in (*SHARED, *OWN, "help")]
     _refuse(parser, args, foreign, "does not go with --backbone mars, which draws from captions alone")
-    if args.train_mode == REFINE:
-        if args.caption_weight:  # 0 is what a run of it has written down
-            _refuse(parser, args, ("caption_weight",), f"does not go with --train_mode {REFINE}, which draws alone")
-        args.caption_weight = 0.0
+    for name in LEFT_OUT[args.train_mode]:
+        if vars(args)[name]:  # 0 is what a run of it has written down
+            _refuse(parser, args, (name,), f"does not go with --train_mode {args.train_mode}, which draws alone")
+        setattr(args, name, 0.0)
+    if args.train_mode == UPSCALE and args.use_cached:
+        raise ValueError(f"--use_cached does not go with --train_mode {UPSCALE}, which shrinks pictures, not codes")
     if args.resume == "best":
         raise ValueError("--resume best: runs of --backbone mars keep no best weights, name a checkpoint")
     if not args.lm_path:

@@ -20,6 +20,8 @@ from models.frozen.codes import CodeCodec
 from models.mars.losses import Pairs
 from models.mars.model import TextBatch
 from models.mars.words import CaptionWords
+from util.buckets import Size
+from util.images import shrink
 from util.rng import generator
 
 TRANSLATED_SHARE = 0.5
@@ -28,7 +30,8 @@ TRANSLATED_SHARE = 0.5
 @dataclass(frozen=True)
 class PairInputs:
     """(batch, epoch, generator of this pass) -> pairs. translations: None where captions are in one language.
-    drop_prob: of a caption that is to be drawn."""
+    drop_prob: of a caption that is to be drawn. low_size: (height, width) in pixels of the small pictures that are made
+    larger, which come from the pixels of a batch; None: none are."""
 
     codec: CodeCodec
     words: CaptionWords
@@ -36,13 +39,18 @@ class PairInputs:
     drop_prob: float
     seed: int
     device: torch.device
+    low_size: Size | None = None
 
     def __call__(self, batch: Batch, epoch: int, rng: torch.Generator) -> Pairs:
         codes = encode_latents(
             self.codec, batch.pixels, batch.moments, batch.image_ids, self.seed, epoch, self.device
         )  # [B, 1, h, w]
         is_given = torch.rand(len(batch), generator=rng) >= self.drop_prob  # [B]
-        return pairs_of(codes.long().flatten(1), self._captions(batch, epoch), self.words, is_given)
+        low = None
+        if self.low_size is not None:
+            assert batch.pixels is not None, "small pictures come from large ones"
+            low = low_codes(self.codec, batch.pixels.to(self.device), self.low_size).flatten(1)  # [B, l]
+        return pairs_of(codes.long().flatten(1), self._captions(batch, epoch), self.words, is_given, low)
 
     def _captions(self, batch: Batch, epoch: int) -> list[str]:
         """Each in the language that is drawn for it."""
@@ -57,10 +65,14 @@ class PairInputs:
 
 
 def pairs_of(
-    codes: Tensor, captions: Sequence[str], words: CaptionWords, is_given: Tensor | None = None
+    codes: Tensor,
+    captions: Sequence[str],
+    words: CaptionWords,
+    is_given: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> Pairs:
     """codes: [B, L] int64, on the device of what is made. is_given: [B] bool, whose captions are there to be drawn;
-    None: all. All captions are there to be told."""
+    None: all. All captions are there to be told. low: of the same pictures small, [B, l]."""
     if is_given is None:
         is_given = torch.ones(len(codes), dtype=torch.bool)  # [B]
     rows = words.ids(captions)
@@ -72,4 +84,10 @@ def pairs_of(
         torch.tensor(words.opening),
         TextBatch.of(answers, "right"),
         is_given,
+        low,
     ).to(codes.device)
+
+
+def low_codes(codec: CodeCodec, pixels: Tensor, size: Size) -> Tensor:
+    """Codes of pictures that are shrunk to `size`, in pixels: [B, 3, H, W] in [-1, 1] -> [B, h, w] int64."""
+    return codec.encode(shrink(pixels, size))[:, 0].long()  # [B, h, w]

@@ -4,7 +4,12 @@
     (picture,) = pipe.draw(["a red kite"], seeds=[0])
     (caption,) = pipe.describe([picture])
 
-Picture k depends on its own caption and seed alone. Pictures are uint8 [H, W, 3].
+Picture k depends on its own caption and seed alone. Pictures are uint8 [H, W, 3]. A pipeline of the super-resolution
+stage draws larger what another one drew:
+
+    low = pipe.draw_codes(["a red kite"], seeds=[0])
+    larger = MarsPipeline.from_checkpoint("upscale.safetensors", "lm", "vq.pt", upscales=True)
+    (picture,) = larger.draw(["a red kite"], seeds=[0], low=low)
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ from models.mars.sampling import DrawOptions, draw_images
 from models.semvie import require_room
 from util.boxes import plan_center_crop
 from util.buckets import Size
-from util.images import Picture, crop_image, to_model_range, to_picture
+from util.images import Picture, crop_image, shrunk_psnr, to_model_range, to_picture
+from util.rng import derive_seed
 
 Told: TypeAlias = str | Picture
 """A part of a sequence of words and pictures."""
@@ -51,9 +57,10 @@ class MarsPipeline:
         dtype: torch.dtype = torch.float32,
         use_ema: bool = True,
         allow_other_frozen: bool = False,
+        upscales: bool = False,
     ) -> MarsPipeline:
         """From a training checkpoint or an exported file. Raises FileNotFoundError or ValueError as `load_mars`."""
-        loaded = load_mars(path, lm_path, codec_path, device, dtype, use_ema, allow_other_frozen)
+        loaded = load_mars(path, lm_path, codec_path, device, dtype, use_ema, allow_other_frozen, upscales)
         return cls(loaded, str(path))
 
     @property
@@ -65,6 +72,15 @@ class MarsPipeline:
     def describe_weights(self) -> dict[str, Any]:
         """For what is made with them."""
         return {"path": self.source, **self.parts.said.describe()}
+
+    def require_larger_of(self, small: MarsPipeline) -> None:
+        """Raises ValueError, naming both, unless this one makes the pictures of the other larger."""
+        wanted, found = self.parts.said.identity, small.parts.said.identity
+        if (wanted.config.low_grid, self.parts.codec.id) != (found.config.grid, small.parts.codec.id):
+            raise ValueError(
+                f"{self.source} makes pictures of {wanted.config.low_grid} codes larger, {small.source} draws "
+                f"{found.config.grid} codes"
+            )
 
     def grid_of(self, size: Size | None) -> tuple[int, int]:
         """Codes of pictures of (height, width) in pixels, None: the model's own. Raises ValueError for sizes that are
@@ -79,7 +95,8 @@ class MarsPipeline:
         """Raises ValueError for more positions than the language model is made for, before any is drawn."""
         words = self.parts.words
         longest = max(map(len, words.prompts([*prompts, negative])))
-        require_room(self.parts.model.decoder, longest + math.prod(options.grid_of(self.parts.model)))
+        length = self.parts.model.config.low_length + math.prod(options.grid_of(self.parts.model))
+        require_room(self.parts.model.decoder, longest + length)
 
     def draw(
         self,
@@ -89,25 +106,54 @@ class MarsPipeline:
         negative: str = "",
         batch_size: int = 8,
         progress: Callable[[], object] | None = None,
+        low: Tensor | None = None,
     ) -> list[Picture]:
-        """One picture a caption and seed; "" is no caption. negative: what guidance leads away from. progress: called
-        after every batch. Raises ValueError if captions and seeds differ in number, and as `require_drawable`."""
+        """As `draw_codes`, pictures."""
+        return self.pictures_of(self.draw_codes(prompts, seeds, options, negative, batch_size, progress, low))
+
+    def draw_codes(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        options: DrawOptions | None = None,
+        negative: str = "",
+        batch_size: int = 8,
+        progress: Callable[[], object] | None = None,
+        low: Tensor | None = None,
+    ) -> Tensor:
+        """One picture a caption and seed, [n, h, w] int64; "" is no caption. negative: what guidance leads away from.
+        progress: called after every batch. low: codes of the pictures that are made larger, [n, h, w].
+
+        Raises ValueError if captions, seeds and small pictures differ in number, and as `require_drawable`.
+        """
         if len(prompts) != len(seeds):
             raise ValueError(f"every prompt needs its seed, got {len(prompts)} prompts and {len(seeds)} seeds")
         options = options or DrawOptions()
         rows, other = self.parts.words.prompts(prompts), self.parts.words.prompts([negative])[0]
-        pictures: list[Picture] = []
+        if low is not None and len(low) != len(prompts):
+            raise ValueError(f"every prompt needs a small picture, got {len(prompts)} prompts and {len(low)} pictures")
+        drawn = []
         for chosen in batches(len(rows), batch_size):
-            generators = [image_generator(seed) for seed in seeds[chosen]]
-            codes = draw_images(self.parts.model, rows[chosen], other, generators, options)  # [B, h, w]
-            pictures += self.pictures_of(codes)
+            own = seeds[chosen] if low is None else [derive_seed(seed, "larger") for seed in seeds[chosen]]
+            generators = [image_generator(seed) for seed in own]
+            before = None if low is None else low[chosen].flatten(1)  # [B, l]
+            drawn.append(draw_images(self.parts.model, rows[chosen], other, generators, options, before))  # [B, h, w]
             if progress is not None:
                 progress()
-        return pictures
+        return torch.cat(drawn)  # [n, h, w]
 
-    def pictures_of(self, codes: Tensor) -> list[Picture]:
-        """[B, h, w] -> B pictures."""
-        return [to_picture(pixels) for pixels in self.parts.codec.decode(codes[:, None].float())]
+    def pictures_of(self, codes: Tensor, batch_size: int = 8) -> list[Picture]:
+        """[n, h, w] -> n pictures."""
+        return [to_picture(each) for part in codes.split(batch_size) for each in self.pixels_of(part)]
+
+    def pixels_of(self, codes: Tensor) -> Tensor:
+        """[B, h, w] -> [B, 3, H, W] in [-1, 1]."""
+        return self.parts.codec.decode(codes[:, None].float())  # [B, 3, H, W]
+
+    def psnr_of(self, codes: Tensor, low: Tensor) -> list[float]:
+        """How near pictures that were made larger, shrunk, are to the small ones, in dB: [n, h, w] of each."""
+        pairs = zip(codes.split(1), low.split(1), strict=True)
+        return [shrunk_psnr(self.pixels_of(large), self.pixels_of(small)).item() for large, small in pairs]
 
     def codes_of(self, pictures: Sequence[Picture]) -> Tensor:
         """[B, h, w] int64. Larger pictures, and those of other shapes, are cut and shrunk to the model's size as in

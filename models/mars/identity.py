@@ -6,12 +6,12 @@ The language model and the image tokenizer are frozen and not inside: they are n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from models.mars.model import MarsConfig
-from models.mars.stages import STAGES
+from models.mars.stages import REFINE, STAGES, UPSCALE
 from util.plain import from_plain
 
 FLAGS = {"base_id": "--lm_path", "base_type": "--lm_path", "codec_id": "--vae_path", "max_tokens": "--max_text_tokens",
@@ -24,7 +24,7 @@ class MarsIdentity:
     """base_id, base_type: of the language model's folder and the model_type of its config.json. codec_id: of the image
     tokenizer. max_tokens: of a caption, BOS included. stage: one of `STAGES`.
 
-    Raises ValueError for another stage, and for fewer than two tokens.
+    Raises ValueError for another stage, for a low grid in any but stage III, and for fewer than two tokens.
     """
 
     base_id: str
@@ -37,12 +37,24 @@ class MarsIdentity:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be {' or '.join(STAGES)}, got {self.stage!r}")
+        if (self.stage == UPSCALE) != (self.config.low_grid is not None):
+            raise ValueError(f"stage {self.stage!r} does not go with low_grid {self.config.low_grid}")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as files hold them."""
-        return asdict(self) | {"config": asdict(self.config) | {"grid": list(self.config.grid)}}
+        low = self.config.low_grid
+        grids = {"grid": list(self.config.grid), "low_grid": None if low is None else list(low)}
+        return asdict(self) | {"config": asdict(self.config) | grids}
+
+    @property
+    def before(self) -> MarsIdentity:
+        """Of the weights that stage III starts from: those whose images it makes larger. Of other stages, itself."""
+        low = self.config.low_grid
+        if low is None:
+            return self
+        return replace(self, config=replace(self.config, grid=low, low_grid=None), stage=REFINE)
 
     @staticmethod
     def of(entries: Any, where: str) -> MarsIdentity:

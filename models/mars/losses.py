@@ -3,6 +3,7 @@
     drawing      [BOS] caption | <img> c_0 ... c_{L-2}         every code from those before it
     describing   [BOS] | <img> c_0 ... c_{L-1} </img> | caption EOS    every word, by the frozen head
     choice       p(<img>) after the caption: 1 at its end, 0 inside of it
+    upscaling    [BOS] caption | <img> low codes </img> <img> c_0 ... c_{L-2}    drawing, in the super-resolution stage
 
     loss = drawing + caption_weight * describing + choice_weight * choice
 
@@ -29,7 +30,8 @@ NOT_COUNTED = -100  # what cross entropy leaves out
 class Pairs:
     """codes: [B, L] int64. prompt: captions to draw, with BOS before them where the language model has one, padded on
     the left. opening: what stands before an image that is described, the same in all rows: [b], BOS or nothing.
-    answer: captions with EOS, padded on the right. has_caption: [B] bool, which prompts have one.
+    answer: captions with EOS, padded on the right. has_caption: [B] bool, which prompts have one. low: [B, l] int64,
+    codes of the same images small, for a model that makes them larger.
 
     Raises ValueError for parts of other lengths.
     """
@@ -39,6 +41,7 @@ class Pairs:
     opening: Tensor
     answer: TextBatch
     has_caption: Tensor
+    low: Tensor | None = None
 
     def __post_init__(self) -> None:
         sizes = [len(self.codes), len(self.prompt), len(self.answer), len(self.has_caption)]
@@ -50,7 +53,8 @@ class Pairs:
 
     def to(self, device: torch.device | str) -> Pairs:
         codes, opening, has_caption = (each.to(device) for each in (self.codes, self.opening, self.has_caption))
-        return Pairs(codes, self.prompt.to(device), opening, self.answer.to(device), has_caption)
+        low = None if self.low is None else self.low.to(device)
+        return Pairs(codes, self.prompt.to(device), opening, self.answer.to(device), has_caption, low)
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,12 @@ class MarsObjective(nn.Module):
         self.model = model
 
     def forward(self, pairs: Pairs, caption_weight: float = 1.0, choice_weight: float = 0.0) -> Losses:
-        """The same weights on all processes. Raises ValueError for negative ones."""
+        """The same weights on all processes. Raises ValueError for negative ones, and for describing by a model that
+        makes images larger."""
         if caption_weight < 0 or choice_weight < 0:
             raise ValueError(f"weights must not be negative, got {caption_weight} and {choice_weight}")
+        if caption_weight and self.model.config.low_grid is not None:
+            raise ValueError(f"a model that makes images larger describes none, got caption_weight {caption_weight}")
         drawing, choice = drawing_losses(self.model, pairs, with_choice=choice_weight > 0)
         total = drawing
         describing = describing_loss(self.model, pairs) if caption_weight else None
@@ -88,11 +95,12 @@ class MarsObjective(nn.Module):
 def drawing_losses(model: Mars, pairs: Pairs, with_choice: bool = False) -> tuple[Tensor, Tensor | None]:
     """(cross entropy of all codes, that of beginning an image or None), means over codes and over positions of text.
 
-    Raises ValueError for images of another number of codes than the model's.
+    Raises ValueError for images of another number of codes than the model's, large or small.
     """
     require_codes(model, pairs.codes)
     image = model.image_segment(model.opened(pairs.codes[:, :-1]))  # [B, L, D]
-    text_states, states = model.read([model.text_segment(pairs.prompt), image])  # [B, t, D], [B, L, D]
+    segments = [model.text_segment(pairs.prompt), *model.low_segments(pairs.low), image]
+    text_states, *_, states = model.read(segments)  # [B, t, D], [B, L, D]
     drawing = F.cross_entropy(model.code_logits(states).flatten(0, 1), pairs.codes.flatten())  # []
     choice = choice_loss(model, text_states, pairs.prompt, pairs.has_caption) if with_choice else None
     return drawing, choice

@@ -9,7 +9,12 @@ code always, and is never predicted.
 
 The head starts at zero: every code is as likely as any other, and no text is ever interrupted by an image.
 
-Left out: the paper's super-resolution stage; the row and size tokens of other models, since a grid is given.
+A model of the super-resolution stage reads a small image before it draws the same one larger, with codes of one
+tokenizer:
+
+    [BOS] caption | <img> low codes </img> <img> c_0 ... c_{L-1}
+
+Left out: the row and size tokens of other models, since grids are given.
 
 Shape letters: B batch, t text positions, L codes of an image (h * w), K codes of the codebook, D width, V words.
 """
@@ -33,23 +38,33 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class MarsConfig:
-    """num_codes: K, of the image tokenizer; grid: (h, w), codes of an image; copied_norms: of `add_visual_experts`.
-    Raises ValueError for fewer than two codes, and for an empty grid."""
+    """num_codes: K, of the image tokenizer; grid: (h, w), codes of an image; copied_norms: of `add_visual_experts`;
+    low_grid: of the small images that are made larger, None for a model that draws from captions. Raises ValueError for
+    fewer than two codes, for an empty grid, and for a low grid that is not smaller."""
 
     num_codes: int
     grid: tuple[int, int]
     copied_norms: bool = False
+    low_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.num_codes < 2:
             raise ValueError(f"num_codes must be at least 2, got {self.num_codes}")
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid must be two numbers of at least 1, (rows, columns), got {self.grid}")
+        low = self.low_grid
+        if low is not None and not (min(low) >= 1 and low[0] < self.grid[0] and low[1] < self.grid[1]):
+            raise ValueError(f"low_grid must be smaller than the grid {self.grid}, got {low}")
 
     @property
     def num_tokens(self) -> int:
         """L"""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def low_length(self) -> int:
+        """Positions of a small image with its `<img>` and `</img>`; 0 for a model that draws from captions."""
+        return 0 if self.low_grid is None else self.low_grid[0] * self.low_grid[1] + 2
 
 
 @dataclass(frozen=True)
@@ -180,6 +195,15 @@ class Mars(nn.Module):
         """`<img>` before the codes of an image and `</img>` after them: [B, L] -> [B, L + 2]."""
         end = codes.new_full((len(codes), 1), self.image_end)  # [B, 1]
         return torch.cat([self.opened(codes), end], dim=1)  # [B, L + 2]
+
+    def low_segments(self, low: Tensor | None) -> list[Segment]:
+        """What stands between the words and an image: the same one small, where the model makes it larger. low: its
+        codes, [B, l]. Raises ValueError for another number of them than the model's low grid has."""
+        length = 0 if low is None else low.shape[1] + 2
+        if length != self.config.low_length:
+            given = "none were given" if low is None else f"{low.shape[1]} codes were given"
+            raise ValueError(f"the model makes images of the grid {self.config.low_grid} larger, {given}")
+        return [] if low is None else [self.image_segment(self.closed(low))]
 
     def read(self, segments: Sequence[Segment]) -> list[Tensor]:
         """The states of each segment after the final norm, [B, t, D] each: by segments, or in one mixed pass where

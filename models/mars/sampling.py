@@ -3,7 +3,8 @@
     logits = u + w (c - u)      c: after the prompt, u: after no caption or a negative prompt
     code   = inverse of the cumulative probabilities at a uniform number
 
-One pass reads the prompts of both branches, padded on the left; then one code a step. The numbers of an image come from
+One pass reads the prompts of both branches, padded on the left, another one small images that are made larger, which
+both branches see; then one code a step. The numbers of an image come from
 its own generator before the first step, one a code, so an image does not depend on the batch it is drawn in. Exactly
 h * w codes are drawn, whatever the grid.
 
@@ -75,20 +76,26 @@ def draw_images(
     negative: Sequence[int],
     generators: Sequence[torch.Generator],
     options: DrawOptions,
+    low: Tensor | None = None,
 ) -> Tensor:
     """Codes of one image a prompt: [B, h, w] int64.
 
-    prompts: word ids with BOS before them; negative: those of no caption, or of what is not wanted. Raises ValueError
-    for another number of generators than of prompts, and for more positions than there is room for, before any work.
+    prompts: word ids with BOS before them; negative: those of no caption, or of what is not wanted; low: codes of the
+    small images that are made larger, [B, l] int64. Raises ValueError for another number of generators or small images
+    than of prompts, and for more positions than there is room for, before any work.
     """
     if len(prompts) != len(generators):
         raise ValueError(f"every prompt needs a generator, got {len(prompts)} prompts and {len(generators)} generators")
+    if low is not None and len(low) != len(prompts):
+        raise ValueError(f"every prompt needs a small image, got {len(prompts)} prompts and {len(low)} images")
     others = [list(negative)] * len(prompts)
     context = Context(model.decoder)
     rows = [*([] if options.guidance == 0 else prompts), *([] if options.guidance == 1 else others)]
     text, grid = TextBatch.of(rows, "left", model.device), options.grid_of(model)
-    require_room(model.decoder, text.ids.shape[1] + math.prod(grid))
-    context.read(model.text_segment(text))
+    before = model.low_segments(None if low is None else low.repeat(options.num_branches, 1))  # [G * B, l + 2, D] each
+    require_room(model.decoder, text.ids.shape[1] + model.config.low_length + math.prod(grid))
+    for segment in [model.text_segment(text), *before]:
+        context.read(segment)
     tape = draw_tape(generators, math.prod(grid), model.device)  # [B, L]
     return draw_codes_after(model, [context], tape, options).unflatten(1, grid)  # [B, h, w]
 

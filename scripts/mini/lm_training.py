@@ -28,7 +28,6 @@ from util.rng import derive_seed, generator
 BOS, EOS = "<|begin|>", "<|end|>"
 BOS_ID, EOS_ID = 0, 1
 CJK = "[\u3000-\u303f\u3400-\u9fff\uff00-\uffef]"  # characters of Chinese and its marks
-MAX_POSITIONS = 512
 LANGUAGES = {"English": "", "Chinese": ".zh"}
 BEGINNINGS = {"English": "a red", "Chinese": "沙滩上有"}
 IGNORED = -100
@@ -80,7 +79,7 @@ def build_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     return trained
 
 
-def lm_config(vocab_size: int, width: int, depth: int) -> Qwen2Config:
+def lm_config(vocab_size: int, width: int, depth: int, positions: int = 512) -> Qwen2Config:
     if width % 8:
         raise ValueError(f"--width must be a multiple of 8, two for each of 4 heads, got {width}")
     return Qwen2Config(
@@ -90,7 +89,7 @@ def lm_config(vocab_size: int, width: int, depth: int) -> Qwen2Config:
         num_hidden_layers=depth,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
@@ -114,7 +113,7 @@ def train(
     args: argparse.Namespace, captions: dict[str, list[list[str]]], tokenizer: PreTrainedTokenizerBase
 ) -> Qwen2ForCausalLM:
     """Continues from the state beside the output, if there is one."""
-    config = lm_config(len(tokenizer), args.width, args.depth)
+    config = lm_config(len(tokenizer), args.width, args.depth, args.positions)
     torch.manual_seed(derive_seed(args.seed, "lm", "init"))  # layer initialisers know no other generator
     model = Qwen2ForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)

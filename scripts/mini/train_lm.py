@@ -34,6 +34,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=nonnegative_int, default=30, help="steps of linear warmup")
     parser.add_argument("--width", type=width_int, default=128, help="a multiple of 8; the MLP is three times as wide")
     parser.add_argument("--depth", type=depth_int, default=4, help="layers")
+    parser.add_argument("--positions", type=whole(64, 32768), default=512,
+                        help="that the model is made for; all but captions are for visual experts")  # fmt: skip
     parser.add_argument("--vocab_size", type=whole(258, 100000), default=1000, help="at most so many tokens")
     parser.add_argument("--seed", type=seed_int, default=0)
     parser.add_argument("--save_freq", type=positive_int, default=100, help="steps between saved states")

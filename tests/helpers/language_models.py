@@ -71,10 +71,16 @@ GRID = (2, 4)
 NUM_CODES = 8
 
 
-def tiny_mars(family: str = DEFAULT, grid: tuple[int, int] = GRID, seed: int = 0, **options: Any) -> Mars:
+def tiny_mars(
+    family: str = DEFAULT,
+    grid: tuple[int, int] = GRID,
+    seed: int = 0,
+    low_grid: tuple[int, int] | None = None,
+    **options: Any,
+) -> Mars:
     """Experts and head moved away from where they start, so that nothing is equal by accident."""
-    model = Mars(FAMILIES[family](**options), MarsConfig(NUM_CODES, grid), torch.Generator().manual_seed(seed))
-    return moved(model, seed)
+    config = MarsConfig(NUM_CODES, grid, low_grid=low_grid)
+    return moved(Mars(FAMILIES[family](**options), config, torch.Generator().manual_seed(seed)), seed)
 
 
 @torch.no_grad()
