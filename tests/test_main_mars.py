@@ -135,6 +135,55 @@ def test_stage_2_draws_alone_from_the_weights_of_stage_1(world: Path, caplog: py
     assert_same(exported["model"], again["model"])
 
 
+def upscaled(world: Path, output: str, **flags: Any) -> dict[str, Any]:
+    return run_mars(
+        world, output, **{"train_mode": "upscale", "resume": checkpoint(world), "img_size": 2 * SIDE} | flags
+    )
+
+
+def test_stage_3_makes_larger_what_stage_1_draws(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    looked = {"eval_split": "val2014", "online_eval": True, "eval_freq": 1, "eval_images": 3, "num_preview": 2}
+    with caplog.at_level(logging.INFO):
+        state = upscaled(world, "large", epochs=1, sample_freq=2, lr=1e-9, **looked)
+    assert "starting stage 'upscale' at epoch 0 with a fresh optimizer from the averaged weights" in caplog.text
+    identity = MarsIdentity.of(state["mars"], "file")
+    assert (identity.config.grid, identity.config.low_grid, identity.stage) == ((8, 8), (4, 4), "upscale")
+    before = load_checkpoint(world, "whole")["model_ema"]
+    for name, value in state["model"].items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
+    lines = read_metrics(world, "large")
+    assert all(line["loss"] == line["drawing"] and "describing" not in line for line in lines if "loss" in line)
+    assert any("eval/drawing_zh" in line and "eval/describing" not in line for line in lines)
+    (shown,) = [line for line in lines if "samples/psnr" in line and line["step"] == 2]
+    assert shown["samples/psnr_zh"] > 0 and shown["samples/psnr_pictures"] > 0
+    assert min(Image.open(world / "large" / "samples" / "step-0000002.png").size) > 2 * SIDE
+
+
+@pytest.mark.parametrize("flags", [{}, {"grad_checkpointing": True, "precision": "bf16"}])
+def test_stage_3_that_was_stopped_ends_as_one_that_was_not(world: Path, flags: dict[str, Any]) -> None:
+    name, chosen = "-".join(["large", *flags]), PARTS | flags | {"max_steps": 3}
+    upscaled(world, f"{name}-whole", **chosen)
+    upscaled(world, f"{name}-parts", **chosen | {"max_steps": 2})
+    upscaled(world, f"{name}-parts", **chosen)
+    assert_same_run(world, f"{name}-whole", f"{name}-parts")
+    other = world / f"{name}-parts"
+    assert "is of stage upscale, which makes pictures larger" in refused(world, resume=other, train_mode="refine")
+
+
+def test_two_processes_of_stage_3_are_one_of_twice_the_batch(world: Path) -> None:
+    one = upscaled(world, "large-one", max_steps=2, label_drop_prob=0, hflip_prob=0)
+
+    def run(rank: int) -> dict[str, Any]:
+        words = mars_argv(world, "large-two", train_mode="upscale", resume=checkpoint(world), img_size=2 * SIDE,
+                          max_steps=2, label_drop_prob=0, hflip_prob=0, batch_size=1, fsdp=True)  # fmt: skip
+        main_mar.main(words)
+        return {}
+
+    in_two_processes(run, join_group=False)
+    for key, value in load_checkpoint(world, "large-two")["model"].items():
+        torch.testing.assert_close(value, one["model"][key], rtol=0, atol=2e-4, msg=key)
+
+
 def test_cached_codes_are_those_of_the_images(world: Path) -> None:
     cache = world / "cache"
     words = {"coco_root": world / "coco", "coco_split": "train2014", "cached_path": cache, "vae_path": world / "vq.pt",
@@ -204,13 +253,19 @@ def refused(world: Path, **flags: object) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"train_mode": None}, "--backbone mars needs --train_mode joint or refine, got text_layout"),
+        ({"train_mode": None}, "--backbone mars needs --train_mode joint, refine or upscale, got text_layout"),
         ({"backbone": None}, "--lm_path .* is for --backbone mars"),
         ({"backbone": None, "lm_path": None}, "--train_mode joint is for --backbone mars"),
         ({"lm_path": None}, "--backbone mars needs --lm_path"),
         ({"lm_path": "nowhere"}, "--lm_path nowhere does not exist; a folder that save_pretrained"),
         ({"train_mode": "refine"}, "--train_mode refine starts from trained weights: --resume names them"),
         ({"train_mode": "refine", "caption_weight": 2}, r"--caption_weight 2.0 does not go with --train_mode refine"),
+        ({"train_mode": "upscale"}, "--train_mode upscale starts from trained weights: --resume names them"),
+        ({"train_mode": "upscale", "choice_weight": 2}, "--choice_weight 2.0 does not go with --train_mode upscale"),
+        (
+            {"train_mode": "upscale", "use_cached": True, "cached_path": "x"},
+            "--use_cached does not go with --train_mode",
+        ),
         ({"img_size": 9}, "--img_size 9 is no multiple of the 2 pixels of a code"),
         ({"img_size": 32}, "--max_text_tokens 12 and --img_size 32, 256 codes, do not fit into .*lm: 270 positions"),
         ({"temperature": 0}, "--temperature must be above 0"),
@@ -254,6 +309,10 @@ def test_weights_of_something_else_are_refused(world: Path, tmp_path: Path) -> N
     assert "was made with base_id" in (said := refused(world, lm_path=other, **resume)) and "(see --lm_path)" in said
     assert "was made with max_tokens 12, here it is 10" in refused(world, max_text_tokens=10, **resume)
     assert "was made with config" in refused(world, copied_norms=True, **resume)
+    large = {"train_mode": "upscale", **resume}
+    assert "was made with config" in refused(world, copied_norms=True, img_size=2 * SIDE, **large)
+    said = refused(world, **large)
+    assert f"--img_size {SIDE} against " in said and "low_grid must be smaller than the grid (4, 4), got (4, 4)" in said
     assert "makes continuous latents, --backbone mars needs a VQ" in refused(world, vae_path=world / "vae.ckpt")
     assert "mar.safetensors" in refused(world, resume=world / "mar.safetensors")
     with pytest.raises(SystemExit, match="was written by stage 'joint', this run is stage 'refine'"):

@@ -155,7 +155,7 @@ class MarsPreview:
     captions drawn in each language, and samples/step-N.txt, the pictures told in words.
 
     In stage III the small pictures are made larger and none is told. Written is the PSNR of what is drawn, shrunk, to
-    the small picture, beside that of the pictures themselves; all are decoded codes, so the tokenizer bounds the latter.
+    the small picture, beside that of the pictures themselves, all of them decoded codes.
     """
 
     look: MarsLook

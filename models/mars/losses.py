@@ -98,9 +98,9 @@ def drawing_losses(model: Mars, pairs: Pairs, with_choice: bool = False) -> tupl
     Raises ValueError for images of another number of codes than the model's, large or small.
     """
     require_codes(model, pairs.codes)
-    image = model.image_segment(model.opened(pairs.codes[:, :-1]))  # [B, L, D]
-    segments = [model.text_segment(pairs.prompt), *model.low_segments(pairs.low), image]
-    text_states, *_, states = model.read(segments)  # [B, t, D], [B, L, D]
+    image = model.image_segment(model.after_small(pairs.low, model.opened(pairs.codes[:, :-1])))  # [B, l + 2 + L, D]
+    text_states, states = model.read([model.text_segment(pairs.prompt), image])  # [B, t, D], [B, l + 2 + L, D]
+    states = states[:, model.config.low_length :]  # [B, L, D]
     drawing = F.cross_entropy(model.code_logits(states).flatten(0, 1), pairs.codes.flatten())  # []
     choice = choice_loss(model, text_states, pairs.prompt, pairs.has_caption) if with_choice else None
     return drawing, choice

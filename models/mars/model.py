@@ -196,14 +196,18 @@ class Mars(nn.Module):
         end = codes.new_full((len(codes), 1), self.image_end)  # [B, 1]
         return torch.cat([self.opened(codes), end], dim=1)  # [B, L + 2]
 
-    def low_segments(self, low: Tensor | None) -> list[Segment]:
-        """What stands between the words and an image: the same one small, where the model makes it larger. low: its
-        codes, [B, l]. Raises ValueError for another number of them than the model's low grid has."""
+    def after_small(self, low: Tensor | None, rows: Tensor) -> Tensor:
+        """The same image small before one that is made larger: [B, t] -> [B, l + 2 + t]; as it is without. Training
+        reads both in one pass: alone, a small image would need some of the last layer's experts only.
+
+        low: its codes, [B, l]. Raises ValueError for another number of them than the model's low grid has.
+        """
         length = 0 if low is None else low.shape[1] + 2
         if length != self.config.low_length:
-            given = "none were given" if low is None else f"{low.shape[1]} codes were given"
-            raise ValueError(f"the model makes images of the grid {self.config.low_grid} larger, {given}")
-        return [] if low is None else [self.image_segment(self.closed(low))]
+            grid = self.config.low_grid
+            does = "draws from captions alone" if grid is None else f"makes images of the grid {grid} larger"
+            raise ValueError(f"the model {does}, got {'no' if low is None else low.shape[1]} codes of a small image")
+        return rows if low is None else torch.cat([self.closed(low), rows], dim=1)  # [B, l + 2 + t]
 
     def read(self, segments: Sequence[Segment]) -> list[Tensor]:
         """The states of each segment after the final norm, [B, t, D] each: by segments, or in one mixed pass where

@@ -92,10 +92,12 @@ def draw_images(
     context = Context(model.decoder)
     rows = [*([] if options.guidance == 0 else prompts), *([] if options.guidance == 1 else others)]
     text, grid = TextBatch.of(rows, "left", model.device), options.grid_of(model)
-    before = model.low_segments(None if low is None else low.repeat(options.num_branches, 1))  # [G * B, l + 2, D] each
+    small = None if low is None else low.repeat(options.num_branches, 1)  # [G * B, l]
+    before = model.after_small(small, text.ids[:, :0])  # [G * B, l + 2], or nothing
     require_room(model.decoder, text.ids.shape[1] + model.config.low_length + math.prod(grid))
-    for segment in [model.text_segment(text), *before]:
-        context.read(segment)
+    context.read(model.text_segment(text))
+    if low is not None:
+        context.read(model.image_segment(before))
     tape = draw_tape(generators, math.prod(grid), model.device)  # [B, L]
     return draw_codes_after(model, [context], tape, options).unflatten(1, grid)  # [B, h, w]
 

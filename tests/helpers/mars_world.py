@@ -55,8 +55,17 @@ def write_mars(root: Path, **options: Any) -> MarsWorld:
     return world
 
 
-def tiny_model(world: MarsWorld) -> tuple[Mars, MarsIdentity]:
+def tiny_model(world: MarsWorld, config: MarsConfig | None = None, stage: str = "joint") -> tuple[Mars, MarsIdentity]:
     base, codec = open_causal_lm(world.lm, torch.float32), load_codec(world.vq)
-    config = MarsConfig(TINY_VQ.codebook_size, GRID)
+    config = config or MarsConfig(TINY_VQ.codebook_size, GRID)
     model = moved(Mars(base.lm, config, torch.Generator().manual_seed(0)))
-    return model, MarsIdentity(base.id, base.model_type, config, codec.id, MAX_TOKENS, "joint")
+    return model, MarsIdentity(base.id, base.model_type, config, codec.id, MAX_TOKENS, stage)
+
+
+def write_upscaler(world: MarsWorld, path: Path, low_grid: tuple[int, int] = GRID) -> Path:
+    """Weights that make pictures of `low_grid` codes twice as large."""
+    larger = (2 * low_grid[0], 2 * low_grid[1])
+    model, identity = tiny_model(world, MarsConfig(TINY_VQ.codebook_size, larger, low_grid=low_grid), "upscale")
+    state = {"model": model.visual_state(), "model_ema": {}, "step": 9, MARS_ENTRY: identity.as_dict()}
+    save_atomic(state, path)
+    return path

@@ -19,7 +19,7 @@ from engine.checkpoint.mars_weights import export_mars, is_mars_file, load_mars,
 from engine.sample.mars import MarsPipeline
 from models.mars.sampling import DrawOptions
 from tests.helpers.lm_files import write_lm
-from tests.helpers.mars_world import MAX_TOKENS, SIDE, MarsWorld, tiny_model, write_mars
+from tests.helpers.mars_world import MAX_TOKENS, SIDE, MarsWorld, tiny_model, write_mars, write_upscaler
 from tests.helpers.scene_files import write_coco
 from util.checkpoint import load_plain, safetensors_metadata, save_atomic
 from util.images import center_crop, read_png_text, save_png
@@ -118,6 +118,45 @@ def test_captions_of_a_dataset_and_another_size(sample, tmp_path) -> None:
     assert [image["prompt"] for image in images] == ["caption 0 of 1", "caption 0 of 3"]
     assert [image["objects"] for image in images] == [[], []]
     assert pixels(out / "0000.png").shape == (SIDE, 2 * SIDE, 3)
+
+
+def test_a_small_picture_is_drawn_then_a_large_one(sample, world, pipe, tmp_path) -> None:
+    file = write_upscaler(world, tmp_path / "upscale.pth")
+    flags = ("--prompt", PROMPT, "--num_images", "2", "--cfg", "2", "--upscale", str(file))
+    out = sample(*flags)
+    assert pixels(out / "0000.png").shape == (2 * SIDE, 2 * SIDE, 3)
+    content = json.loads((out / "samples.json").read_text())
+    assert content["checkpoint"]["stage"] == "upscale" and content["checkpoint"]["step"] == 9
+    larger = MarsPipeline.from_checkpoint(file, world.lm, world.vq, upscales=True)
+    options = DrawOptions(guidance=2)
+    low = pipe.draw_codes([PROMPT], [1], options)
+    codes = larger.draw_codes([PROMPT], [1], options, low=low)
+    assert np.array_equal(pixels(out / "0001.png"), larger.pictures_of(codes)[0])
+    assert content["images"][1]["psnr_to_small"] == pytest.approx(larger.psnr_of(codes, low)[0])
+    exported = tmp_path / "upscale.safetensors"
+    scripts.export_weights.main(["--resume", str(file), "--output", str(exported)])
+    again = sample(*flags[:-1], str(exported), output="again")
+    assert np.array_equal(pixels(out / "0001.png"), pixels(again / "0001.png"))
+    with pytest.raises(ValueError, match="got 1 prompts and 2 pictures"):
+        larger.draw_codes([PROMPT], [1], low=low.repeat(2, 1, 1))
+
+
+def test_a_file_of_one_stage_is_refused_for_another(sample, world, pictures, tmp_path) -> None:
+    file, flags = write_upscaler(world, tmp_path / "upscale.pth"), ("--prompt", PROMPT)
+    with pytest.raises(SystemExit, match="upscale.pth is of stage upscale, which makes pictures larger"):
+        sample(*flags, resume=file)
+    with pytest.raises(SystemExit, match="mars.pth is of stage joint, which draws: --upscale takes weights of upscale"):
+        sample(*flags, "--upscale", str(world.checkpoint))
+    with pytest.raises(SystemExit, match="is of stage upscale"):
+        scripts.caption.main([*world.flags(file), "--images", str(pictures[0])])
+    other = write_upscaler(world, tmp_path / "other.pth", low_grid=(2, 4))
+    with pytest.raises(SystemExit, match=r"other.pth makes .* of \(2, 4\) codes larger, .*mars.pth draws \(4, 4\)"):
+        sample(*flags, "--upscale", str(other))
+    with pytest.raises(SystemExit, match="--size 16x16 does not go with --upscale"):
+        sample(*flags, "--upscale", str(file), "--size", "16x16")
+    with pytest.raises(SystemExit, match="--upscale .* needs --lm_path"):
+        sample(*flags, "--upscale", str(file), "--lm_path", "")
+    assert not (tmp_path / "out").exists()
 
 
 MISTAKES = {

@@ -43,10 +43,11 @@ def test_a_code_sees_all_of_the_small_image_and_no_later_code(read) -> None:
 
     def states(low: Tensor, codes: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            return read(model.decoder, [text, *model.low_segments(low), model.image_segment(model.opened(codes))])
+            image = model.image_segment(model.after_small(low, model.opened(codes)))
+            words, states = read(model.decoder, [text, image])
+            return [words, *states.split([4, 9], dim=1)]
 
     words, small, large = states(low, codes)
-    assert small.shape[1] == 4 and large.shape[1] == 9
     for place in range(2):
         other = low.clone()
         other[:, place] = (other[:, place] + 1) % NUM_CODES
@@ -99,9 +100,9 @@ def test_the_likeliest_codes_are_those_of_one_pass() -> None:
     model, scale = upscaler(), 3.0
     codes = draw(model, (1,), guidance=scale, top_k=1).flatten(1)
     with torch.no_grad():
-        image = [*model.low_segments(low_codes(3)[[1]]), model.image_segment(model.opened(codes[:, :-1]))]
+        image = model.image_segment(model.after_small(low_codes(3)[[1]], model.opened(codes[:, :-1])))
         wanted, other = (
-            model.code_logits(model.read([model.text_segment(TextBatch.of([ids], "left")), *image])[-1])
+            model.code_logits(model.read([model.text_segment(TextBatch.of([ids], "left")), image])[1][:, 4:])
             for ids in (PROMPTS[1], [BOS])
         )
     assert torch.equal((other + scale * (wanted - other)).argmax(-1), codes)
@@ -114,11 +115,11 @@ def test_the_first_loss_is_that_of_a_head_of_zeros() -> None:
 
 
 def test_a_small_image_is_there_if_the_model_makes_it_larger() -> None:
-    with pytest.raises(ValueError, match=r"makes images of the grid \(1, 2\) larger, none were given"):
+    with pytest.raises(ValueError, match=r"makes images of the grid \(1, 2\) larger, got no codes"):
         drawing_losses(upscaler(), pairs())
-    with pytest.raises(ValueError, match=r"makes images of the grid \(1, 2\) larger, 8 codes were given"):
+    with pytest.raises(ValueError, match=r"makes images of the grid \(1, 2\) larger, got 8 codes"):
         drawing_losses(upscaler(), replace(pairs(), low=some_codes(2)))
-    with pytest.raises(ValueError, match="grid None larger, 2 codes were given"):
+    with pytest.raises(ValueError, match="draws from captions alone, got 2 codes of a small image"):
         drawing_losses(tiny_mars(), both_sizes())
     with pytest.raises(ValueError, match="describes none, got caption_weight 1"):
         MarsObjective(upscaler())(both_sizes(), caption_weight=1)
