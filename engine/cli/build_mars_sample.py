@@ -93,7 +93,7 @@ def draw_mars(args: argparse.Namespace, has_guidance: bool) -> str:
             if larger is not None:
                 low, options = codes, replace(options, grid=None)
                 codes = larger.draw_codes(prompts, seeds, options, negative, args.batch_size, bar.update, low)
-            pictures = last.pictures_of(codes)
+            pictures = last.pictures_of(codes, args.batch_size)
         seconds = time.perf_counter() - start
         psnr = [] if larger is None else larger.psnr_of(codes, low)
         write_folder(last, folder, prompts, seeds, pictures, options, resolved_dict(args), psnr)

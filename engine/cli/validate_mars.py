@@ -45,7 +45,8 @@ def validate_mars_args(parser: argparse.ArgumentParser, args: argparse.Namespace
             _refuse(parser, args, (name,), f"does not go with --train_mode {args.train_mode}, which draws alone")
         setattr(args, name, 0.0)
     if args.train_mode == UPSCALE and args.use_cached:
-        raise ValueError(f"--use_cached does not go with --train_mode {UPSCALE}, which shrinks pictures, not codes")
+        why = f"does not go with --train_mode {UPSCALE}, which shrinks pictures, not codes"
+        raise ValueError(f"--use_cached {why}: --no-use_cached --cached_path ''")
     if args.resume == "best":
         raise ValueError("--resume best: runs of --backbone mars keep no best weights, name a checkpoint")
     if not args.lm_path:

@@ -109,7 +109,8 @@ class MarsPipeline:
         low: Tensor | None = None,
     ) -> list[Picture]:
         """As `draw_codes`, pictures."""
-        return self.pictures_of(self.draw_codes(prompts, seeds, options, negative, batch_size, progress, low))
+        codes = self.draw_codes(prompts, seeds, options, negative, batch_size, progress, low)  # [n, h, w]
+        return self.pictures_of(codes, batch_size)
 
     def draw_codes(
         self,
@@ -142,9 +143,10 @@ class MarsPipeline:
                 progress()
         return torch.cat(drawn)  # [n, h, w]
 
-    def pictures_of(self, codes: Tensor, batch_size: int = 8) -> list[Picture]:
-        """[n, h, w] -> n pictures."""
-        return [to_picture(each) for part in codes.split(batch_size) for each in self.pixels_of(part)]
+    def pictures_of(self, codes: Tensor, batch_size: int | None = None) -> list[Picture]:
+        """[n, h, w] -> n pictures, decoded together or so many at a time."""
+        parts = codes.split(batch_size or len(codes))
+        return [to_picture(each) for part in parts for each in self.pixels_of(part)]
 
     def pixels_of(self, codes: Tensor) -> Tensor:
         """[B, h, w] -> [B, 3, H, W] in [-1, 1]."""

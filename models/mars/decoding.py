@@ -78,8 +78,10 @@ def describe_images(
 
     codes: [B, L] int64; opening: what stands before an image, BOS or nothing; beginning: words that every caption
     starts with, such as choose its language. max_words: of what is written after them. Raises ValueError for images of
-    another number of codes than the model's, for no words at most, and for more positions than there is room for.
+    another number of codes than the model's, for a model that makes images larger, for no words at most, and for more
+    positions than there is room for.
     """
+    model.require_small(None)
     require_codes(model, codes)
     if max_words < 1:
         raise ValueError(f"max_words must be at least 1, got {max_words}")
@@ -122,8 +124,10 @@ def continue_sequence(
     """What MARS writes and draws after words and images: words (with the one that ended it) and images, alternating.
 
     prompt: as read, with BOS where the language model has one, at least one word or image; its images have the model's
-    number of codes. negative: words that guidance of images leads away from. Raises ValueError for an empty prompt.
+    number of codes. negative: words that guidance of images leads away from. Raises ValueError for an empty prompt,
+    and for a model that makes images larger.
     """
+    model.require_small(None)
     context = Context(model.decoder)
     prompt = [part for part in prompt if isinstance(part, Image) or part.ids]
     if not prompt:

@@ -200,14 +200,19 @@ class Mars(nn.Module):
         """The same image small before one that is made larger: [B, t] -> [B, l + 2 + t]; as it is without. Training
         reads both in one pass: alone, a small image would need some of the last layer's experts only.
 
-        low: its codes, [B, l]. Raises ValueError for another number of them than the model's low grid has.
+        low: its codes, [B, l]. Raises ValueError as `require_small`.
         """
+        self.require_small(low)
+        return rows if low is None else torch.cat([self.closed(low), rows], dim=1)  # [B, l + 2 + t]
+
+    def require_small(self, low: Tensor | None) -> None:
+        """Raises ValueError for another number of codes of a small image, [B, l], than the model's low grid has, or
+        any where it has none."""
         length = 0 if low is None else low.shape[1] + 2
         if length != self.config.low_length:
             grid = self.config.low_grid
             does = "draws from captions alone" if grid is None else f"makes images of the grid {grid} larger"
             raise ValueError(f"the model {does}, got {'no' if low is None else low.shape[1]} codes of a small image")
-        return rows if low is None else torch.cat([self.closed(low), rows], dim=1)  # [B, l + 2 + t]
 
     def read(self, segments: Sequence[Segment]) -> list[Tensor]:
         """The states of each segment after the final norm, [B, t, D] each: by segments, or in one mixed pass where

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.mars.decoding import describe_images
 from models.mars.identity import MarsIdentity
 from models.mars.losses import MarsObjective, Pairs, drawing_losses
 from models.mars.model import Mars, MarsConfig, TextBatch
@@ -123,6 +124,8 @@ def test_a_small_image_is_there_if_the_model_makes_it_larger() -> None:
         drawing_losses(tiny_mars(), both_sizes())
     with pytest.raises(ValueError, match="describes none, got caption_weight 1"):
         MarsObjective(upscaler())(both_sizes(), caption_weight=1)
+    with pytest.raises(ValueError, match="larger, got no codes"):
+        describe_images(upscaler(), some_codes(1), [BOS], [2], max_words=1)
     with pytest.raises(ValueError, match="got 1 prompts and 2 images"):
         draw_images(upscaler(), [[BOS]], [BOS], [torch.Generator()], DrawOptions(), low_codes(2))
     room = tiny_mars(low_grid=LOW, max_position_embeddings=12)
