@@ -167,6 +167,7 @@ def test_stage_3_that_was_stopped_ends_as_one_that_was_not(world: Path, flags: d
     upscaled(world, f"{name}-parts", **chosen)
     assert_same_run(world, f"{name}-whole", f"{name}-parts")
     other = world / f"{name}-parts"
+    assert main_mar.main(["--config", str(other / "args.yaml")]) == 0  # as it was written down
     assert "is of stage upscale, which makes pictures larger" in refused(world, resume=other, train_mode="refine")
 
 

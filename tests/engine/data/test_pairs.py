@@ -63,6 +63,18 @@ def test_codes_and_both_sides_of_a_caption(dataset: CocoLayoutDataset, inputs: P
     assert pairs.has_caption.all() and pairs.opening.tolist() == [words.first_token]
 
 
+def test_small_pictures_are_the_same_ones_shrunk(world: Path, dataset: CocoLayoutDataset, inputs: PairInputs) -> None:
+    large = CocoLayoutDataset.from_config(DataConfig(str(world / "coco"), "train2014", 2 * SIDE))
+    some = replace(inputs, low_size=(SIDE, SIDE))
+    batch = batch_of(large, 0, 1, 2)
+    pairs = some(batch, 0, torch.Generator().manual_seed(0))
+    assert batch.pixels is not None and pairs.low is not None
+    small = batch.pixels.unflatten(3, (SIDE, 2)).unflatten(2, (SIDE, 2)).mean((3, 5))
+    assert torch.equal(pairs.low, inputs.codec.encode(small)[:, 0].flatten(1).long())
+    alone = some(batch_of(large, 1), 0, torch.Generator().manual_seed(0))
+    assert alone.low is not None and torch.equal(alone.low[0], pairs.low[1])
+
+
 def test_a_dropped_caption_is_still_told(dataset: CocoLayoutDataset, inputs: PairInputs) -> None:
     batch = batch_of(dataset, 0, 1, 2)
     kept, dropped = (
