@@ -24,7 +24,7 @@ from torch import Tensor
 from models.config import NUM_TRAIN_STEPS, require_reverse_steps
 
 MAX_BETA = 0.999
-DISTANCE_WEIGHTS = (0.3, 10.0)  # of `prediction_distance`
+DISTANCE_WEIGHTS = (1.0, 100.0)  # of `prediction_distance`
 VARIANCE_WEIGHT = 0.05
 
 
@@ -133,7 +133,7 @@ def hybrid_loss(
 def prediction_distance(output: Tensor, wanted: Tensor, tables: dict[str, Tensor]) -> Tensor:
     """How far a prediction is from another one of the same noisy tokens: [r] float32, means over the C channels of
 
-        w(t) (eps - eps')^2 + 0.05 (v - v')^2,    w(t) = (1 - bar) / bar, kept in [0.3, 10],
+        w(t) (eps - eps')^2 + 0.05 (v - v')^2,    w(t) = (1 - bar) / bar, kept in [1, 100],
 
     with v the variance fraction. w(t) makes it the error of the predicted token where neither bound holds: at low noise
     the lower one keeps details in the sum, and the upper one keeps the first reverse steps from being all of it.
