@@ -44,7 +44,12 @@ rows_of() { # what is drawn with a run's weights
         *) echo "$1" ;;
     esac
 }
-sampling_of() { case "$1" in few_step_*) echo "--head_evals ${1#few_step_}" ;; esac; }
+sampling_of() {
+    case "$1" in
+        stage2_cool) echo "--temperature 0.6" ;; # as the distilled weights name it
+        few_step_*) echo "--head_evals ${1#few_step_}" ;;
+    esac
+}
 usage() {
     echo "usage: [TRAININGS='0 1'] [UPDATES=50] [IMAGES=300] [SEEDS='0 1 2'] [NAMES='$ALL']" \
         "bash scripts/mini/stage3.sh [--detector FILE] [--smoke]" >&2
@@ -144,8 +149,8 @@ for training in $TRAININGS; do
         fi
     done
 done
-evaluate stage2 0 $STAGE_2
-rows=(stage2) curves=()
+rows=(stage2 stage2_cool) curves=()
+for row in "${rows[@]}"; do evaluate "$row" 0 $STAGE_2; done
 for name in "${NAMES[@]}"; do
     if [[ "$(program_of "$name")" = main_rl.py* ]]; then curves=(--curves "$OUT/curves.png"); fi
     for row in $(rows_of "$name"); do

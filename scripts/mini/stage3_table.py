@@ -25,6 +25,7 @@ from util.ranges import positive_int
 
 LABELS = {
     "stage2": "stage 2, guided",
+    "stage2_cool": "stage 2, guided, temperature 0.6",
     "distill": "guidance distilled",
     "reward_gradient": "reward gradient",
     "few_step_1": "one-step head, 1 evaluation",
@@ -43,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, required=True, help="folder with runs/ and scores/")
     parser.add_argument("--rows", nargs="+", choices=tuple(LABELS), default=list(LABELS), help="the first: baseline")
     parser.add_argument("--detectors", nargs="+", choices=tuple(DETECTORS), default=["judge", "reward"])
-    parser.add_argument("--stage2", type=Path, required=True, help="the weights of the row stage2")
+    parser.add_argument("--stage2", type=Path, required=True, help="the weights of the rows of stage 2")
     parser.add_argument("--output", type=Path, default=None, help="write the tables to this file too")
     parser.add_argument("--curves", type=Path, default=None, help="PNG of the learning curves (None: not drawn)")
     parser.add_argument("--gallery", type=Path, default=None, help="PNG of a few layouts, drawn by rows with one seed "

@@ -119,7 +119,7 @@ def run_of(row: str) -> str:
 
 
 def weights_of(runs: Path, row: str, training: str, stage2: Path) -> Path:
-    return stage2 if row == "stage2" else runs / "runs" / run_of(row) / training / WEIGHTS_NAME
+    return stage2 if row.startswith("stage2") else runs / "runs" / run_of(row) / training / WEIGHTS_NAME
 
 
 @dataclass(frozen=True)

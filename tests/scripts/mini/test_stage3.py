@@ -72,7 +72,7 @@ def test_every_detector_judges_the_same_pictures(tmp_path: Path) -> None:
     found = calls(lines, "-m scripts.evaluate_layout ")
     scores = tree.root / "output/mini/stage3_runs/scores"
     places = [Path(value_of(words, "--output_dir")).relative_to(scores).parts for words in found]
-    rows = ("stage2", "distill", "reward_gradient", "few_step_1", "few_step_2", "few_step_4")
+    rows = ("stage2", "stage2_cool", "distill", "reward_gradient", "few_step_1", "few_step_2", "few_step_4")
     detectors = ("judge", "reward", "yolox")
     assert places == [(row, "0", detector) for row in rows for detector in detectors]
     for (row, training, detector), words in zip(places, found, strict=True):
@@ -81,6 +81,7 @@ def test_every_detector_judges_the_same_pictures(tmp_path: Path) -> None:
         evaluations = value_of(words, "--head_evals") if "--head_evals" in words else None
         assert evaluations == (row[-1] if row.startswith("few_step") else None)
         assert not {"--cfg", "--cfg_text", "--num_iter"} & set(words)  # what the weights say
+        assert ("--temperature" in words) == (row == "stage2_cool")
     (table,) = calls(lines, "-m scripts.mini.stage3_table ")
     args = vars(stage3_table.parse_args(table[2:]))
     assert tuple(args["rows"]) == rows and tuple(args["detectors"]) == detectors
@@ -92,7 +93,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert code == 7 and len(calls(lines, "main_")) == 6 + 4
     code, lines = tree.run()
     assert code == 0 and len(calls(lines, "main_")) == 3
-    assert len(calls(lines, "-m scripts.evaluate_layout ")) == 2 * (1 + 2 * 8)
+    assert len(calls(lines, "-m scripts.evaluate_layout ")) == 2 * (2 + 2 * 8)
     code, lines = tree.run()
     assert code == 0 and not calls(lines, "main_") and not calls(lines, "-m scripts.evaluate_layout ")
 
