@@ -31,11 +31,11 @@ program_of() { # everything but where it reads and writes
         *) echo "main_rl.py --config configs/mini_stage3.yaml --max_rl_steps $UPDATES --objective $1 $(tuned_for "$1")" ;;
     esac
 }
-tuned_for() { # temperature: of the distilled weights; credit and timesteps: where updates are least noise
+tuned_for() { # temperature: as the distilled weights name it; credit and timesteps: where updates are least noise
     case "$1" in
-        grpo) echo "--temperature 0.9 --lr 1e-5 --credit region --rl_t_min 600" ;;
-        nft) echo "--temperature 0.9 --lr 1e-5 --credit region --rl_t_min 600 --inner_epochs 1" ;;
-        best_of) echo "--temperature 0.9 --lr 1e-5 --inner_epochs 1" ;;
+        grpo) echo "--temperature 0.6 --lr 1e-5 --credit region --rl_t_min 600" ;;
+        nft) echo "--temperature 0.6 --lr 1e-5 --credit region --rl_t_min 600 --inner_epochs 1" ;;
+        best_of) echo "--temperature 0.6 --lr 1e-5 --inner_epochs 1" ;;
     esac
 }
 rows_of() { # what is drawn with a run's weights
