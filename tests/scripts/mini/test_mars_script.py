@@ -44,8 +44,8 @@ def test_every_part_reads_what_the_one_before_it_wrote(tmp_path: Path, monkeypat
     code, lines = script_tree(tmp_path / "tree").run(STEPS="500", REFINE="80", IMAGES="7")
     assert code == 0
     joint, refine = trainings(lines, monkeypatch)
-    assert (joint.train_mode, joint.max_steps, refine.train_mode, refine.max_steps) == ("joint", 500, "refine", 80)
-    assert joint.epochs * 6000 >= 500 * joint.batch_size > (joint.epochs - 1) * 6000
+    assert (joint.train_mode, joint.epochs, refine.train_mode, refine.epochs) == ("joint", 2, "refine", 1)
+    assert (joint.max_steps, refine.max_steps) == (None, None)  # to the end of the schedule
     assert refine.resume == f"{joint.output_dir}/checkpoint-last.pth" and joint.resume == ""
     lm = train_lm.parse_args(flags_of(lines, "-m scripts.mini.train_lm")[0])
     cached = parse_args(cache_latents.get_parser(), flags_of(lines, "-m scripts.cache_latents")[0])
@@ -72,6 +72,19 @@ def test_another_language_model_takes_the_place_of_the_small_one(
     (joint,) = trainings(lines, monkeypatch)
     assert joint.lm_path == "else" and flags_of(lines, "scripts.mini.train_lm") == []
     assert all("--lm_path else " in line for name in MEASURES for line in lines if f"scripts.mini.{name} " in line)
+
+
+@pytest.mark.parametrize("asked", [{"IMAGES": "250"}, {"REFINE": "375"}, {"REFINE": "375", "IMAGES": "250"}])
+def test_what_else_is_asked_is_measured_anew(tmp_path: Path, asked: dict[str, str]) -> None:
+    tree = script_tree(tmp_path / "tree")
+    tables = []
+    for own, calls in (({}, 1), (asked, 1), (asked, 0), ({}, 0)):
+        code, lines = tree.run(IMAGES=own.get("IMAGES", "7"), REFINE=own.get("REFINE", "0"))
+        assert code == 0 and [len(flags_of(lines, f"-m scripts.mini.{name} ")) for name in MEASURES] == 3 * [calls]
+        tables.append(mars_table.parse_args(flags_of(lines, "-m scripts.mini.mars_table")[0]))
+    first, other, again, back = tables
+    assert first == back and other == again
+    assert not set(vars(first).values()) & set(vars(other).values()) - {None, False}
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
