@@ -86,16 +86,16 @@ class Routed(nn.Module):
         self.route = TEXT
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [B, T, ...]."""
+        """[B, T, D] -> [B, T, D], or both [B * T, D]."""
         if self.route is TEXT:
             return self.text(x)
         if self.route is VISUAL:
             return self._through_expert(x)
         assert isinstance(self.route, MixedRoute)
-        rows = x.flatten(0, 1)  # [B * T, ...]
+        rows = x.flatten(0, -2)  # [B * T, D]
         text = self.text(rows[self.route.text_rows])  # [n, ...]
         visual = self._through_expert(rows[self.route.visual_rows])  # [m, ...]
-        return torch.cat([text, visual])[self.route.inverse].unflatten(0, x.shape[:2])  # [B, T, ...]
+        return torch.cat([text, visual])[self.route.inverse].unflatten(0, x.shape[:-1])  # [B, T, D]
 
     def _through_expert(self, x: Tensor) -> Tensor:
         """In the expert's dtype, where that is another one than the language model's."""
@@ -223,12 +223,16 @@ def _require_all_routed(layer: nn.Module, index: int) -> None:
 
 
 def switch_off_dropout(lm: nn.Module) -> None:
-    """Sets it to 0 everywhere: gradient checkpointing needs `train()`, a frozen model no dropout."""
+    """Sets it to 0 everywhere: gradient checkpointing needs `train()`, a frozen model no dropout. A rate is the p of a
+    dropout module, or any number that a module or its configuration has under a name with "drop" (`dropout`,
+    `layerdrop`, `resid_pdrop`)."""
     for module in lm.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for holder in (module, vars(module).get("config")):
+            for name, value in dict(vars(holder) if holder is not None else {}).items():
+                if "drop" in name and type(value) is float:
+                    setattr(holder, name, 0.0)
 
 
 def require_room(decoder: Any, length: int) -> None:

@@ -17,6 +17,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -65,6 +67,7 @@ FAMILIES: dict[str, Builder] = {
     "olmo2": _family(Olmo2ForCausalLM, Olmo2Config),
     "smollm3": _family(SmolLM3ForCausalLM, SmolLM3Config),
     "gpt_neox": _family(GPTNeoXForCausalLM, GPTNeoXConfig, attention_dropout=0.5, hidden_dropout=0.5),
+    "opt": _family(OPTForCausalLM, OPTConfig, ffn_dim=24, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5),
 }
 DEFAULT = "qwen2"
 GRID = (2, 4)

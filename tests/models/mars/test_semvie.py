@@ -179,9 +179,13 @@ def test_another_state_is_refused(change: Any, message: str) -> None:
         model.load_visual_state(state, "a file")
 
 
-def test_dropout_is_off() -> None:
-    model = tiny_mars("gpt_neox").train()
+@pytest.mark.parametrize("family", ["gpt_neox", "opt"])
+def test_dropout_is_off(family: str) -> None:
+    """Whatever the language model calls its rates, and wherever it keeps them."""
+    model = tiny_mars(family).train()
     with torch.no_grad():
+        texts = [model.lm(input_ids=torch.arange(12)[None]).logits for _ in range(2)]
+        assert torch.equal(*texts)
         first, again = (MarsObjective(model)(pairs()).total for _ in range(2))
     assert torch.equal(first, again)
 
