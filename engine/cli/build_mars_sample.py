@@ -141,13 +141,13 @@ def write_folder(
 def write_captions(args: argparse.Namespace) -> str:
     """Captions of pictures, one json line each; without --output they are what is returned."""
     files = caption_files(args)
-    pictures = [np.asarray(load_image(entry["file"])) for entry in files]
     pipeline = open_pipeline(args)
     texts: list[str] = []
-    bar: tqdm[Any] = progress(total=len(pictures), desc="captions")
+    bar: tqdm[Any] = progress(total=len(files), desc="captions")
     with bar:
-        for rows in batches(len(pictures), args.batch_size):
-            texts += pipeline.describe(pictures[rows], args.begin, args.max_words, args.batch_size)
+        for rows in batches(len(files), args.batch_size):
+            pictures = [np.asarray(load_image(entry["file"])) for entry in files[rows]]
+            texts += pipeline.describe(pictures, args.begin, args.max_words, args.batch_size)
             bar.update(rows.stop - rows.start)
     entries = [{**entry, "caption": text} for entry, text in zip(files, texts, strict=True)]
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
