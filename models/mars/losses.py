@@ -107,7 +107,11 @@ def drawing_losses(model: Mars, pairs: Pairs, with_choice: bool = False) -> tupl
 
 
 def describing_loss(model: Mars, pairs: Pairs) -> Tensor:
-    """Cross entropy of the words and EOS after an image, a mean over those that are no padding."""
+    """Cross entropy of the words and EOS after an image, a mean over those that are no padding.
+
+    The mean is that of these pairs: over processes and passes of a step such means count alike, however many words each
+    has, so that two processes come near one with twice the batch and do not equal it.
+    """
     logits, ids = _answers(model, pairs)  # [B, t, V], [B, t]
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten())  # []
 
@@ -135,7 +139,10 @@ def _answers(model: Mars, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 def choice_loss(model: Mars, states: Tensor, prompt: TextBatch, has_caption: Tensor) -> Tensor:
     """Binary cross entropy of an image that begins next, a mean over the text positions of rows with a caption, padded
-    on the left. Only the head's row of `<img>` learns from it. states: [B, t, D]; has_caption: [B] bool."""
+    on the left. Only the head's row of `<img>` learns from it. states: [B, t, D]; has_caption: [B] bool.
+
+    As in `describing_loss`, the mean is that of these rows, and counts as much as that of another process or pass.
+    """
     is_end = torch.zeros_like(prompt.ids, dtype=torch.bool)  # [B, t]
     is_end[:, -1:] = True
     counted = (prompt.shown() & has_caption[:, None]).float()  # [B, t]
