@@ -229,15 +229,18 @@ def test_two_processes_are_one_of_twice_the_batch(world: Path) -> None:
 
 def test_a_sharded_run_learns_shows_itself_and_goes_on(world: Path) -> None:
     """In two precisions, whose groups must not mix."""
-    flags = {"fsdp": True, "lm_precision": "bf16", "sample_freq": 2, "num_preview": 2, **DRAWING}
+    looked = {"eval_split": "val2014", "online_eval": True, "eval_freq": 1, "eval_images": 3, "num_preview": 2}
+    flags = {"fsdp": True, "lm_precision": "bf16", "sample_freq": 2, **looked, **DRAWING}
     in_two(world, "sharded", max_steps=2, **flags)
-    in_two(world, "sharded", max_steps=3, **flags)
-    in_two(world, "sharded-whole", max_steps=3, **flags)
+    in_two(world, "sharded", max_steps=4, **flags)
+    in_two(world, "sharded-whole", max_steps=4, **flags)
     assert_same_run(world, "sharded", "sharded-whole")
     assert (world / "sharded" / "samples" / "step-0000002.png").is_file()
-    run_mars(world, "unsharded", max_steps=3, lm_precision="bf16", **DRAWING)
-    found, wanted = ([line["loss"] for line in read_metrics(world, name)] for name in ("sharded", "unsharded"))
-    assert found == pytest.approx(wanted, rel=1e-3)
+    run_mars(world, "unsharded", max_steps=4, lm_precision="bf16", **looked, **DRAWING)
+    lines = {name: read_metrics(world, name) for name in ("sharded", "unsharded")}
+    for part in ("loss", "eval/drawing", "eval/describing"):
+        found, wanted = ([line[part] for line in each if part in line] for each in lines.values())
+        assert found and found == pytest.approx(wanted, rel=1e-3), part
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from engine.train.mars import MarsState
 from engine.train.parallel import unsharded
 from models.frozen.codes import CodeCodec
 from models.mars.decoding import describe_images
+from models.mars.losses import caption_losses, drawing_losses
 from models.mars.sampling import DrawOptions, draw_images
 from models.mars.words import CaptionWords
 from util.buckets import Size
@@ -124,7 +125,7 @@ class MarsEvaluation:
     batch_size: int
 
     def __call__(self, step: int, writer: MetricWriter) -> str | None:
-        with self.look.opened():
+        with self.look.opened(), unsharded(self.look.state.objective):
             found = {name: self.losses(captions) for name, captions in self.held_out.captions.items()}
         values = {
             "_".join(part for part in (f"eval/{name}", language) if part): loss
@@ -136,23 +137,24 @@ class MarsEvaluation:
         return None
 
     def losses(self, captions: Sequence[str]) -> dict[str, float]:
-        """Means over images: of drawing nats a code, of describing, which stage III does not, nats a word."""
-        objective, device = self.look.state.objective, self.look.dist.device
+        """Means over images, whatever `batch_size` is: of drawing nats a code, of describing, which stage III does not,
+        nats a word of the image's own caption."""
+        model, device = self.look.state.model, self.look.dist.device
         describes = self.held_out.low is None
         sums = {"drawing": 0.0, "describing": 0.0} if describes else {"drawing": 0.0}
         for chosen in batches(len(self.held_out), self.batch_size):
             codes = self.held_out.codes[chosen].to(device)  # [b, L]
             pairs = pairs_of(codes, captions[chosen], self.look.words, low=self.held_out.low_of(chosen, device))
-            losses = objective(pairs, float(describes), 0.0)
-            for name in sums:
-                sums[name] += float(vars(losses)[name]) * len(codes)
+            sums["drawing"] += drawing_losses(model, pairs)[0].item() * len(codes)  # as many codes in each
+            if describes:
+                sums["describing"] += caption_losses(model, pairs).sum().item()
         return {name: value / len(self.held_out) for name, value in sums.items()}
 
 
 @dataclass(frozen=True)
 class MarsPreview:
     """Called by the loop on every process (a sharded model needs all of them); rank 0 writes samples/step-N.png, the
-    captions drawn in each language, and samples/step-N.txt, the pictures told in words.
+    captions drawn in each language, and samples/step-N.txt, the pictures told in words, a line each.
 
     In stage III the small pictures are made larger and none is told. Written is the PSNR of what is drawn, shrunk, to
     the small picture, beside that of the pictures themselves, all of them decoded codes.
@@ -186,9 +188,11 @@ class MarsPreview:
         if self.held_out.low is not None:
             self.write_psnr(step, writer, pixels, self.held_out.low)
             return
+        told = [" ".join(text.split()) for text in told]  # a line each, whatever is told
         lines = [f"{image_id}\t{text}\n" for image_id, text in zip(self.held_out.image_ids, told, strict=True)]
         write_text_atomic(path.with_suffix(".txt"), "".join(lines))
-        logger.info("%d samples at step %d: %s; picture %s: %s", len(pictures), step, path, *lines[0].split("\t"))
+        first = self.held_out.image_ids[0], told[0]
+        logger.info("%d samples at step %d: %s; picture %s: %s", len(pictures), step, path, *first)
 
     def write_psnr(self, step: int, writer: MetricWriter, drawn: Mapping[str, list[Tensor]], low: Tensor) -> None:
         """drawn: pixels [1, 3, H, W] of each picture, by language; low: [n, h, w]."""
