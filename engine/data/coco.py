@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -195,8 +195,9 @@ class CocoLayoutDataset(Dataset[Sample]):
         latents: LatentCache | None = None,
         texts: TextCache | None = None,
         has_images: bool = True,
+        sided: Container[tuple[int, str]] = (),
     ) -> None:
-        """has_images: False gives captions and layouts alone; no image and no latent is read then.
+        """has_images: False reads captions and layouts alone. sided: further (image id, caption) that are not flipped.
 
         Raises FileNotFoundError if images are needed and missing, ValueError if config, index and caches differ.
         """
@@ -214,9 +215,8 @@ class CocoLayoutDataset(Dataset[Sample]):
             texts.require(index.captions())
         self.index = index
         self.config = config
-        self.latents = latents
-        self.texts = texts
-        self.has_images = has_images
+        self.latents, self.texts = latents, texts
+        self.has_images, self.sided = has_images, sided
         counts = [len(image.captions) if config.caption_mode == "all" else 1 for image in index.images]
         self._first_items = np.concatenate([[0], np.cumsum(counts)])
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -274,7 +274,7 @@ class CocoLayoutDataset(Dataset[Sample]):
 
     def _is_flipped(self, image: CocoImage, caption: str, caption_id: int) -> bool:
         said = (caption, *image.phrases) if self._tells_phrases(image) else (caption,)
-        if any(names_a_side(text) for text in said):
+        if (image.id, caption) in self.sided or any(names_a_side(text) for text in said):
             return False
         return torch.rand((), generator=self._draw("flip", image.id, caption_id)).item() < self.config.hflip_prob
 

@@ -20,13 +20,14 @@ from models.frozen.base import TextEncoder
 from util.coco import CocoImage
 from util.types import UNKNOWN, Category, Layout, LayoutBatch
 
-_SIDED = re.compile(r"\b(left|right)(s|most|hand|handed|wards?|side)?\b", re.IGNORECASE)
+_SIDED = re.compile(r"\b(left|right)(s|most|hand|handed|wards?|side)?\b|[左右]", re.IGNORECASE)
 CLASSLESS_SHARE = 0.5  # of the boxes that are given by their phrase
 MAX_KEPT = 16384  # encoded phrases
 
 
 def names_a_side(caption: str) -> bool:
-    """Whether a mirrored image would contradict the caption: "left", "Right-hand", "leftmost", not "upright"."""
+    """Whether a mirrored image would contradict the caption: "left", "Right-hand", "leftmost", "左边", not
+    "upright"."""
     return _SIDED.search(caption) is not None
 
 

@@ -1,7 +1,7 @@
 """Captions in a second language, Chinese, beside a split's own: annotations/captions_<split>.zh.json.
 
-It has the ids of captions_<split>.json, so that a caption and its translation say the same of the same picture: also
-whether it may be mirrored.
+It has the ids of captions_<split>.json, so that a caption and its translation say the same of the same picture. Where
+either of them names a side, the picture is not mirrored: see `sided`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.data.phrases import names_a_side
 from util.coco import CocoIndex
 from util.coco_json import read_captions
 from util.read import short_path
@@ -25,7 +26,8 @@ def translations_path(root: Path, split: str) -> Path:
 
 @dataclass(frozen=True)
 class Translations:
-    """paths: the files that were read. by_caption: the translation of a caption, by (image id, caption)."""
+    """paths: the files that were read. by_caption: the translation of a caption, by (image id, caption); of equal
+    captions of an image, that of the first stands for all."""
 
     paths: tuple[Path, ...]
     by_caption: Mapping[tuple[int, str], str]
@@ -51,8 +53,12 @@ class Translations:
                 if not other:
                     path = short_path(paths[image.folder])
                     raise ValueError(f"{path} lacks caption {caption_id} of image {image.id}, {caption[:60]!r}")
-                found[image.id, caption] = other
+                found.setdefault((image.id, caption), other)
         return Translations(tuple(paths[part] for part in texts), found) if texts else None
+
+    def sided(self) -> frozenset[tuple[int, str]]:
+        """The captions whose translation a mirrored picture would contradict, by (image id, caption)."""
+        return frozenset(key for key, text in self.by_caption.items() if names_a_side(text))
 
     def of(self, image_id: int, caption: str) -> str:
         """The caption itself where it has no translation."""

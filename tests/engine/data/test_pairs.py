@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +12,15 @@ import torch
 
 from engine.data.coco import Batch, CocoLayoutDataset, DataConfig, collate
 from engine.data.pairs import PairInputs
-from engine.data.translations import Translations
+from engine.data.translations import Translations, translations_path
 from models.frozen.causal_lm import open_tokenizer
 from models.frozen.codec import load_codec
 from models.frozen.codes import CodeCodec
 from models.mars.words import CaptionWords
+from tests.helpers.coco_fixture import write_coco
 from tests.helpers.lm_files import tiny_lm
 from tests.helpers.mars_run import SIDE, write_mars_world
+from util.coco import CocoIndex
 
 CPU = torch.device("cpu")
 
@@ -103,3 +107,32 @@ def test_a_split_without_translations_has_one_language(world: Path, dataset: Coc
     assert found is not None and [path.name for path in found.paths] == ["captions_train2014.zh.json"]
     assert found.of(0, "unknown") == "unknown"
     assert Translations.find(replace(dataset.index, root=world / "nowhere")) is None
+
+
+def write_captions(root: Path, texts: Sequence[tuple[str, str]]) -> CocoIndex:
+    """The first image with these captions and translations."""
+    write_coco(root)
+    english = root / "annotations" / "captions_train2017.json"
+    content = json.loads(english.read_text())
+    image_id = content["annotations"][0]["image_id"]
+    for path, place in ((english, 0), (translations_path(root, "train2017"), 1)):
+        entries = [{"id": id_, "image_id": image_id, "caption": each[place]} for id_, each in enumerate(texts)]
+        path.write_text(json.dumps(content | {"annotations": entries}))
+    return DataConfig(str(root), "train2017", SIDE).load_index()
+
+
+def test_of_equal_captions_the_first_ones_translation_stands_for_all(tmp_path: Path) -> None:
+    index = write_captions(tmp_path, [("a dog", "一只狗"), ("a cat", "一只猫"), ("a dog", "有一只狗")])
+    found, image = Translations.find(index), index.images[0]
+    assert found is not None
+    assert [found.of(image.id, caption) for caption in image.captions] == ["一只狗", "一只猫", "一只狗"]
+
+
+def test_no_picture_is_mirrored_whose_translation_alone_names_a_side(tmp_path: Path) -> None:
+    index = write_captions(tmp_path, [("a dog", "左边有一只狗"), ("a dog left of a cat", "狗和猫"), ("a cat", "一只猫")])
+    config = DataConfig(str(tmp_path), "train2017", SIDE, hflip_prob=1.0, caption_mode="all")
+    translations = Translations.find(index)
+    assert translations is not None
+    for sided, expected in ((translations.sided(), [False, False, True]), ((), [True, False, True])):
+        dataset = CocoLayoutDataset(index, config, sided=sided)
+        assert [dataset[item].is_flipped for item in range(3)] == expected
