@@ -274,6 +274,10 @@ def refused(world: Path, **flags: object) -> str:
         ({"img_size": 32}, "--max_text_tokens 12 and --img_size 32, 256 codes, do not fit into .*lm: 270 positions"),
         ({"temperature": 0}, "--temperature must be above 0"),
         ({"online_eval": True}, "--online_eval needs --eval_split"),
+        (
+            {"online_eval": True, "coco_split": "train2014", "eval_split": "val2014+train2014"},
+            r"--eval_split val2014\+train2014 and --coco_split train2014 share some",
+        ),
         ({"resume": "best"}, "--resume best: runs of --backbone mars keep no best weights"),
         ({"warmup_epochs": 9}, "--warmup_epochs 9.0 is longer than --epochs 3"),
     ],

@@ -54,6 +54,7 @@ from util.distributed import DistInfo, failing_together
 from util.ema import Ema
 from util.names import MARS_ENTRY
 from util.rng import generator
+from util.split_entries import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def build_mars_training(args: argparse.Namespace, dist: DistInfo) -> PreparedRun
 def read_mars_parts(args: argparse.Namespace, dist: DistInfo) -> MarsParts:
     """Raises ValueError or FileNotFoundError, naming what is missing or does not fit."""
     options = draw_options(args)
+    require_other_split(args)
     codec = open_codes(args, dist.device)
     base = open_causal_lm(args.lm_path, getattr(torch, PRECISIONS[args.lm_precision]))
     words = CaptionWords(base.tokenizer, args.max_text_tokens or MAX_TOKENS)
@@ -147,7 +149,7 @@ def read_mars_parts(args: argparse.Namespace, dist: DistInfo) -> MarsParts:
     check_mars_identity(source, identity)
     check_training_state(source)
     data = data_config(args)
-    dataset = build_mars_dataset(args, data, codec)
+    dataset, translations = build_mars_dataset(args, data, codec)
     with failing_together():
         check = check_dataset(dataset, args.output_dir) if dist.is_main else DataCheck()
     sampler = build_sampler(args, dataset, dist)
@@ -155,7 +157,6 @@ def read_mars_parts(args: argparse.Namespace, dist: DistInfo) -> MarsParts:
     warmup = args.ema_warmup if args.ema_warmup is not None else source.has_ema_warmup
     flags = resolved_dict(args) | {"ema_warmup": warmup}
     held_out = read_held_out(args, data, codec, low_size_of(codec, config))
-    translations = Translations.find(dataset.index)
     return MarsParts(
         dist, codec, base, words, identity, dataset, translations, sampler, check, source, options, held_out, flags
     )  # fmt: skip
@@ -168,6 +169,15 @@ def draw_options(args: argparse.Namespace) -> DrawOptions:
             return DrawOptions(args.cfg, args.temperature, args.top_k)
         except ValueError as error:
             raise ValueError(f"--{error}") from error
+
+
+def require_other_split(args: argparse.Namespace) -> None:
+    """Raises ValueError if losses would be measured, as held-out ones, on pictures that are trained on."""
+    if args.online_eval and not set(parts_of(args.eval_split)).isdisjoint(parts_of(args.coco_split)):
+        raise ValueError(
+            f"--online_eval measures losses on pictures that are not trained on, --eval_split {args.eval_split} and "
+            f"--coco_split {args.coco_split} share some"
+        )
 
 
 def open_codes(args: argparse.Namespace, device: torch.device) -> CodeCodec:
@@ -222,9 +232,12 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     )
 
 
-def build_mars_dataset(args: argparse.Namespace, config: DataConfig, codec: CodeCodec) -> CocoLayoutDataset:
-    """The training data, from images or from cached codes."""
+def build_mars_dataset(
+    args: argparse.Namespace, config: DataConfig, codec: CodeCodec
+) -> tuple[CocoLayoutDataset, Translations | None]:
+    """The training data, from images or from cached codes, and its captions in the other language, if it has them."""
     index, latents = config.load_index(), None
+    translations = Translations.find(index)
     if args.use_cached:
         folder = Path(args.cached_path) / "latents"
         if not folder.is_dir():
@@ -235,13 +248,15 @@ def build_mars_dataset(args: argparse.Namespace, config: DataConfig, codec: Code
             codec.id, codec.latent_scale, config.split, config.img_size, codebook_size=codec.codebook_size
         )
         latents = LatentCache(folder, key)
-    return CocoLayoutDataset(index, config, latents)
+    sided = translations.sided() if translations else ()
+    return CocoLayoutDataset(index, config, latents, sided=sided), translations
 
 
 def read_held_out(
     args: argparse.Namespace, data: DataConfig, codec: CodeCodec, low_size: Size | None
 ) -> HeldOut | None:
-    """What previews draw and tell, and what losses are measured on; None without both."""
+    """What previews draw and tell, and what losses are measured on; None without both. Of the training split where no
+    other one is named, which previews alone allow."""
     has_previews = args.sample_freq > 0 or args.online_eval
     counts = [args.num_preview] * has_previews + [args.eval_images] * args.online_eval
     if not counts:

@@ -43,8 +43,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pictures with a caption each, in one language or two. captions: by language, "" for the split's own. codes:
-    [n, L] int64, on the CPU; low: [n, h, w] int64, of the same pictures small, for stage III."""
+    """Pictures with a caption each, in one language or two. Losses are measured on those of a split that is not trained
+    on; previews alone may be of training pictures, where no other split is named.
+
+    captions: by language, "" for the split's own. codes: [n, L] int64, on the CPU; low: [n, h, w] int64, of the same
+    pictures small, for stage III.
+    """
 
     image_ids: Sequence[int]
     codes: Tensor

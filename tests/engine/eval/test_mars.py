@@ -17,7 +17,8 @@ from models.frozen.codes import CodeCodec
 from models.mars.losses import MarsObjective
 from models.mars.sampling import DrawOptions
 from models.mars.words import CaptionWords
-from tests.helpers.mars_world import MAX_TOKENS, SIDE, TINY_VQ, MarsWorld, tiny_model, write_mars
+from tests.helpers.mars_world import MAX_TOKENS, SIDE, MarsWorld, tiny_model, write_mars
+from tests.helpers.vq_file import TINY_VQ
 from util.distributed import DistInfo
 from util.ema import Ema
 from util.logging import MetricWriter
