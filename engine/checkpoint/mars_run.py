@@ -19,7 +19,7 @@ from typing import Any
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from engine.checkpoint.kept import way_back
-from engine.checkpoint.mars_weights import read_mars_file
+from engine.checkpoint.mars_weights import RUN_FORMAT, read_mars_file
 from engine.checkpoint.resume import Source
 from engine.checkpoint.writer import write_checkpoint
 from engine.train.mars import MarsState
@@ -34,7 +34,6 @@ from util.names import LAST_NAME, MARS_ENTRY
 
 logger = logging.getLogger(__name__)
 
-RUN_FORMAT = "structmar-mars-run-1"
 _NEEDED: dict[str, type] = {MARS_ENTRY: dict, "stage": str, "model": dict, "model_ema": dict, "optimizer": dict,
                             "epoch": int, "step": int, "images_in_epoch": int, "batch_in_epoch": int,
                             "global_batch": int, "args": dict, "open_interval": list}  # fmt: skip

@@ -33,6 +33,7 @@ from util.weights import is_finite, tensor_problem
 logger = logging.getLogger(__name__)
 
 EXPORT_FORMAT = "structmar-mars-1"
+RUN_FORMAT = "structmar-mars-run-1"  # of a training checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def read_mars_identity(path: str | Path) -> MarsIdentity:
 def _identity_of(loaded: Mapping[str, Any], file: Path) -> MarsIdentity:
     if MARS_ENTRY not in loaded:
         raise _no_mars(file)
+    if loaded.get("format", RUN_FORMAT) != RUN_FORMAT:
+        raise ValueError(f"{file} has format {loaded['format']!r}, this version reads {RUN_FORMAT!r}")
     return MarsIdentity.of(loaded[MARS_ENTRY], f"{file}: {MARS_ENTRY}")
 
 

@@ -16,11 +16,13 @@ TAKEN = frozenset({
 })  # fmt: skip
 """What `scripts.sample` takes beside --lm_path."""
 _NAMES = {"clip_path": "text_encoder"}
+GUIDANCE = 5.0  # of `DrawOptions`, which needs PyTorch
 LM_HELP = "local Hugging Face directory of the language model that MARS weights were trained with"
 
 
 def add_lm_arg(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--lm_path", default=None, metavar="DIR", help=f"{LM_HELP}; it draws from captions alone")
+    group.add_argument("--lm_path", default=None, metavar="DIR", help=f"{LM_HELP}; it draws from captions alone, "
+                       f"under --cfg {GUIDANCE:g} unless --cfg or --cfg_text is given")  # fmt: skip
     group.add_argument("--upscale", default=None, metavar="FILE",
                        help="with --lm_path: weights of stage III, which make the pictures larger")  # fmt: skip
 

@@ -42,6 +42,7 @@ from util.logging import progress, setup_logging
 from util.output import held_folder, write_text_atomic
 
 GRID_MAX = 64  # images
+SMALL = "small"  # in what is written down of weights that make pictures larger: those that drew the small ones
 
 
 def open_pipeline(args: argparse.Namespace, upscale: str = "") -> MarsPipeline:
@@ -70,6 +71,7 @@ def draw_mars(args: argparse.Namespace, has_guidance: bool) -> str:
     """Pictures of captions, made larger where --upscale names weights for it. Gives a line that says what was written.
     Raises ValueError or FileNotFoundError before anything is drawn."""
     options = draw_options(args, has_guidance)
+    args.cfg = options.guidance  # what is written down is what is used
     pipeline = open_pipeline(args)
     larger = open_pipeline(args, args.upscale) if args.upscale else None
     size = None if args.size is None else read_size(args.size)
@@ -84,6 +86,7 @@ def draw_mars(args: argparse.Namespace, has_guidance: bool) -> str:
     require_free(output_dir, len(prompts))
     seeds = [args.seed + index for index in range(len(prompts))]
     last = pipeline if larger is None else larger
+    weights = last.describe_weights() | ({} if larger is None else {SMALL: pipeline.describe_weights()})
     num_batches = len(list(batches(len(prompts), args.batch_size)))
     bar: tqdm[Any] = progress(total=num_batches * (1 if larger is None else 2), desc="drawing")
     with held_folder(output_dir), replacing(output_dir) as folder:
@@ -96,7 +99,7 @@ def draw_mars(args: argparse.Namespace, has_guidance: bool) -> str:
             pictures = last.pictures_of(codes, args.batch_size)
         seconds = time.perf_counter() - start
         psnr = [] if larger is None else larger.psnr_of(codes, low)
-        write_folder(last, folder, prompts, seeds, pictures, options, resolved_dict(args), psnr)
+        write_folder(weights, folder, prompts, seeds, pictures, options, resolved_dict(args), psnr)
     total = len(prompts)
     took = f"in {seconds:.1f} s, {seconds / total:.2f} s an image"
     near = f"; shrunk, {sum(psnr) / total:.2f} dB from the small ones" if psnr else ""
@@ -112,7 +115,7 @@ def read_prompts(args: argparse.Namespace, size: Size) -> list[str]:
 
 
 def write_folder(
-    pipeline: MarsPipeline,
+    weights: dict[str, Any],
     folder: Path,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -121,13 +124,12 @@ def write_folder(
     settings: dict[str, Any],
     psnr: Sequence[float] = (),
 ) -> None:
-    """Pictures, grid and list, as `scripts.sample` writes them for StructMAR. psnr: of larger pictures to the small
-    ones."""
+    """Pictures, grid and list, as `scripts.sample` writes them for StructMAR. weights: what drew them, as it is written
+    down; psnr: of larger pictures to the small ones."""
     scenes = [text_scene(prompt) for prompt in prompts]
     entries = [{**scene.to_dict(), "seed": seed} for scene, seed in zip(scenes, seeds, strict=True)]
     if psnr:
         entries = [{**entry, "psnr_to_small": value} for entry, value in zip(entries, psnr, strict=True)]
-    weights = pipeline.describe_weights()
     for index, (picture, entry) in enumerate(zip(pictures, entries, strict=True)):
         save_png(picture, folder / picture_name(index), picture_text(entry, options, weights, settings))
     shown = scenes[:GRID_MAX]
@@ -181,6 +183,7 @@ def write_page(args: argparse.Namespace) -> str:
     drawn = DrawOptions(args.cfg, args.temperature, args.top_k)
     options = JointOptions(args.max_words, args.max_images, (), args.image_threshold, drawn)
     pipeline = open_pipeline(args)
+    options = replace(options, end_ids=(pipeline.parts.words.end_token,))
     output_dir = Path(args.output_dir)
     require_free(output_dir, len(args.images or ()) + args.max_images, PAGE_NAME)
     with told_as_flags(("max_images", "max_words")):

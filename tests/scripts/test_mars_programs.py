@@ -15,14 +15,17 @@ import scripts.caption
 import scripts.export_weights
 import scripts.sample
 import scripts.tell
-from engine.checkpoint.mars_weights import export_mars, is_mars_file, load_mars, read_mars_identity
+from engine.checkpoint.mars_weights import export_mars, is_mars_file, load_mars, read_mars_file, read_mars_identity
+from engine.cli.arguments_mars_sample import GUIDANCE
 from engine.sample.mars import MarsPipeline
 from models.mars.sampling import DrawOptions
 from tests.helpers.lm_files import write_lm
+from tests.helpers.mars_run import write_mars_world
 from tests.helpers.mars_world import MAX_TOKENS, SIDE, MarsWorld, tiny_model, write_mars, write_upscaler
 from tests.helpers.scene_files import write_coco
 from util.checkpoint import load_plain, safetensors_metadata, save_atomic
-from util.images import center_crop, read_png_text, save_png
+from util.coco import CocoIndex
+from util.images import center_crop, load_image, read_png_text, save_png
 
 PROMPT = "a red dog"
 
@@ -110,6 +113,22 @@ def test_pictures_tell_how_they_were_made_and_do_not_depend_on_the_batch(sample,
     ]
 
 
+@pytest.mark.parametrize(
+    ("flags", "used"), [((), GUIDANCE), (("--cfg", "1"), 1), (("--cfg", "2", "--cfg_text", "3"), 3)]
+)
+def test_settings_name_the_guidance_that_is_used(sample, flags, used) -> None:
+    out = sample("--prompt", PROMPT, "--num_images", "1", *flags)
+    content = json.loads((out / "samples.json").read_text())
+    told = read_png_text(out / "0000.png")
+    assert {content["settings"]["cfg"], content["sampling"]["guidance"]} == {used}
+    assert {json.loads(told["settings"])["cfg"], json.loads(told["sampling"])["guidance"]} == {used}
+
+
+def test_help_names_the_guidance_of_mars() -> None:
+    assert DrawOptions().guidance == GUIDANCE
+    assert f"--cfg {GUIDANCE:g} unless" in " ".join(scripts.sample.get_parser().format_help().split())
+
+
 def test_captions_of_a_dataset_and_another_size(sample, tmp_path) -> None:
     write_coco(tmp_path / "coco")
     source = ("--coco_root", str(tmp_path / "coco"), "--coco_split", "val2017", "--num_images", "2")
@@ -126,7 +145,10 @@ def test_a_small_picture_is_drawn_then_a_large_one(sample, world, pipe, tmp_path
     out = sample(*flags)
     assert pixels(out / "0000.png").shape == (2 * SIDE, 2 * SIDE, 3)
     content = json.loads((out / "samples.json").read_text())
-    assert content["checkpoint"]["stage"] == "upscale" and content["checkpoint"]["step"] == 9
+    larger_one, small_one = content["checkpoint"], content["checkpoint"]["small"]
+    assert (larger_one["stage"], larger_one["step"], larger_one["path"]) == ("upscale", 9, str(file))
+    assert (small_one["stage"], small_one["step"], small_one["weights"]) == ("joint", 7, "raw")
+    assert json.loads(read_png_text(out / "0000.png")["checkpoint"]) == larger_one
     larger = MarsPipeline.from_checkpoint(file, world.lm, world.vq, upscales=True)
     options = DrawOptions(guidance=2)
     low = pipe.draw_codes([PROMPT], [1], options)
@@ -194,6 +216,12 @@ def test_what_holds_no_mars_is_refused(world, tmp_path) -> None:
     content = {name: value for name, value in load_plain(world.checkpoint).items() if name != "mars"}
     save_atomic(content, tmp_path / "other.pth")
     assert is_mars_file(world.checkpoint) and not is_mars_file(tmp_path / "other.pth")
+    save_atomic(load_plain(world.checkpoint) | {"format": "structmar-mars-run-2"}, tmp_path / "later.pth")
+    for read in (read_mars_file, read_mars_identity):
+        with pytest.raises(
+            ValueError, match=r"later\.pth has format 'structmar-mars-run-2', this version reads '.*-1'"
+        ):
+            read(tmp_path / "later.pth")
     with pytest.raises(SystemExit, match=r"other\.pth does not hold MARS"):
         scripts.sample.main(
             [*world.flags(tmp_path / "other.pth"), "--prompt", "a", "--output_dir", str(tmp_path / "o")]
@@ -232,22 +260,33 @@ def test_pictures_are_cut_as_in_training_and_low_precision_draws(sample, pipe, p
     assert pixels(out / "0000.png").shape == (SIDE, SIDE, 3)
 
 
-def test_captions_of_a_datasets_pictures(world, tmp_path, capsys) -> None:
-    write_coco(tmp_path / "coco")
-    source = ["--coco_root", str(tmp_path / "coco"), "--coco_split", "val2017", "--num_images", "1", "--max_words", "2"]
-    with pytest.raises(SystemExit, match="does not exist"):
-        scripts.caption.main([*world.flags(), *source])
+def test_captions_of_a_datasets_pictures(world, pipe, tmp_path, capsys) -> None:
+    data = write_mars_world(tmp_path / "data") / "coco"
+    source = ["--coco_root", str(data), "--coco_split", "val2014", "--max_words", "6", "--num_images"]
+    index = CocoIndex.load(data, "val2014")
+    scripts.caption.main([*world.flags(), *source, "3"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    files = [index.image_path(place) for place in range(3)]
+    own = pipe.describe([np.asarray(load_image(path)) for path in files], max_words=6)
+    images = zip(index.images, files, own, strict=False)
+    assert lines == [{"image_id": image.id, "file": str(file), "caption": text} for image, file, text in images]
+    with pytest.raises(SystemExit, match="--num_images 5: val2014 of .* has 4 images"):
+        scripts.caption.main([*world.flags(), *source, "5"])
+    files[1].unlink()
+    with pytest.raises(SystemExit, match=f"picture {files[1]} does not exist"):
+        scripts.caption.main([*world.flags(), *source, "3"])
     with pytest.raises(SystemExit, match="exactly one of --images, --coco_root"):
-        scripts.caption.main([*world.flags(), *source, "--images", "a.png"])
+        scripts.caption.main([*world.flags(), *source, "1", "--images", "a.png"])
 
 
-def test_a_page_of_words_and_pictures(world, pictures, tmp_path) -> None:
+def test_a_page_of_words_and_pictures(world, pipe, pictures, tmp_path) -> None:
     out = tmp_path / "out"
     flags = [*world.flags(), "--images", str(pictures[0]), "--prompt", PROMPT, "--output_dir", str(out)]
     scripts.tell.main([*flags, "--image_threshold", "0", "--max_images", "1", "--max_words", "3", "--cfg", "1"])
     blocks = (out / "page.md").read_text().split("\n\n")
     assert blocks[:3] == ["![](0000.png)", PROMPT, "![](0001.png)"]
     assert np.array_equal(pixels(out / "0000.png"), pixels(pictures[0]))
+    assert json.loads((out / "samples.json").read_text())["sampling"]["end_ids"] == [pipe.parts.words.end_token]
     scripts.tell.main([*flags, "--max_images", "0", "--max_words", "3"])
     assert sorted(path.name for path in out.iterdir()) == ["0000.png", "page.md", "samples.json"]
     scripts.sample.main([*world.flags(), "--prompt", PROMPT, "--num_images", "1", "--output_dir", str(out)])
