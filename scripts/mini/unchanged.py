@@ -34,7 +34,8 @@ def read_texts(args: argparse.Namespace) -> list[str]:
 
 
 def changed_weights(base: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """The names of the language model's weights that are not what they were, or are gone."""
+    """The names of the language model's weights that are not what they were, or are gone. Of a MARS opened
+    from a file, `base` is of the same folder: what differs was changed since, by experts or their file."""
     frozen = {name.replace(TEXT_PART, "."): value for name, value in after.items() if VISUAL_PART not in name}
     return [name for name, value in base.items() if name not in frozen or not torch.equal(value, frozen[name])]
 
