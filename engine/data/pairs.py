@@ -72,18 +72,17 @@ def pairs_of(
     low: Tensor | None = None,
 ) -> Pairs:
     """codes: [B, L] int64, on the device of what is made. is_given: [B] bool, whose captions are there to be drawn;
-    None: all. All captions are there to be told. low: of the same pictures small, [B, l]."""
+    None: all. All captions are there to be told, those that were cut without EOS. low: of the same pictures small, [B, l]."""
     if is_given is None:
         is_given = torch.ones(len(codes), dtype=torch.bool)  # [B]
-    rows = words.ids(captions)
+    rows, is_whole = words.cut(captions)
     prompts = [[words.first_token, *(row if given else ())] for row, given in zip(rows, is_given.tolist(), strict=True)]
-    answers = [[*row, words.end_token] for row in rows]
     return Pairs(
         codes,
         TextBatch.of(prompts, "left"),
         torch.tensor(words.opening),
-        TextBatch.of(answers, "right"),
-        is_given,
+        TextBatch.of(words.answers(captions), "right"),
+        is_given & torch.tensor(is_whole),  # an image does not begin where a caption was cut
         low,
     ).to(codes.device)
 

@@ -30,8 +30,8 @@ NOT_COUNTED = -100  # what cross entropy leaves out
 class Pairs:
     """codes: [B, L] int64. prompt: captions to draw, with BOS before them where the language model has one, padded on
     the left. opening: what stands before an image that is described, the same in all rows: [b], BOS or nothing.
-    answer: captions with EOS, padded on the right. has_caption: [B] bool, which prompts have one. low: [B, l] int64,
-    codes of the same images small, for a model that makes them larger.
+    answer: captions with EOS, padded on the right. has_caption: [B] bool, which prompts have one that was not cut. low:
+    [B, l] int64, codes of the same images small, for a model that makes them larger.
 
     Raises ValueError for parts of other lengths.
     """

@@ -1,7 +1,7 @@
 """Captions as MARS reads and writes them: ids of the frozen language model's words.
 
     to draw        BOS w_1 ... w_n         the first token alone where there is no caption
-    to describe    w_1 ... w_n EOS
+    to describe    w_1 ... w_n EOS         without EOS where the caption was cut
 
 BOS is the tokenizer's first token, see `models/frozen/causal_lm.py`.
 """
@@ -45,8 +45,17 @@ class CaptionWords:
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Of the words alone, at most `max_tokens` - 1 a caption."""
+        return self.cut(captions)[0]
+
+    def answers(self, captions: Sequence[str]) -> list[list[int]]:
+        """What pictures are told by: `ids` and EOS, which a caption that was cut has not, as it does not end there."""
+        rows, is_whole = self.cut(captions)
+        return [[*row, *[self.end_token] * whole] for row, whole in zip(rows, is_whole, strict=True)]
+
+    def cut(self, captions: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """(`ids`, for each caption whether these are all of it)."""
         if not captions:
-            return []
+            return [], []
         encoded = self.tokenizer(list(captions), add_special_tokens=False, return_attention_mask=False)
         rows: list[list[int]] = encoded["input_ids"]
         room = self.max_tokens - 1
@@ -55,7 +64,7 @@ class CaptionWords:
             self._has_warned = True  # a run would say it with every batch
             logger.warning("captions that exceed %d tokens are cut, no more are named: %s",
                            self.max_tokens, short_repr(too_long[0][:60]))  # fmt: skip
-        return [row[:room] for row in rows]
+        return [row[:room] for row in rows], [len(row) <= room for row in rows]
 
     def prompts(self, captions: Sequence[str]) -> list[list[int]]:
         """What images are drawn from."""

@@ -31,7 +31,7 @@ NUM_EXAMPLES = 8
 def losses_of(pipeline: MarsPipeline, codes: Tensor, captions: Sequence[str], batch_size: int) -> np.ndarray:
     """Nats a token of each caption, and of what ends it, after an image. codes: [B, L] -> [B] float64."""
     words, model = pipeline.parts.words, pipeline.parts.model
-    answers = [[*ids, words.end_token] for ids in words.ids(captions)]
+    answers = words.answers(captions)
     found = []
     for rows in batches(len(captions), batch_size):
         own = codes[rows]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.data.coco import Batch, CocoLayoutDataset, DataConfig, collate
-from engine.data.pairs import PairInputs
+from engine.data.pairs import PairInputs, pairs_of
 from engine.data.translations import Translations, translations_path
 from models.frozen.causal_lm import open_tokenizer
 from models.frozen.codec import load_codec
@@ -86,6 +86,15 @@ def test_a_dropped_caption_is_still_told(dataset: CocoLayoutDataset, inputs: Pai
     )
     assert not dropped.has_caption.any() and dropped.prompt.ids.tolist() == [[inputs.words.first_token]] * 3
     assert torch.equal(dropped.answer.ids, kept.answer.ids)
+
+
+def test_a_caption_that_was_cut_neither_ends_nor_begins_an_image(inputs: PairInputs) -> None:
+    words = CaptionWords(inputs.words.tokenizer, 4)
+    pairs = pairs_of(torch.zeros(2, 4, dtype=torch.int64), ["a red dog", "a red dog in the snow"], words)
+    (whole, start) = words.ids(["a red dog", "a red dog in the snow"])
+    assert len(whole) == len(start) == 3 and pairs.has_caption.tolist() == [True, False]
+    told = [ids[shown].tolist() for ids, shown in zip(pairs.answer.ids, pairs.answer.shown(), strict=True)]
+    assert told == [[*whole, words.end_token], start]
 
 
 def test_the_language_is_drawn_for_each_image_and_epoch(dataset: CocoLayoutDataset, inputs: PairInputs) -> None:
