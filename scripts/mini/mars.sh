@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MARS in the mini world: a frozen language model learns to draw and to describe, in English and in Chinese.
-#   bash scripts/mini/mars.sh            under 20 minutes on two free cores, then table.md
+#   bash scripts/mini/mars.sh            by the CPU time of its steps 20 minutes of two cores, then table.md
 #   bash scripts/mini/mars.sh --smoke    a few steps of everything, to see that it works
 # Scenes with captions in both languages, a small language model that learns to write these (LM=FOLDER takes another
 # one, such as that of scripts/mini/smollm2.sh), then STEPS steps of stage I (1125), REFINE steps of stage II (0: none).
